@@ -1,0 +1,105 @@
+//! Layer: one delta image of a stack. It says where guest bytes live and moves none of them.
+//!
+//! The life of an allocation: [`Layer::reserve`] hands out a guard for a file cluster that reads
+//! as zeros; the caller writes its data; [`Layer::publish`] makes the mapping visible, in memory.
+//! [`Layer::sync`] makes what was published durable, data first. A dropped guard gives the
+//! cluster back, or quarantines it when a write to it was already submitted.
+
+use crate::Result;
+use crate::store::Store;
+use crate::units::{ClusterSize, VirtCluster};
+
+/// The shape of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Virtual size in bytes, a multiple of 512.
+    pub size: u64,
+    /// Unit of allocation.
+    pub cluster: ClusterSize,
+}
+
+/// Where a guest range lives in one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// In this layer's file.
+    Data {
+        /// File offset in bytes.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Reads as zeros here, whatever lies below.
+    Zero {
+        /// Length in bytes.
+        len: u64,
+    },
+    /// This layer says nothing: look below.
+    Absent {
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+impl Extent {
+    /// Length in bytes.
+    pub const fn len(self) -> u64 {
+        match self {
+            Extent::Data { len, .. } | Extent::Zero { len } | Extent::Absent { len } => len,
+        }
+    }
+
+    /// Whether it covers nothing, which no answer of [`Layer::map`] does.
+    pub const fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What the guest would read from the layers below a cluster, were the new cluster's data lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Below {
+    /// Zeros (no lower data), or the new cluster holds only zeros: a fresh cluster whose data is
+    /// lost in a crash reads as what it replaced, so its index needs no barrier.
+    Zeros,
+    /// Something else: data must be durable before the index that names it.
+    Data,
+}
+
+/// One delta image.
+#[allow(async_fn_in_trait, reason = "futures of a ring are not Send; the engine is generic")]
+pub trait Layer {
+    /// Where this layer's bytes are.
+    type Store: Store;
+    /// A reserved cluster; dropping it gives the cluster back.
+    type Reservation;
+
+    /// Virtual size and cluster.
+    fn geometry(&self) -> Geometry;
+
+    /// The store that [`Extent::Data`] offsets refer to.
+    fn store(&self) -> &Self::Store;
+
+    /// The first extent of the guest range `guest .. guest + len`, at most `len` long and never
+    /// empty. May read table pages. `len` is not 0 and the range is inside the virtual size.
+    async fn map(&self, guest: u64, len: u64) -> Result<Extent>;
+
+    /// Takes a free file cluster that reads as zeros. Fails with `NoSpace` when the storage is
+    /// full and with `Pending` when a sync must come first.
+    async fn reserve(&self) -> Result<Self::Reservation>;
+
+    /// Makes `cluster` point at the reserved cluster, whose data was written successfully.
+    /// Returns once a later [`Layer::map`] sees it and a successor process would too.
+    fn publish(&self, cluster: VirtCluster, reserved: Self::Reservation, below: Below);
+
+    /// Forgets the mapping of `cluster`, which then reads from below. Its space is reused only
+    /// after a sync. Fails with `Pending` when a sync must come first. The caller knows that
+    /// nothing is in flight on the cluster.
+    fn release(&self, cluster: VirtCluster) -> Result<()>;
+
+    /// Makes everything answered before the call durable: data, barrier, index, barrier. Only
+    /// one sync runs at a time; the caller sees to that. `NoSpace` may be retried; any other
+    /// error is final.
+    async fn sync(&self) -> Result<()>;
+
+    /// Syncs, gives unused space back and marks the image clean. Nothing is called afterwards.
+    async fn close(&self) -> Result<()>;
+}

@@ -1,0 +1,20 @@
+//! Every bound that an image must respect, each with its reason.
+
+/// Smallest cluster: 64 sectors (ploop's own lower limit).
+pub const CLUSTER_MIN: u64 = 32 << 10;
+/// Largest cluster: 131072 sectors (ploop's own upper limit).
+pub const CLUSTER_MAX: u64 = 64 << 20;
+/// Images in one stack: ploop refuses the next snapshot above this (wiki: 126 snapshots).
+pub const DEPTH_MAX: usize = 127;
+/// Bytes of a descriptor that are read at all: 127 images and shots need less than 100 KiB.
+pub const DESCRIPTOR_MAX: u64 = 4 << 20;
+/// Largest virtual size in clusters: one below ploop's in-memory "none" mark 0xFFFFFFFF.
+pub const BAT_ENTRIES_MAX: u64 = 0xFFFF_FFFE;
+/// Largest v1 size in sectors: the header field is 32 bits wide.
+pub const V1_SECTORS_MAX: u64 = 0xFFFF_FFFF;
+/// Table bytes read or written in one step, and the unit of the table cache.
+pub const PAGE: u64 = 4096;
+/// Clean table pages kept in memory per image: 256 pages answer for 16 GiB at 64 KiB clusters.
+pub const PAGES_CACHED: usize = 256;
+/// Largest transfer a guest may ask for at once (the NBD promise, and FUSE's maximum is below it).
+pub const TRANSFER_MAX: u64 = 32 << 20;

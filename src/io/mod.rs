@@ -1,0 +1,2 @@
+//! Real storage and the executor that drives it.
+pub mod exec;

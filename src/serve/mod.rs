@@ -1,0 +1,1 @@
+//! Transports: how a kernel or a client reaches a device.
