@@ -11,6 +11,7 @@ use crate::stack::{AnyLayer, Segment, Stack};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
@@ -131,7 +132,8 @@ impl<S: Store> Disk<S> {
             parts.push((host, data.slice(done..done + len as usize)));
             done += len as usize;
         }
-        let durable = fua && self.is_durable(at, data.len() as u64);
+        let durable = fua
+            && (planted::is(Bug::FuaIgnoresIndex) || self.is_durable(at, data.len() as u64));
         let reach = if durable { Reach::Durable } else { Reach::Cache };
         let store = self.stack.top().store();
         all(parts.into_iter().map(|(host, bytes)| store.write_at(host, bytes, reach))).await?;
@@ -144,7 +146,11 @@ impl<S: Store> Disk<S> {
 
     /// Writes with the clusters to itself: new clusters, and blocks written in part.
     async fn write_exclusive(&self, at: u64, data: &Bytes) -> Result<()> {
-        let _exclusive = self.admit(at, data.len() as u64, Mode::Exclusive).await;
+        let mode = match planted::is(Bug::CopyUpUnderShared) {
+            true => Mode::Shared,
+            false => Mode::Exclusive,
+        };
+        let _exclusive = self.admit(at, data.len() as u64, mode).await;
         let mut old = Vec::new();
         let mut new = Vec::new();
         let mut done = 0;
@@ -229,7 +235,10 @@ impl<S: Store> Disk<S> {
         let whole = size.within(guest) == 0 && guest + len == end;
         let top = self.stack.top();
         let releasable = whole && how != Wipe::Keep && top.allocates();
-        if releasable && self.stack.reads_zero(guest, end, self.stack.depth() - 1).await? {
+        if releasable
+            && (planted::is(Bug::DiscardExposesParent)
+                || self.stack.reads_zero(guest, end, self.stack.depth() - 1).await?)
+        {
             let cluster = VirtCluster(self.table_index(guest)?);
             self.with_room(|| top.release(cluster)).await?;
             return Ok(len);

@@ -7,6 +7,7 @@ use super::header::Header;
 use super::index::{Index, Lookup};
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::store::{Space, Store};
 use crate::units::{HostCluster, VirtCluster};
 use crate::{Error, Kind, Result};
@@ -73,6 +74,7 @@ impl Drop for Reserved {
         let mut index = lock(&self.index);
         index.return_slot(self.slot);
         match self.state {
+            _ if planted::is(Bug::ReuseQuarantined) => index.alloc.give_back(self.cluster.0),
             State::Untouched => index.alloc.give_back(self.cluster.0),
             _ => index.alloc.quarantine(self.cluster.0),
         }
@@ -196,6 +198,10 @@ impl<S: Store> Ploop<S> {
         let size = self.header.cluster;
         for (i, range) in ranges.iter().enumerate() {
             let len = size.start(range.end).saturating_sub(size.start(range.start));
+            if planted::is(Bug::FreshForReused) {
+                lock(&self.index).alloc.now_fresh([range.clone()]);
+                continue;
+            }
             if let Err(e) = self.store.punch(size.start(range.start), len, Space::Free).await {
                 lock(&self.index).alloc.dirty_again(ranges.get(i..).unwrap_or_default());
                 return Err(e);
@@ -218,7 +224,9 @@ impl<S: Store> Ploop<S> {
             let new_end = end.saturating_add(step);
             match self.store.set_len(size.start(new_end)).await {
                 Ok(()) => {
-                    self.barrier().await?;
+                    if !planted::is(Bug::FreshWithoutDurableLength) {
+                        self.barrier().await?;
+                    }
                     lock(&self.index).alloc.extended(new_end);
                     return Ok(());
                 }

@@ -11,6 +11,7 @@ use super::alloc::Alloc;
 use super::header::Header;
 use crate::ledger::Ledger;
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::units::{HostCluster, VirtCluster};
 use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
@@ -178,7 +179,9 @@ impl Index {
             }
             None => spare,
         };
-        self.ledger.put(slot, cluster, to.0);
+        if !planted::is(Bug::LedgerAfterAnswer) {
+            self.ledger.put(slot, cluster, to.0);
+        }
         self.pending.insert(cluster.0, Entry { to: Some(to), slot, fresh });
     }
 
@@ -190,7 +193,11 @@ impl Index {
         };
         self.ledger.put(slot, cluster, 0);
         self.pending.insert(cluster.0, Entry { to: None, slot, fresh: true });
-        self.freed.push(from.0);
+        if planted::is(Bug::FreeReusableBeforeSync) {
+            self.alloc.free(&[from.0]);
+        } else {
+            self.freed.push(from.0);
+        }
         Ok(())
     }
 
@@ -227,7 +234,9 @@ impl Index {
         let per_page = (limits::PAGE / 4) as u32;
         let first = page.saturating_mul(per_page).saturating_sub(16);
         let last = page.saturating_add(1).saturating_mul(per_page).saturating_sub(16);
-        for (n, entry) in self.frozen.entries.range(first..last) {
+        let later = planted::is(Bug::LaterEntriesInPageImage).then(|| self.pending.range(first..last));
+        let frozen = self.frozen.entries.range(first..last);
+        for (n, entry) in frozen.chain(later.into_iter().flatten()) {
             let raw = match entry.to {
                 None => 0,
                 Some(to) => self
@@ -256,6 +265,9 @@ impl Index {
             }
         }
         self.alloc.free(&frozen.freed);
+        if planted::is(Bug::FreeReusableAtPassEnd) {
+            self.alloc.free(&std::mem::take(&mut self.freed));
+        }
         self.epoch = self.epoch.wrapping_add(1);
     }
 

@@ -19,6 +19,7 @@ use super::image::{Ploop, lock};
 use super::index::{Index, raw_entry};
 use crate::layer::Layer;
 use crate::ledger::Ledger;
+use crate::planted::{self, Bug};
 use crate::store::Store;
 use crate::update::Update;
 use crate::{Error, Kind, Result, limits};
@@ -69,6 +70,10 @@ impl<S: Store> Ploop<S> {
         let mut image = Self::assemble(store, header, alloc, ledger, true);
         if poisoned {
             return Ok(image);
+        }
+        if planted::is(Bug::CutBeforeOverlay) {
+            let used = image.used_clusters().await?;
+            image.start(used).await?;
         }
         if inherited {
             image.pass_inherited().await?;
@@ -189,7 +194,9 @@ impl<S: Store> Ploop<S> {
         if !self.writable {
             return Ok(());
         }
-        self.sync().await?;
+        if !planted::is(Bug::CleanMarkBeforeSync) {
+            self.sync().await?;
+        }
         let (end, blank) = {
             let index = lock(&self.index);
             let end = index.alloc.used_end();
@@ -211,7 +218,8 @@ impl<S: Store> Ploop<S> {
             .write(0, page.freeze())
             .barrier()
             .apply(&self.store)
-            .await
+            .await?;
+        if planted::is(Bug::CleanMarkBeforeSync) { self.sync().await } else { Ok(()) }
     }
 }
 

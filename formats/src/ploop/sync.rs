@@ -13,6 +13,7 @@
 
 use super::image::{Ploop, lock};
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::store::Store;
 use crate::update::Update;
 use crate::{Kind, Result};
@@ -58,7 +59,7 @@ impl<S: Store> Ploop<S> {
         };
         let images = self.images(&pages).await?;
         let mut update = Update::new();
-        if data_first {
+        if data_first && !planted::is(Bug::IndexBeforeData) {
             update = update.barrier();
         }
         for (at, data) in runs(&images) {
