@@ -199,11 +199,12 @@ impl<S: Store> Ploop<S> {
         for (i, range) in ranges.iter().enumerate() {
             let len = size.start(range.end).saturating_sub(size.start(range.start));
             if planted::is(Bug::FreshForReused) {
-                lock(&self.index).alloc.now_fresh([range.clone()]);
+                lock(&self.index).alloc.now_fresh(range.clone().collect());
                 continue;
             }
             if let Err(e) = self.store.punch(size.start(range.start), len, Space::Free).await {
-                lock(&self.index).alloc.dirty_again(ranges.get(i..).unwrap_or_default());
+                let left = ranges.iter().skip(i).cloned().flatten();
+                lock(&self.index).alloc.dirty_again(left);
                 return Err(e);
             }
             lock(&self.index).alloc.punched(range.clone());

@@ -39,7 +39,7 @@ impl<S: Store> Ploop<S> {
             }
             Err(e) => {
                 index.pass_undone();
-                index.alloc.dirty_again(&punched);
+                index.alloc.dirty_again(punched);
                 if e.kind() != Kind::NoSpace {
                     index.ledger.poison();
                 }
