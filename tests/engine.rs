@@ -30,10 +30,16 @@ fn blank(version: Version) -> MemStore {
     let store = MemStore::new(0);
     let header = Header::new(version, SIZE, ClusterSize::new(CLUSTER).unwrap()).unwrap();
     now(async {
-        store.set_len(header.cluster.start(header.data_start)).await.unwrap();
+        store
+            .set_len(header.cluster.start(header.data_start))
+            .await
+            .unwrap();
         let mut page = buf::aligned(4096);
         page[..64].copy_from_slice(&header.encode());
-        store.write_at(0, page.freeze(), Reach::Cache).await.unwrap();
+        store
+            .write_at(0, page.freeze(), Reach::Cache)
+            .await
+            .unwrap();
     });
     store
 }
@@ -44,7 +50,9 @@ fn open(stores: &[MemStore]) -> Disk<MemStore> {
         .iter()
         .map(|s| AnyLayer::Ploop(now(Ploop::open_read(s.clone())).unwrap()))
         .collect();
-    layers.push(AnyLayer::Ploop(now(Ploop::open_write(top.clone(), Ledger::local())).unwrap()));
+    layers.push(AnyLayer::Ploop(
+        now(Ploop::open_write(top.clone(), Ledger::local())).unwrap(),
+    ));
     Disk::new(layers, false).unwrap()
 }
 
@@ -84,7 +92,10 @@ fn step(disk: &Disk<MemStore>, model: &mut [u8], rng: &mut Rng, unit: u64) {
             now(disk.discard(at, len)).unwrap();
             let after = read(disk, at, len as usize);
             for (now, old) in after.iter().zip(&mut model[range]) {
-                assert!(*now == *old || *now == 0, "a discard shows neither old bytes nor zeros");
+                assert!(
+                    *now == *old || *now == 0,
+                    "a discard shows neither old bytes nor zeros"
+                );
                 *old = *now;
             }
         }
@@ -96,7 +107,11 @@ fn step(disk: &Disk<MemStore>, model: &mut [u8], rng: &mut Rng, unit: u64) {
 #[test]
 fn a_stack_is_a_flat_disk_whatever_is_done_to_it() {
     for seed in 1..=60u64 {
-        let version = if seed % 2 == 0 { Version::V1 } else { Version::V2 };
+        let version = if seed % 2 == 0 {
+            Version::V1
+        } else {
+            Version::V2
+        };
         let unit = if seed % 3 == 0 { 100 } else { 512 };
         let unit = if SIZE % unit == 0 { unit } else { 96 };
         let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -111,7 +126,11 @@ fn a_stack_is_a_flat_disk_whatever_is_done_to_it() {
                 now(disk.close()).unwrap();
             }
             let disk = open(&stores);
-            assert_eq!(&read(&disk, 0, SIZE as usize)[..], &model[..], "seed {seed} depth {depth}");
+            assert_eq!(
+                &read(&disk, 0, SIZE as usize)[..],
+                &model[..],
+                "seed {seed} depth {depth}"
+            );
             now(disk.close()).unwrap();
             stores.push(blank(version));
         }
@@ -132,7 +151,11 @@ fn steady_overwrite_does_not_grow_the_file() {
         assert_eq!(store.info().len, len);
     }
     now(disk.close()).unwrap();
-    assert_eq!(store.info().len, CLUSTER + SIZE, "a clean close leaves no unused tail");
+    assert_eq!(
+        store.info().len,
+        CLUSTER + SIZE,
+        "a clean close leaves no unused tail"
+    );
 }
 
 #[test]
@@ -151,4 +174,14 @@ fn discarded_space_is_used_again_and_reads_as_zeros() {
     }
     now(disk.close()).unwrap();
     assert_eq!(store.info().len, 2 * CLUSTER, "one cluster of data is left");
+}
+
+#[test]
+#[should_panic(expected = "inside header and table")]
+fn no_guest_write_reaches_header_or_table() {
+    let store = blank(Version::V2);
+    let disk = open(std::slice::from_ref(&store));
+    let _ = now(disk
+        .stack()
+        .write_data(CLUSTER - 512, Bytes::from(vec![1u8; 512]), Reach::Cache));
 }
