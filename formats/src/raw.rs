@@ -10,6 +10,8 @@ use crate::{Error, Result};
 pub struct Raw<S> {
     store: S,
     geometry: Geometry,
+    /// Nothing is ever pending here; it remembers a failed flush. None: read-only.
+    ledger: Option<Ledger>,
 }
 
 /// Nothing is ever reserved in a raw image.
@@ -26,8 +28,17 @@ impl Reservation for Never {
 }
 
 impl<S: Store> Raw<S> {
-    /// A raw image over a whole store; a partial last sector is not part of it.
-    pub fn new(store: S, cluster: ClusterSize) -> Result<Self> {
+    /// A raw image for reading: the whole store but for a partial last sector.
+    pub fn open_read(store: S, cluster: ClusterSize) -> Result<Self> {
+        Self::open(store, cluster, None)
+    }
+
+    /// A raw image for writing. The ledger keeps a failed flush across workers.
+    pub fn open_write(store: S, cluster: ClusterSize, ledger: Ledger) -> Result<Self> {
+        Self::open(store, cluster, Some(ledger))
+    }
+
+    fn open(store: S, cluster: ClusterSize, ledger: Option<Ledger>) -> Result<Self> {
         let size = floor_to(store.info().len, SECTOR);
         if size == 0 {
             return Err(Error::damaged("a raw image of less than one sector"));
