@@ -1,9 +1,10 @@
 //! Raw: the identity layer. Guest offset is file offset; only ever the lowest layer.
 
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
+use crate::ledger::Ledger;
 use crate::store::Store;
 use crate::units::{ClusterSize, SECTOR, VirtCluster, floor_to};
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// A raw image. Its cluster size comes from outside and only says how requests are cut.
 #[derive(Debug)]
@@ -46,7 +47,25 @@ impl<S: Store> Raw<S> {
         Ok(Self {
             store,
             geometry: Geometry { size, cluster },
+            ledger,
         })
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let Some(ledger) = &self.ledger else {
+            return Err(Error::new(
+                Kind::ReadOnly,
+                "this raw image is open read-only",
+            ));
+        };
+        if ledger.is_poisoned() {
+            return Err(Error::poisoned());
+        }
+        self.store
+            .flush()
+            .await
+            .map_err(Error::into_final)
+            .inspect_err(|_| ledger.poison())
     }
 }
 
@@ -83,10 +102,10 @@ impl<S: Store> Layer for Raw<S> {
     }
 
     async fn sync(&self) -> Result<()> {
-        self.store.flush().await
+        self.flush().await
     }
 
     async fn close(&self) -> Result<()> {
-        self.store.flush().await
+        self.flush().await
     }
 }
