@@ -185,9 +185,10 @@ impl Survey {
     /// ploop sets the flag on preallocated images too, so a full table is no contradiction.
     fn look_at_empty_flag(&mut self) {
         let (used, entries) = (self.judge.used.len(), u64::from(self.header.entries));
-        let text = match (self.header.flags & FLAG_EMPTY != 0, used) {
-            (false, 0) => "the Empty flag is not set on a blank image".into(),
-            (true, used) if used > 0 && used < entries => {
+        let blank = used == 0 && self.cleared == 0 && self.moved == 0;
+        let text = match (self.header.flags & FLAG_EMPTY != 0, blank) {
+            (false, true) => "the Empty flag is not set on a blank image".into(),
+            (true, false) if used < entries => {
                 format!("the Empty flag is set on an image with {used} clusters in use")
             }
             _ => return,
