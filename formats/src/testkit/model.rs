@@ -10,6 +10,8 @@ use crate::units::SECTOR;
 use std::ops::Range;
 
 const NEVER: u64 = u64::MAX;
+/// The value of a sector that was torn by an earlier power cut.
+const TORN: Value = Value::MAX;
 
 #[derive(Debug, Clone, Copy)]
 struct Write {
@@ -240,11 +242,11 @@ impl Model {
     }
 
     /// The disk after a crash and a recovery in which `bytes` were read: they are durable now.
-    /// Torn sectors, which only a request in flight excuses, get the value `torn`.
-    pub fn recovered(bytes: &[u8], torn: impl Fn(usize) -> Value) -> Self {
+    /// A torn sector, which was judged before, stays torn until it is written.
+    pub fn recovered(bytes: &[u8]) -> Self {
         let value = |(n, bytes): (usize, &[u8])| match stamp::look(bytes, n as u64) {
             Seen::Value(value) => value,
-            _ => torn(n),
+            _ => TORN,
         };
         Self::new(bytes.chunks_exact(SECTOR as usize).enumerate().map(value))
     }
