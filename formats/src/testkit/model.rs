@@ -214,6 +214,7 @@ impl Model {
         legal: impl Fn(&Sector) -> Vec<Write>,
         crashed: bool,
     ) -> Result<(), String> {
+        let tears = |w: &Write| crashed && w.answered == NEVER && w.value != ZERO;
         for (n, bytes) in sectors.zip(bytes.chunks_exact(SECTOR as usize)) {
             let sector = &self.sectors[n];
             let seen = stamp::look(bytes, n as u64);
@@ -226,9 +227,7 @@ impl Model {
             let fine = match &seen {
                 Seen::Value(value) => legal.iter().any(|w| w.value == *value),
                 // Only a sector that is being written when the power goes can be torn.
-                Seen::Garbage => {
-                    crashed && legal.iter().any(|w| w.answered == NEVER && w.value != ZERO)
-                }
+                Seen::Garbage => legal.iter().any(|w| w.value == TORN || tears(w)),
                 _ => false,
             };
             if !fine {
