@@ -63,9 +63,15 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     let host = reserved.host();
     reserved.submitted();
     if let Piece::Zero { keep: true, .. } = piece {
-        top.store().punch(host, geometry.cluster.bytes(), Space::Keep).await?;
+        stack
+            .punch_data(host, geometry.cluster.bytes(), Space::Keep)
+            .await?;
     }
-    let below = if lower_zero || only_zeros { Below::Zeros } else { Below::Data };
+    let below = if lower_zero || only_zeros {
+        Below::Zeros
+    } else {
+        Below::Data
+    };
     let mut reserved = Some(reserved);
     if planted::is(Bug::PublishBeforeData) {
         publish(top, cluster, reserved.take(), below);
@@ -74,7 +80,9 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     while at < end {
         let to = (at + STEP).min(end);
         if let Some((from, bytes)) = assemble(stack, &piece, at, to, lower_zero).await? {
-            top.store().write_at(host + (from - start), bytes, Reach::Cache).await?;
+            stack
+                .write_data(host + (from - start), bytes, Reach::Cache)
+                .await?;
         }
         at = to;
     }

@@ -25,7 +25,10 @@ struct Last {
 impl Flush {
     /// Returns when a pass that began after this call ended, with its outcome; runs `pass` when
     /// nobody else does.
-    pub async fn join<F: Future<Output = Result<()>>>(&self, pass: impl FnOnce() -> F) -> Result<()> {
+    pub async fn join<F: Future<Output = Result<()>>>(
+        &self,
+        pass: impl FnOnce() -> F,
+    ) -> Result<()> {
         let joins_any = planted::is(Bug::FlushJoinsFrozenPass) && self.one.try_lock().is_err();
         let wanted = self.last().begun + u64::from(!joins_any);
         let _one = self.one.lock().await;

@@ -133,7 +133,10 @@ impl Alloc {
     pub(super) fn used_end(&self) -> u32 {
         let free = (&self.dirty | &self.quarantined) | (&self.fresh | &self.punched);
         let mut end = self.end;
-        while let Some(last) = end.checked_sub(1).filter(|c| *c >= self.start && free.contains(*c)) {
+        while let Some(last) = end
+            .checked_sub(1)
+            .filter(|c| *c >= self.start && free.contains(*c))
+        {
             end = last;
         }
         end

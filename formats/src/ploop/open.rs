@@ -11,9 +11,12 @@
 //!    appended from now on has never been written.
 //! 4. The header says in-use, durably, before anything else is written.
 //!
-//! Closing: pass, cut to the last used cluster and header clean, barrier.
+//! Closing: pass, cut to the last used cluster and header clean, barrier. Features of the format
+//! extension that ask for it are kept, durable before the header that names them; the others,
+//! dirty bitmaps too, would no longer tell the truth and are dropped when writing begins.
 
 use super::alloc::Alloc;
+use super::extension::{self, Extension};
 use super::header::{CLOSED_V21, FLAG_CONVERTING, FLAG_EMPTY, HEADER_LEN, Header, IN_USE};
 use super::image::{Ploop, lock};
 use super::index::{Index, raw_entry};
@@ -21,9 +24,10 @@ use crate::layer::Layer;
 use crate::ledger::Ledger;
 use crate::planted::{self, Bug};
 use crate::store::Store;
+use crate::units::{SECTOR, floor_to};
 use crate::update::Update;
 use crate::{Error, Kind, Result, limits};
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use roaring::RoaringBitmap;
 use std::sync::{Arc, Mutex};
 
@@ -34,13 +38,20 @@ const SCAN_STEP: u64 = 256 << 10;
 pub(super) async fn read_header<S: Store>(store: &S) -> Result<Header> {
     let info = store.info();
     if info.align > limits::PAGE {
-        return Err(Error::unsupported(format!("storage blocks of {} bytes", info.align)));
+        return Err(Error::unsupported(format!(
+            "storage blocks of {} bytes",
+            info.align
+        )));
     }
     let len = info.len.min(limits::PAGE);
     if len < limits::PAGE {
-        return Err(Error::damaged(format!("{len} bytes are too few for a ploop image")));
+        return Err(Error::damaged(format!(
+            "{len} bytes are too few for a ploop image"
+        )));
     }
-    let page = store.read_at(0, crate::buf::aligned(limits::PAGE as usize)).await?;
+    let page = store
+        .read_at(0, crate::buf::aligned(limits::PAGE as usize))
+        .await?;
     Header::parse(&page)
 }
 
@@ -49,6 +60,9 @@ impl<S: Store> Ploop<S> {
     /// judged when they are used.
     pub async fn open_read(store: S) -> Result<Self> {
         let header = read_header(&store).await?;
+        if let Ok(extension) = read_extension(&store, &header).await {
+            extension.refuse_unknown()?;
+        }
         let end = header.cluster.count(store.info().len);
         let alloc = Alloc::unknown(header.data_start, clip(end));
         let ledger = Ledger::new(Arc::new(crate::ledger::LocalWords::new(1)));
@@ -60,14 +74,19 @@ impl<S: Store> Ploop<S> {
     pub async fn open_write(store: S, ledger: Ledger) -> Result<Self> {
         let header = read_header(&store).await?;
         judge_header(&header, store.info().len)?;
+        let extension = read_extension(&store, &header).await.map_err(refuse)?;
+        extension.refuse_unknown()?;
         let inherited = ledger.entries().next().is_some();
         if inherited && header.in_use != IN_USE {
-            return Err(Error::damaged("answered writes are pending for an image that is closed"));
+            return Err(Error::damaged(
+                "answered writes are pending for an image that is closed",
+            ));
         }
         let end = clip(header.cluster.count(store.info().len));
         let poisoned = ledger.is_poisoned();
         let alloc = Alloc::unknown(header.data_start, end);
         let mut image = Self::assemble(store, header, alloc, ledger, true);
+        image.kept.features = extension.transit().cloned().collect();
         if poisoned {
             return Ok(image);
         }
@@ -85,48 +104,84 @@ impl<S: Store> Ploop<S> {
 
     fn assemble(store: S, header: Header, alloc: Alloc, ledger: Ledger, writable: bool) -> Self {
         let index = Arc::new(Mutex::new(Index::new(header, alloc, ledger)));
-        Self { store, header, index, writable, supply: tokio::sync::Mutex::new(()) }
+        Self {
+            store,
+            header,
+            index,
+            writable,
+            kept: Extension {
+                features: Vec::new(),
+            },
+            supply: tokio::sync::Mutex::new(()),
+        }
     }
 
     /// Makes a dead predecessor's answers durable. Freed space is not returned yet: the free
     /// clusters are not known.
     async fn pass_inherited(&self) -> Result<()> {
-        self.pass().await.map_err(|e| e.at("recovering what the last worker had answered"))
+        self.pass()
+            .await
+            .map_err(|e| e.at("recovering what the last worker had answered"))
     }
 
     /// Steps 3 and 4: a known end, free clusters, and the in-use mark.
     async fn start(&mut self, used: RoaringBitmap) -> Result<()> {
         let size = self.header.cluster;
         let len = self.store.info().len;
-        let last = used.max().map_or(self.header.data_start, |c| c.saturating_add(1));
+        let last = used
+            .max()
+            .map_or(self.header.data_start, |c| c.saturating_add(1));
         let clean = self.header.in_use != IN_USE && size.within(len) == 0;
         let end = if clean { clip(size.count(len)) } else { last };
         if size.start(end) != len {
             let cut = Update::new().len(size.start(end)).barrier();
-            cut.apply(&self.store).await.map_err(|e| e.at("cutting an unclean end"))?;
+            cut.apply(&self.store)
+                .await
+                .map_err(|e| e.at("cutting an unclean end"))?;
         }
         lock(&self.index).alloc = Alloc::new(self.header.data_start, end, &used);
         self.header.in_use = IN_USE;
         self.header.flags &= !FLAG_EMPTY;
         self.header.extension = 0;
-        self.write_header(Update::new()).await
+        self.write_header().await
     }
 
-    /// Writes the header, as the last write of `update`, and a barrier.
-    async fn write_header(&self, update: Update) -> Result<()> {
-        let durable = self.read_page(0).await?;
-        let mut page: BytesMut = crate::buf::aligned(durable.len());
-        page.copy_from_slice(&durable);
-        if let Some(head) = page.get_mut(..HEADER_LEN as usize) {
-            head.copy_from_slice(&self.header.encode());
-        }
-        let page = page.freeze();
-        update.write(0, page.clone()).barrier().apply(&self.store).await?;
+    /// Writes the header and a barrier.
+    async fn write_header(&self) -> Result<()> {
+        let page = self.first_page(&self.header).await?;
+        Update::new()
+            .write(0, page.clone())
+            .barrier()
+            .apply(&self.store)
+            .await?;
         let mut index = lock(&self.index);
         index.header = self.header;
         let epoch = index.epoch();
         index.keep_page(0, epoch, page);
         Ok(())
+    }
+
+    /// The first table page with `header` in it.
+    async fn first_page(&self, header: &Header) -> Result<Bytes> {
+        let durable = self.read_page(0).await?;
+        let mut page: BytesMut = crate::buf::aligned(durable.len());
+        page.copy_from_slice(&durable);
+        if let Some(head) = page.get_mut(..HEADER_LEN as usize) {
+            head.copy_from_slice(&header.encode());
+        }
+        Ok(page.freeze())
+    }
+
+    /// The extension cluster of features that outlive a writer who does not know them, if any and
+    /// if the format can name the cluster that it would be.
+    fn kept_cluster(&self, at: u32) -> Result<Option<Bytes>> {
+        if self.kept.features.is_empty() || at >= self.last_cluster() {
+            return Ok(None);
+        }
+        let bytes = self.kept.build(self.header.cluster)?;
+        let mut cluster = crate::buf::aligned(bytes.len());
+        cluster.copy_from_slice(&bytes);
+        Ok(Some(cluster.freeze()))
     }
 
     /// Every file cluster that the table names; the whole table is judged on the way.
@@ -138,16 +193,19 @@ impl<S: Store> Ploop<S> {
         let mut at = 0u64;
         while at < table_end {
             let (data, until) = self.store.extent(at).await?;
-            let hole_end = until / limits::PAGE * limits::PAGE;
+            let hole_end = floor_to(until, limits::PAGE);
             if !data && hole_end > at {
                 at = hole_end;
                 continue;
             }
-            let step = SCAN_STEP.min(len.saturating_sub(at)) / limits::PAGE * limits::PAGE;
+            let step = floor_to(SCAN_STEP.min(len.saturating_sub(at)), limits::PAGE);
             if step == 0 {
                 break;
             }
-            let buf = self.store.read_at(at, crate::buf::aligned(step as usize)).await?;
+            let buf = self
+                .store
+                .read_at(at, crate::buf::aligned(step as usize))
+                .await?;
             self.judge_entries(at, &buf, &mut used)?;
             at = at.saturating_add(step);
         }
@@ -168,7 +226,10 @@ impl<S: Store> Ploop<S> {
             }
             let raw = raw_entry(bytes, byte);
             let place = || format!("BAT entry {n} (offset {offset:#x})");
-            let Some(to) = header.entry_to_cluster(raw).map_err(|e| refuse(e.at(place())))? else {
+            let Some(to) = header
+                .entry_to_cluster(raw)
+                .map_err(|e| refuse(e.at(place())))?
+            else {
                 continue;
             };
             if u64::from(to.0) >= end {
@@ -202,31 +263,51 @@ impl<S: Store> Ploop<S> {
             let end = index.alloc.used_end();
             (end, end == self.header.data_start)
         };
-        let clean = Header {
+        let size = self.header.cluster;
+        let mut clean = Header {
             in_use: 0,
             flags: self.header.flags & !FLAG_EMPTY | if blank { FLAG_EMPTY } else { 0 },
             ..self.header
         };
-        let durable = self.read_page(0).await?;
-        let mut page: BytesMut = crate::buf::aligned(durable.len());
-        page.copy_from_slice(&durable);
-        if let Some(head) = page.get_mut(..HEADER_LEN as usize) {
-            head.copy_from_slice(&clean.encode());
+        let mut update = Update::new();
+        match self.kept_cluster(end)? {
+            None => update = update.len(size.start(end)),
+            Some(bytes) => {
+                clean.in_use = CLOSED_V21;
+                clean.extension = size.start(end) / SECTOR;
+                update = update
+                    .len(size.start(end.saturating_add(1)))
+                    .write(size.start(end), bytes)
+                    .barrier();
+            }
         }
-        Update::new()
-            .len(self.header.cluster.start(end))
-            .write(0, page.freeze())
-            .barrier()
-            .apply(&self.store)
-            .await?;
-        if planted::is(Bug::CleanMarkBeforeSync) { self.sync().await } else { Ok(()) }
+        let page = self.first_page(&clean).await?;
+        update.write(0, page).barrier().apply(&self.store).await?;
+        if planted::is(Bug::CleanMarkBeforeSync) {
+            self.sync().await
+        } else {
+            Ok(())
+        }
     }
+}
+
+/// The format extension, empty when there is none to be trusted.
+pub(super) async fn read_extension<S: Store>(store: &S, header: &Header) -> Result<Extension> {
+    let Some(at) = extension::offset(header, store.info().len)? else {
+        return Ok(Extension {
+            features: Vec::new(),
+        });
+    };
+    let cluster = crate::buf::aligned(header.cluster.bytes() as usize);
+    Extension::parse(&store.read_at(at, cluster).await?)
 }
 
 /// What must hold before an image is opened for writing.
 fn judge_header(header: &Header, len: u64) -> Result<()> {
     if header.flags & FLAG_CONVERTING != 0 {
-        return Err(refuse(Error::damaged("offset 0x34: a format conversion was interrupted")));
+        return Err(refuse(Error::damaged(
+            "offset 0x34: a format conversion was interrupted",
+        )));
     }
     if !header.covers_size() {
         return Err(refuse(Error::damaged(format!(
@@ -241,14 +322,19 @@ fn judge_header(header: &Header, len: u64) -> Result<()> {
         ))));
     }
     if !matches!(header.in_use, 0 | IN_USE | CLOSED_V21) {
-        return Err(refuse(Error::damaged(format!("offset 0x2C: in-use mark {:#x}", header.in_use))));
+        return Err(refuse(Error::damaged(format!(
+            "offset 0x2C: in-use mark {:#x}",
+            header.in_use
+        ))));
     }
     Ok(())
 }
 
 /// Says what a refused image needs.
 fn refuse(e: Error) -> Error {
-    debug_assert_eq!(e.kind(), Kind::Damaged);
+    if e.kind() != Kind::Damaged {
+        return e;
+    }
     Error::damaged(format!("{e}; not opened for writing: run check --repair"))
 }
 
