@@ -4,6 +4,7 @@
 //! The shapes are those of the Parallels product of 2014 (v1 and v2, four clusters of 64 KiB in a
 //! disk of 2 MiB), of a hand-made image with zeros for its geometry, data offset and half of its
 //! table, and of a disk of 64 GiB that ploop 7 closed with a dirty bitmap.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::ledger::Ledger;
