@@ -305,9 +305,8 @@ async fn take<D: Device + 'static>(
 /// Bytes that follow the header.
 fn payload_len<D: Device>(desk: &Desk<D>, request: &Request) -> Result<u64, End> {
     match request.payload(desk.terms.style) {
-        Some(len) if len <= limits::PAYLOAD_MAX => Ok(len),
-        Some(len) => Err(End::Violation(format!("a payload of {len} bytes"))),
-        None => Err(End::Violation("an extended write without its payload flag".into())),
+        len if len <= limits::PAYLOAD_MAX => Ok(len),
+        len => Err(End::Violation(format!("a payload of {len} bytes"))),
     }
 }
 
