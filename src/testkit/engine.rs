@@ -149,7 +149,7 @@ impl Subject for Engine {
         let mut layers = Vec::new();
         for (n, store) in chain.stores.into_iter().enumerate() {
             layers.push(if chain.raw_base && n == 0 {
-                AnyLayer::Raw(Raw::new(store, top.geometry().cluster)?)
+                AnyLayer::Raw(Raw::open_read(store, top.geometry().cluster)?)
             } else {
                 AnyLayer::Ploop(Ploop::open_read(store).await?)
             });
