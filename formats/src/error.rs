@@ -88,7 +88,11 @@ pub struct Error {
 impl Error {
     /// An error with a sentence for people.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self {
+            kind,
+            message: message.into(),
+            source: None,
+        }
     }
 
     /// The image breaks a format rule; say where and which.
@@ -106,6 +110,14 @@ impl Error {
         Self::new(Kind::Unsupported, message)
     }
 
+    /// An earlier flush failed.
+    pub fn poisoned() -> Self {
+        Self::new(
+            Kind::Poisoned,
+            "an earlier flush failed: detach the disk and check it",
+        )
+    }
+
     /// Puts the place (a file, an operation) in front of the message.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {
@@ -118,10 +130,24 @@ impl Error {
         self.kind
     }
 
+    /// Makes a failure that must not be retried: whatever a failed flush says, what it covered
+    /// may be lost.
+    #[must_use]
+    pub fn into_final(mut self) -> Self {
+        if self.kind == Kind::NoSpace {
+            self.kind = Kind::Io;
+        }
+        self
+    }
+
     /// A copy for a second waiter of the same failed work; the cause stays with the first.
     #[must_use]
     pub fn duplicate(&self) -> Self {
-        Self { kind: self.kind, message: self.to_string(), source: None }
+        Self {
+            kind: self.kind,
+            message: self.to_string(),
+            source: None,
+        }
     }
 }
 
@@ -156,6 +182,10 @@ impl From<std::io::Error> for Error {
             E::ResourceBusy | E::WouldBlock | E::ExecutableFileBusy => Kind::Busy,
             _ => Kind::Io,
         };
-        Self { kind, message: "system call failed".into(), source: Some(Box::new(source)) }
+        Self {
+            kind,
+            message: "system call failed".into(),
+            source: Some(Box::new(source)),
+        }
     }
 }

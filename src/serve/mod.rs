@@ -1,1 +1,3 @@
 //! Transports: how a kernel or a client reaches a device.
+pub mod fuse;
+pub mod loopdev;
