@@ -306,7 +306,10 @@ fn run(options: &Options, work: Work, server: &Competitor) -> Run {
     let said = ok_within(&mut fio, Duration::from_secs(options.seconds + 60));
     let (after, server_after, took) = (Machine::now(), tree_ticks(server.pid), start.elapsed());
     // The engine greets on standard output, before fio's report.
-    let json = said.find('{').and_then(|at| said.get(at..)).unwrap_or(&said);
+    let json = said
+        .find('{')
+        .and_then(|at| said.get(at..))
+        .unwrap_or(&said);
     let report: Value = serde_json::from_str(json).expect("fio prints JSON");
     let side = &report["jobs"][0][if work.write { "write" } else { "read" }];
     let served = (server_after - server_before) as f64;
@@ -413,7 +416,10 @@ fn print_table(options: &Options, runs: &Runs) {
             let cpu = median(theirs.iter().map(|r| r.cpu));
             let more = median(ours.iter().zip(theirs).map(|(a, b)| a.iops / b.iops));
             let less = median(ours.iter().zip(theirs).map(|(a, b)| a.cpu / b.cpu));
-            println!("| {} | {name} | {iops:.0} | {cpu:.1} | {more:.2} | {less:.2} |", work.name());
+            println!(
+                "| {} | {name} | {iops:.0} | {cpu:.1} | {more:.2} | {less:.2} |",
+                work.name()
+            );
             disturbed += theirs.iter().filter(|r| r.foreign > FOREIGN_MAX).count();
         }
     }
