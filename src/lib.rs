@@ -7,6 +7,8 @@ pub mod flush;
 pub mod io;
 pub mod serve;
 pub mod stack;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 
 pub use ploop_formats as formats;
 pub use ploop_formats::{Error, Kind, Result};
