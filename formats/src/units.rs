@@ -18,7 +18,9 @@ impl ClusterSize {
     /// A legal ploop cluster size in bytes.
     pub fn new(bytes: u64) -> Result<Self> {
         if (limits::CLUSTER_MIN..=limits::CLUSTER_MAX).contains(&bytes) && bytes.is_power_of_two() {
-            return Ok(Self { log2: bytes.trailing_zeros() as u8 });
+            return Ok(Self {
+                log2: bytes.trailing_zeros() as u8,
+            });
         }
         Err(Error::invalid(format!(
             "cluster size {bytes} is not a power of two from {} to {} bytes",
