@@ -26,7 +26,10 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal for a reason known beforehand.
     pub const fn new(errno: Errno, text: &'static str) -> Self {
-        Self { errno, text: Cow::Borrowed(text) }
+        Self {
+            errno,
+            text: Cow::Borrowed(text),
+        }
     }
 }
 
@@ -106,12 +109,18 @@ pub struct Selection(u8);
 impl Selection {
     /// The set of these.
     pub fn of(contexts: &[Context]) -> Self {
-        Self(contexts.iter().fold(0, |set, context| set | 1 << context.id()))
+        Self(
+            contexts
+                .iter()
+                .fold(0, |set, context| set | 1 << context.id()),
+        )
     }
 
     /// Its members.
     pub fn iter(self) -> impl Iterator<Item = Context> {
-        Context::ALL.into_iter().filter(move |context| self.holds(*context))
+        Context::ALL
+            .into_iter()
+            .filter(move |context| self.holds(*context))
     }
 
     fn holds(self, context: Context) -> bool {
@@ -145,7 +154,12 @@ pub struct Export {
 /// DISC is the caller's too.
 pub fn plan(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refusal> {
     check_flags(request, terms.style)?;
-    let Request { flags, offset: at, length: len, .. } = *request;
+    let Request {
+        flags,
+        offset: at,
+        length: len,
+        ..
+    } = *request;
     let fua = flags & with::FUA != 0;
     match request.command {
         command::FLUSH if at != 0 || len != 0 => {
@@ -157,9 +171,18 @@ pub fn plan(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refu
         command::BLOCK_STATUS => plan_status(request, terms, export),
         _ => plan_change(request, export).map(|()| match request.command {
             _ if len == 0 => Op::Nothing,
-            command::WRITE => Op::Write { at, len: len as usize, fua },
+            command::WRITE => Op::Write {
+                at,
+                len: len as usize,
+                fua,
+            },
             command::TRIM => Op::Trim { at, len, fua },
-            _ => Op::Zero { at, len, how: zero_mode(flags), fua },
+            _ => Op::Zero {
+                at,
+                len,
+                how: zero_mode(flags),
+                fua,
+            },
         }),
     }
     .and_then(possible(flags))
@@ -169,16 +192,21 @@ pub fn plan(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refu
 fn possible(flags: u16) -> impl FnOnce(Op) -> Result<Op, Refusal> {
     let both = with::FAST_ZERO | with::NO_HOLE;
     move |op| match op {
-        Op::Zero { .. } if flags & both == both => {
-            Err(Refusal::new(Errno::NotSup, "zeroing without a hole is not known to be fast"))
-        }
+        Op::Zero { .. } if flags & both == both => Err(Refusal::new(
+            Errno::NotSup,
+            "zeroing without a hole is not known to be fast",
+        )),
         op => Ok(op),
     }
 }
 
 fn check_flags(request: &Request, style: Style) -> Result<(), Refusal> {
     let structured = style >= Style::Structured;
-    let payload = if style == Style::Extended { with::PAYLOAD_LEN } else { 0 };
+    let payload = if style == Style::Extended {
+        with::PAYLOAD_LEN
+    } else {
+        0
+    };
     let valid = match request.command {
         command::READ if structured => with::DF,
         command::READ | command::FLUSH | command::TRIM | command::CACHE => 0,
@@ -189,7 +217,10 @@ fn check_flags(request: &Request, style: Style) -> Result<(), Refusal> {
     };
     match request.flags & !(valid | with::FUA) {
         0 => Ok(()),
-        _ => Err(Refusal::new(Errno::Inval, "a flag that this command does not take")),
+        _ => Err(Refusal::new(
+            Errno::Inval,
+            "a flag that this command does not take",
+        )),
     }
 }
 
@@ -204,7 +235,10 @@ fn plan_read(at: u64, len: u64, export: Export) -> Result<Op, Refusal> {
     inside(at, len, export, Errno::Inval)?;
     match len {
         0 => Ok(Op::Nothing),
-        1..=limits::PAYLOAD_MAX => Ok(Op::Read { at, len: len as usize }),
+        1..=limits::PAYLOAD_MAX => Ok(Op::Read {
+            at,
+            len: len as usize,
+        }),
         _ => Err(Refusal::new(Errno::Inval, "a read is at most 32 MiB")),
     }
 }
@@ -232,7 +266,10 @@ fn zero_mode(flags: u16) -> Zero {
 
 fn plan_status(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refusal> {
     if terms.contexts.is_empty() {
-        return Err(Refusal::new(Errno::Inval, "no metadata context was selected"));
+        return Err(Refusal::new(
+            Errno::Inval,
+            "no metadata context was selected",
+        ));
     }
     let at = request.offset;
     let one = request.flags & with::REQ_ONE != 0;
@@ -240,7 +277,14 @@ fn plan_status(request: &Request, terms: &Terms, export: Export) -> Result<Op, R
         return plan_status_payload(request, terms, one);
     }
     let contexts = Selection::of(&terms.contexts);
-    Status { at, len: request.length, one, contexts }.check(export).map(Op::Status)
+    Status {
+        at,
+        len: request.length,
+        one,
+        contexts,
+    }
+    .check(export)
+    .map(Op::Status)
 }
 
 fn plan_status_payload(request: &Request, terms: &Terms, one: bool) -> Result<Op, Refusal> {
@@ -250,7 +294,11 @@ fn plan_status_payload(request: &Request, terms: &Terms, one: bool) -> Result<Op
         let text = "the payload is not a length and some of the selected contexts, each once";
         return Err(Refusal::new(Errno::Inval, text));
     }
-    Ok(Op::StatusPayload { at: request.offset, len: len as usize, one })
+    Ok(Op::StatusPayload {
+        at: request.offset,
+        len: len as usize,
+        one,
+    })
 }
 
 impl Status {
@@ -276,7 +324,13 @@ impl Status {
                 }
             }
         }
-        Self { at, len, one, contexts }.check(export)
+        Self {
+            at,
+            len,
+            one,
+            contexts,
+        }
+        .check(export)
     }
 
     /// An empty range has no legal answer: a status has at least one extent, and none is empty.
@@ -324,7 +378,13 @@ impl Op {
                 unreachable!("the session brings what a request needs")
             }
         };
-        let fast = matches!(self, Op::Zero { how: Zero::Fast, .. });
+        let fast = matches!(
+            self,
+            Op::Zero {
+                how: Zero::Fast,
+                ..
+            }
+        );
         done.map_or_else(|error| failed(&error, fast), |()| Answer::Done)
     }
 }
@@ -372,7 +432,10 @@ fn failed(error: &Error, fast_zero: bool) -> Answer {
         Kind::Unsupported | Kind::Invalid => Errno::Inval,
         _ => Errno::Io,
     };
-    Answer::Failed(Refusal { errno, text: error.to_string().into() })
+    Answer::Failed(Refusal {
+        errno,
+        text: error.to_string().into(),
+    })
 }
 
 #[cfg(test)]
@@ -380,7 +443,10 @@ mod tests {
     use super::*;
 
     const SIZE: u64 = 1 << 40;
-    const WRITABLE: Export = Export { size: SIZE, read_only: false };
+    const WRITABLE: Export = Export {
+        size: SIZE,
+        read_only: false,
+    };
 
     fn terms(style: Style) -> Terms {
         let contexts = match style {
@@ -391,11 +457,19 @@ mod tests {
     }
 
     fn request(command: u16, flags: u16, offset: u64, length: u64) -> Request {
-        Request { flags, command, cookie: 1, offset, length }
+        Request {
+            flags,
+            command,
+            cookie: 1,
+            offset,
+            length,
+        }
     }
 
     fn refused(style: Style, export: Export, request: Request) -> Option<Errno> {
-        plan(&request, &terms(style), export).err().map(|refusal| refusal.errno)
+        plan(&request, &terms(style), export)
+            .err()
+            .map(|refusal| refusal.errno)
     }
 
     const STYLES: [Style; 3] = [Style::Simple, Style::Structured, Style::Extended];
@@ -422,20 +496,32 @@ mod tests {
         }
         let status = |offset, len| request(BLOCK_STATUS, 0, offset, len);
         assert_eq!(refused(Style::Extended, WRITABLE, status(0, SIZE)), None);
-        assert_eq!(refused(Style::Extended, WRITABLE, status(1, SIZE)), Some(Errno::Inval));
+        assert_eq!(
+            refused(Style::Extended, WRITABLE, status(1, SIZE)),
+            Some(Errno::Inval)
+        );
     }
 
     #[test]
     fn a_read_only_export_refuses_every_change_and_nothing_else() {
-        let export = Export { read_only: true, ..WRITABLE };
+        let export = Export {
+            read_only: true,
+            ..WRITABLE
+        };
         for command in [command::WRITE, command::TRIM, command::WRITE_ZEROES] {
             let errno = refused(Style::Simple, export, request(command, 0, 0, 512));
             assert_eq!(errno, Some(Errno::Perm));
         }
         for command in [command::READ, command::CACHE] {
-            assert_eq!(refused(Style::Simple, export, request(command, 0, 0, 512)), None);
+            assert_eq!(
+                refused(Style::Simple, export, request(command, 0, 0, 512)),
+                None
+            );
         }
-        assert_eq!(refused(Style::Simple, export, request(command::FLUSH, 0, 0, 0)), None);
+        assert_eq!(
+            refused(Style::Simple, export, request(command::FLUSH, 0, 0, 0)),
+            None
+        );
     }
 
     #[test]
@@ -488,9 +574,20 @@ mod tests {
     #[test]
     fn zeroing_modes_follow_the_flags() {
         let plan = |flags| {
-            plan(&request(command::WRITE_ZEROES, flags, 0, 9), &terms(Style::Simple), WRITABLE)
+            plan(
+                &request(command::WRITE_ZEROES, flags, 0, 9),
+                &terms(Style::Simple),
+                WRITABLE,
+            )
         };
-        let zero = |how, fua| Ok(Op::Zero { at: 0, len: 9, how, fua });
+        let zero = |how, fua| {
+            Ok(Op::Zero {
+                at: 0,
+                len: 9,
+                how,
+                fua,
+            })
+        };
         assert_eq!(plan(0), zero(Zero::MayFree, false));
         assert_eq!(plan(with::NO_HOLE | with::FUA), zero(Zero::Allocate, true));
         assert_eq!(plan(with::FAST_ZERO), zero(Zero::Fast, false));
@@ -502,14 +599,32 @@ mod tests {
     fn a_status_needs_contexts_and_a_range() {
         let status = |flags, len| request(command::BLOCK_STATUS, flags, 0, len);
         for style in STYLES {
-            let none = Terms { style, contexts: vec![] };
+            let none = Terms {
+                style,
+                contexts: vec![],
+            };
             let refusal = plan(&status(0, 512), &none, WRITABLE).unwrap_err();
             assert_eq!(refusal.errno, Errno::Inval);
         }
-        assert_eq!(refused(Style::Structured, WRITABLE, status(0, 0)), Some(Errno::Inval));
-        let one = plan(&status(with::REQ_ONE, 512), &terms(Style::Structured), WRITABLE);
+        assert_eq!(
+            refused(Style::Structured, WRITABLE, status(0, 0)),
+            Some(Errno::Inval)
+        );
+        let one = plan(
+            &status(with::REQ_ONE, 512),
+            &terms(Style::Structured),
+            WRITABLE,
+        );
         let contexts = Selection::of(&Context::ALL);
-        assert_eq!(one, Ok(Op::Status(Status { at: 0, len: 512, one: true, contexts })));
+        assert_eq!(
+            one,
+            Ok(Op::Status(Status {
+                at: 0,
+                len: 512,
+                one: true,
+                contexts
+            }))
+        );
     }
 
     #[test]
@@ -523,7 +638,10 @@ mod tests {
         let ok = parse(&both, 1024, &[Context::Depth.id()]).unwrap();
         assert_eq!((ok.at, ok.len), (512, 1024));
         assert_eq!(ok.contexts.iter().collect::<Vec<_>>(), [Context::Depth]);
-        let only = Terms { contexts: vec![Context::Allocation], ..both.clone() };
+        let only = Terms {
+            contexts: vec![Context::Allocation],
+            ..both.clone()
+        };
         for (terms, len, ids) in [
             (&both, 1024, &[1u32, 1][..]),
             (&both, 1024, &[1, 3]),
@@ -534,7 +652,11 @@ mod tests {
             assert_eq!(parse(terms, len, ids), Err(Errno::Inval), "{len} {ids:?}");
         }
         let len = |len| {
-            refused(Style::Extended, WRITABLE, request(command::BLOCK_STATUS, with::PAYLOAD_LEN, 0, len))
+            refused(
+                Style::Extended,
+                WRITABLE,
+                request(command::BLOCK_STATUS, with::PAYLOAD_LEN, 0, len),
+            )
         };
         let legal: Vec<_> = (0..30).filter(|n| len(*n).is_none()).collect();
         assert_eq!(legal, [12, 16]);
@@ -567,7 +689,14 @@ mod tests {
     fn what_a_request_may_hold_is_counted_before_it_is_held() {
         assert_eq!(Op::Read { at: 0, len: 5000 }.cost(), 8192);
         assert_eq!(Op::Flush.cost(), 0);
-        let status = |len, one| Op::Status(Status { at: 0, len, one, contexts: Selection::default() });
+        let status = |len, one| {
+            Op::Status(Status {
+                at: 0,
+                len,
+                one,
+                contexts: Selection::default(),
+            })
+        };
         assert!(status(u64::MAX, false).cost() >= limits::EXTENTS_MAX * 24);
         assert!(status(u64::MAX, false).cost() < limits::BYTES_IN_FLIGHT);
         assert!(status(u64::MAX, true).cost() < 1024);

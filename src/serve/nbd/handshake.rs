@@ -71,7 +71,12 @@ pub struct Handshake {
 
 impl Default for Handshake {
     fn default() -> Self {
-        Self { client: None, options: 0, style: Style::Simple, selected: None }
+        Self {
+            client: None,
+            options: 0,
+            style: Style::Simple,
+            selected: None,
+        }
     }
 }
 
@@ -109,7 +114,9 @@ impl Handshake {
                 self.client = Some(known);
                 Ok(())
             }
-            _ => Err(Step::Drop(format!("client flags {flags:#x} were not offered"))),
+            _ => Err(Step::Drop(format!(
+                "client flags {flags:#x} were not offered"
+            ))),
         }
     }
 
@@ -173,7 +180,10 @@ impl Handshake {
             option::LIST_META_CONTEXT => self.list_contexts(offer, data, out),
             option::SET_META_CONTEXT => self.set_contexts(offer, data, out),
             option::STARTTLS => Err(Refusal(reply::ERR_UNSUP, "no TLS here".into())),
-            other => Err(Refusal(reply::ERR_UNSUP, format!("option {other} is not known here"))),
+            other => Err(Refusal(
+                reply::ERR_UNSUP,
+                format!("option {other} is not known here"),
+            )),
         };
         match answer {
             Ok(()) => proto::option_reply(out, number, reply::ACK, &[]),
@@ -189,7 +199,10 @@ impl Handshake {
             return Step::Drop("EXPORT_NAME after extended headers".into());
         }
         match check_name(offer, name) {
-            Ok(()) => Step::Start(Start { terms: self.terms(name), how: How::ExportName }),
+            Ok(()) => Step::Start(Start {
+                terms: self.terms(name),
+                how: How::ExportName,
+            }),
             Err(Refusal(_, text)) => Step::Drop(text),
         }
     }
@@ -205,7 +218,10 @@ impl Handshake {
         let (name, wanted) = parse_info(data)
             .ok_or_else(|| Refusal::invalid("name and requests do not fill the option's data"))?;
         check_name(offer, name)?;
-        let start = Start { terms: self.terms(name), how: How::Go(wanted) };
+        let start = Start {
+            terms: self.terms(name),
+            how: How::Go(wanted),
+        };
         if number == option::INFO {
             inform(offer, number, &start, out);
         }
@@ -256,7 +272,10 @@ impl Handshake {
         let (name, queries) = parse_queries(data)
             .ok_or_else(|| Refusal::invalid("name and queries do not fill the option's data"))?;
         if queries.iter().any(|query| query.len() > limits::NAME_MAX) {
-            return Err(Refusal(reply::ERR_TOO_BIG, "a query is longer than 4096 bytes".into()));
+            return Err(Refusal(
+                reply::ERR_TOO_BIG,
+                "a query is longer than 4096 bytes".into(),
+            ));
         }
         Ok((name, queries))
     }
@@ -267,7 +286,10 @@ impl Handshake {
             Some((of, contexts)) if of == name => contexts.clone(),
             _ => Vec::new(),
         };
-        Terms { style: self.style, contexts }
+        Terms {
+            style: self.style,
+            contexts,
+        }
     }
 
     /// Appends what begins the transmission phase. The bytes that are left in `input` belong to it.
@@ -280,7 +302,10 @@ impl Handshake {
             How::ExportName => {
                 out.put_u64(offer.size);
                 out.put_u16(flags(offer, &start.terms));
-                if self.client.is_some_and(|flags| flags & hello::NO_ZEROES == 0) {
+                if self
+                    .client
+                    .is_some_and(|flags| flags & hello::NO_ZEROES == 0)
+                {
                     out.put_bytes(0, 124);
                 }
             }
@@ -292,19 +317,31 @@ impl Handshake {
     pub fn refuse(&self, start: &Start, text: &str, out: &mut Vec<u8>) -> bool {
         let can_be_told = matches!(start.how, How::Go(_));
         if can_be_told {
-            proto::option_reply(out, option::GO, reply::ERR_POLICY, proto::cut(text).as_bytes());
+            proto::option_reply(
+                out,
+                option::GO,
+                reply::ERR_POLICY,
+                proto::cut(text).as_bytes(),
+            );
         }
         can_be_told
     }
 }
 
 fn no_data(data: &[u8]) -> Answer {
-    if data.is_empty() { Ok(()) } else { Err(Refusal::invalid("this option takes no data")) }
+    if data.is_empty() {
+        Ok(())
+    } else {
+        Err(Refusal::invalid("this option takes no data"))
+    }
 }
 
 fn check_name(offer: &Offer, name: &[u8]) -> Answer {
     if name.len() > limits::NAME_MAX {
-        return Err(Refusal(reply::ERR_TOO_BIG, "a name is longer than 4096 bytes".into()));
+        return Err(Refusal(
+            reply::ERR_TOO_BIG,
+            "a name is longer than 4096 bytes".into(),
+        ));
     }
     let text = std::str::from_utf8(name).unwrap_or("\0");
     if text.contains('\0') {
@@ -314,7 +351,10 @@ fn check_name(offer: &Offer, name: &[u8]) -> Answer {
         return Ok(());
     }
     let shown: String = text.chars().take(80).collect();
-    Err(Refusal(reply::ERR_UNKNOWN, format!("no export {shown:?} here")))
+    Err(Refusal(
+        reply::ERR_UNKNOWN,
+        format!("no export {shown:?} here"),
+    ))
 }
 
 fn list(offer: &Offer, data: &[u8], out: &mut Vec<u8>) -> Answer {
@@ -330,7 +370,9 @@ fn parse_info(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     let mut fields = Fields(data);
     let name = fields.counted()?;
     let count = fields.u16()?;
-    let wanted = (0..count).map(|_| fields.u16()).collect::<Option<Vec<_>>>()?;
+    let wanted = (0..count)
+        .map(|_| fields.u16())
+        .collect::<Option<Vec<_>>>()?;
     fields.is_empty().then_some((name, wanted))
 }
 
@@ -417,7 +459,10 @@ mod tests {
     fn with_flags(flags: u16) -> Handshake {
         let mut handshake = Handshake::default();
         let mut input = BytesMut::from(&u32::from(flags).to_be_bytes()[..]);
-        assert_eq!(handshake.advance(&OFFER, &mut input, &mut Vec::new()), Step::More);
+        assert_eq!(
+            handshake.advance(&OFFER, &mut input, &mut Vec::new()),
+            Step::More
+        );
         handshake
     }
 
@@ -434,7 +479,13 @@ mod tests {
     fn send(handshake: &mut Handshake, option: u32, data: &[u8]) -> (Vec<u32>, Step) {
         let mut out = Vec::new();
         let step = handshake.advance(&OFFER, &mut message(option, data), &mut out);
-        (replies(&out, option).into_iter().map(|(kind, _)| kind).collect(), step)
+        (
+            replies(&out, option)
+                .into_iter()
+                .map(|(kind, _)| kind)
+                .collect(),
+            step,
+        )
     }
 
     fn replies(out: &[u8], option: u32) -> Vec<(u32, Vec<u8>)> {
@@ -500,7 +551,8 @@ mod tests {
             assert_eq!(&input[..], b"first request");
             out
         };
-        let (mut handshake, mut out, mut input) = (Handshake::default(), Vec::new(), BytesMut::new());
+        let (mut handshake, mut out, mut input) =
+            (Handshake::default(), Vec::new(), BytesMut::new());
         for byte in all {
             input.put_u8(byte);
             match handshake.advance(&OFFER, &mut input, &mut out) {
@@ -529,27 +581,71 @@ mod tests {
             (12, vec![7; 100], &[ERR_UNSUP]),
             (u32::MAX, vec![7; 65536], &[ERR_UNSUP]),
             (option::INFO, info_data("disk", &[]), &[INFO, INFO, ACK]),
-            (option::INFO, info_data("", &[1, 2, 3, 77]), &[INFO, INFO, INFO, INFO, ACK]),
+            (
+                option::INFO,
+                info_data("", &[1, 2, 3, 77]),
+                &[INFO, INFO, INFO, INFO, ACK],
+            ),
             (option::INFO, info_data("other", &[]), &[ERR_UNKNOWN]),
             (option::INFO, info_data(&long, &[]), &[ERR_UNKNOWN]),
             (option::INFO, info_data(&longer, &[]), &[ERR_TOO_BIG]),
             (option::INFO, info_data("a\0b", &[]), &[ERR_INVALID]),
             (option::INFO, vec![0, 0, 0, 1, 0xff, 0, 0], &[ERR_INVALID]),
             (option::INFO, vec![], &[ERR_INVALID]),
-            (option::INFO, vec![0xff, 0xff, 0xff, 0xff, 0, 0], &[ERR_INVALID]),
-            (option::INFO, [info_data("", &[]), vec![0]].concat(), &[ERR_INVALID]),
+            (
+                option::INFO,
+                vec![0xff, 0xff, 0xff, 0xff, 0, 0],
+                &[ERR_INVALID],
+            ),
+            (
+                option::INFO,
+                [info_data("", &[]), vec![0]].concat(),
+                &[ERR_INVALID],
+            ),
             (option::GO, info_data("other", &[]), &[ERR_UNKNOWN]),
             (option::GO, vec![0, 0, 0, 0, 0, 1], &[ERR_INVALID]),
-            (option::LIST_META_CONTEXT, query_data("", &[]), &[ERR_INVALID]),
-            (option::SET_META_CONTEXT, query_data("", &["base:allocation"]), &[ERR_INVALID]),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &[]),
+                &[ERR_INVALID],
+            ),
+            (
+                option::SET_META_CONTEXT,
+                query_data("", &["base:allocation"]),
+                &[ERR_INVALID],
+            ),
             (option::STRUCTURED_REPLY, vec![0], &[ERR_INVALID]),
             (option::STRUCTURED_REPLY, vec![], &[ACK]),
-            (option::LIST_META_CONTEXT, query_data("", &[]), &[META_CONTEXT, META_CONTEXT, ACK]),
-            (option::LIST_META_CONTEXT, query_data("", &["x-a:b"]), &[ACK]),
-            (option::LIST_META_CONTEXT, query_data("other", &[]), &[ERR_UNKNOWN]),
-            (option::LIST_META_CONTEXT, query_data("", &[&longer]), &[ERR_TOO_BIG]),
-            (option::LIST_META_CONTEXT, vec![0, 0, 0, 0, 0, 0, 0, 1], &[ERR_INVALID]),
-            (option::LIST_META_CONTEXT, vec![0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[ERR_INVALID]),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &[]),
+                &[META_CONTEXT, META_CONTEXT, ACK],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &["x-a:b"]),
+                &[ACK],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("other", &[]),
+                &[ERR_UNKNOWN],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &[&longer]),
+                &[ERR_TOO_BIG],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                vec![0, 0, 0, 0, 0, 0, 0, 1],
+                &[ERR_INVALID],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                vec![0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
+                &[ERR_INVALID],
+            ),
             (option::SET_META_CONTEXT, query_data("", &["base:"]), &[ACK]),
             (option::EXTENDED_HEADERS, vec![0], &[ERR_INVALID]),
             (option::EXTENDED_HEADERS, vec![], &[ACK]),
@@ -559,18 +655,31 @@ mod tests {
         for (number, data, expected) in table {
             handshake.options = 0;
             let (kinds, step) = send(&mut handshake, *number, data);
-            assert_eq!((&kinds[..], step), (*expected, Step::More), "option {number} {data:?}");
+            assert_eq!(
+                (&kinds[..], step),
+                (*expected, Step::More),
+                "option {number} {data:?}"
+            );
         }
-        assert_eq!(send(&mut handshake, option::ABORT, b"bye"), (vec![ACK], Step::Abort));
+        assert_eq!(
+            send(&mut handshake, option::ABORT, b"bye"),
+            (vec![ACK], Step::Abort)
+        );
     }
 
     #[test]
     fn an_export_is_described_in_full() {
         let mut out = Vec::new();
         let mut handshake = begun();
-        let mut input = message(option::INFO, &info_data("", &[info::NAME, info::DESCRIPTION]));
+        let mut input = message(
+            option::INFO,
+            &info_data("", &[info::NAME, info::DESCRIPTION]),
+        );
         handshake.advance(&OFFER, &mut input, &mut out);
-        let pieces: Vec<_> = replies(&out, option::INFO).into_iter().map(|(_, data)| data).collect();
+        let pieces: Vec<_> = replies(&out, option::INFO)
+            .into_iter()
+            .map(|(_, data)| data)
+            .collect();
         let size = (1u64 << 30).to_be_bytes();
         // HAS_FLAGS FLUSH FUA TRIM ZEROES MULTI_CONN CACHE FAST_ZERO, no DF.
         let expected: [&[u8]; 5] = [
@@ -586,16 +695,25 @@ mod tests {
     #[test]
     fn transmission_flags_follow_what_was_agreed() {
         let flags = |style, contexts: &[Context], read_only| {
-            let terms = Terms { style, contexts: contexts.to_vec() };
+            let terms = Terms {
+                style,
+                contexts: contexts.to_vec(),
+            };
             flags(&Offer { read_only, ..OFFER }, &terms)
         };
         let simple = flags(Style::Simple, &[], false);
-        assert_eq!(flags(Style::Structured, &Context::ALL, false), simple | flag::SEND_DF);
+        assert_eq!(
+            flags(Style::Structured, &Context::ALL, false),
+            simple | flag::SEND_DF
+        );
         assert_eq!(flags(Style::Extended, &[], false), simple | flag::SEND_DF);
         let all = simple | flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD;
         assert_eq!(flags(Style::Extended, &Context::ALL, false), all);
         let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
-        assert_eq!(flags(Style::Simple, &[], true), simple & !changes | flag::READ_ONLY);
+        assert_eq!(
+            flags(Style::Simple, &[], true),
+            simple & !changes | flag::READ_ONLY
+        );
     }
 
     #[test]
@@ -603,7 +721,11 @@ mod tests {
         let select = |name: &str, queries: &[&str], more: &[(u32, Vec<u8>)], go: &str| {
             let mut handshake = begun();
             send(&mut handshake, option::STRUCTURED_REPLY, b"");
-            send(&mut handshake, option::SET_META_CONTEXT, &query_data(name, queries));
+            send(
+                &mut handshake,
+                option::SET_META_CONTEXT,
+                &query_data(name, queries),
+            );
             for (number, data) in more {
                 send(&mut handshake, *number, data);
             }
@@ -614,9 +736,15 @@ mod tests {
         let base = ["base:allocation"];
         assert_eq!(select("", &base, &[], ""), [Context::Allocation]);
         assert_eq!(select("disk", &base, &[], ""), []);
-        assert_eq!(select("disk", &["qemu:allocation-depth"], &[], "disk"), [Context::Depth]);
+        assert_eq!(
+            select("disk", &["qemu:allocation-depth"], &[], "disk"),
+            [Context::Depth]
+        );
         assert_eq!(select("", &base, &[(set, query_data("", &[]))], ""), []);
-        assert_eq!(select("", &base, &[(set, query_data("other", &base))], ""), []);
+        assert_eq!(
+            select("", &base, &[(set, query_data("other", &base))], ""),
+            []
+        );
         assert_eq!(select("", &base, &[(set, vec![1])], ""), []);
         let list = (option::LIST_META_CONTEXT, query_data("", &[]));
         assert_eq!(select("", &base, &[list], ""), [Context::Allocation]);
@@ -636,7 +764,11 @@ mod tests {
         let mut out = Vec::new();
         handshake.accept(&OFFER, &begin, &mut out);
         assert_eq!(out.len(), 8 + 2);
-        for (extended, name) in [(false, &b"other"[..]), (false, &[b'n'; 4097]), (true, b"disk")] {
+        for (extended, name) in [
+            (false, &b"other"[..]),
+            (false, &[b'n'; 4097]),
+            (true, b"disk"),
+        ] {
             let mut handshake = begun();
             if extended {
                 send(&mut handshake, option::EXTENDED_HEADERS, b"");
@@ -659,7 +791,10 @@ mod tests {
         assert_eq!(kinds, [] as [u32; 0], "nothing before a place is sure");
         let mut out = Vec::new();
         assert!(handshake.refuse(&start(step), "full", &mut out));
-        assert_eq!(replies(&out, option::GO), [(reply::ERR_POLICY, b"full".to_vec())]);
+        assert_eq!(
+            replies(&out, option::GO),
+            [(reply::ERR_POLICY, b"full".to_vec())]
+        );
         assert_eq!(send(&mut handshake, option::ABORT, b"").1, Step::Abort);
     }
 
@@ -669,7 +804,10 @@ mod tests {
         for _ in 0..limits::OPTIONS_MAX {
             assert_eq!(send(&mut handshake, option::LIST, b"").1, Step::More);
         }
-        assert!(matches!(send(&mut handshake, option::LIST, b"").1, Step::Drop(_)));
+        assert!(matches!(
+            send(&mut handshake, option::LIST, b"").1,
+            Step::Drop(_)
+        ));
 
         let mut head = message(option::LIST, b"");
         head.truncate(12);
@@ -678,6 +816,9 @@ mod tests {
         assert!(matches!(step, Step::Drop(_)), "before the data is received");
 
         let mut noise = BytesMut::from(&[0x55; 16][..]);
-        assert!(matches!(begun().advance(&OFFER, &mut noise, &mut Vec::new()), Step::Drop(_)));
+        assert!(matches!(
+            begun().advance(&OFFER, &mut noise, &mut Vec::new()),
+            Step::Drop(_)
+        ));
     }
 }

@@ -240,7 +240,11 @@ impl Request {
     /// with 10.0) leaves it out and sends the payload all the same, so a write has one either way.
     pub fn payload(&self, style: Style) -> u64 {
         let flagged = style == Style::Extended && self.flags & with::PAYLOAD_LEN != 0;
-        if flagged || self.command == command::WRITE { self.length } else { 0 }
+        if flagged || self.command == command::WRITE {
+            self.length
+        } else {
+            0
+        }
     }
 }
 
@@ -256,7 +260,11 @@ fn decode<const N: usize>(head: Option<&[u8; N]>, magic: u32) -> Result<Option<R
         command: head.get_u16(),
         cookie: head.get_u64(),
         offset: head.get_u64(),
-        length: if N == 32 { head.get_u64() } else { u64::from(head.get_u32()) },
+        length: if N == 32 {
+            head.get_u64()
+        } else {
+            u64::from(head.get_u32())
+        },
     }))
 }
 
@@ -311,7 +319,12 @@ impl Head {
     pub fn status(&self, out: &mut impl BufMut, last: bool, context: u32, count: u32) {
         let flags = if last { chunk::DONE } else { 0 };
         if self.style == Style::Extended {
-            self.chunk(out, flags, chunk::BLOCK_STATUS_EXT, 8 + 16 * u64::from(count));
+            self.chunk(
+                out,
+                flags,
+                chunk::BLOCK_STATUS_EXT,
+                8 + 16 * u64::from(count),
+            );
             out.put_u32(context);
             out.put_u32(count);
         } else {
@@ -328,7 +341,11 @@ impl Head {
 
     fn chunk(&self, out: &mut impl BufMut, flags: u16, kind: u16, len: u64) {
         let extended = self.style == Style::Extended;
-        out.put_u32(if extended { EXTENDED_REPLY } else { STRUCTURED_REPLY });
+        out.put_u32(if extended {
+            EXTENDED_REPLY
+        } else {
+            STRUCTURED_REPLY
+        });
         out.put_u16(flags);
         out.put_u16(kind);
         out.put_u64(self.cookie);
@@ -435,9 +452,15 @@ mod tests {
             assert_eq!(Request::decode(style, &bytes), Ok(Some(request)));
         }
         let padded = [bytes.clone(), vec![0; 4]].concat();
-        assert_eq!(Request::decode(Style::Extended, &padded), Err(BadMagic(REQUEST)));
+        assert_eq!(
+            Request::decode(Style::Extended, &padded),
+            Err(BadMagic(REQUEST))
+        );
         let retired = compact(0x2560_9514);
-        assert_eq!(Request::decode(Style::Simple, &retired), Err(BadMagic(0x2560_9514)));
+        assert_eq!(
+            Request::decode(Style::Simple, &retired),
+            Err(BadMagic(0x2560_9514))
+        );
     }
 
     #[test]
@@ -454,7 +477,14 @@ mod tests {
     fn what_follows_a_header_depends_on_command_style_and_flag() {
         use Style::*;
         let payload = |style, command, flags| {
-            Request { flags, command, cookie: 0, offset: 0, length: 9 }.payload(style)
+            Request {
+                flags,
+                command,
+                cookie: 0,
+                offset: 0,
+                length: 9,
+            }
+            .payload(style)
         };
         let table = [
             (Simple, command::WRITE, 0, 9),
@@ -469,12 +499,20 @@ mod tests {
             (Extended, 99, 0, 0),
         ];
         for (style, command, flags, expected) in table {
-            assert_eq!(payload(style, command, flags), expected, "{style:?} {command} {flags}");
+            assert_eq!(
+                payload(style, command, flags),
+                expected,
+                "{style:?} {command} {flags}"
+            );
         }
     }
 
     fn head(style: Style) -> Head {
-        Head { style, cookie: 0x0102_0304_0506_0708, offset: 0x1000 }
+        Head {
+            style,
+            cookie: 0x0102_0304_0506_0708,
+            offset: 0x1000,
+        }
     }
 
     fn written(write: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -491,7 +529,10 @@ mod tests {
         assert_eq!(written(|out| head(Style::Simple).done(out)), expected);
         assert_eq!(written(|out| head(Style::Simple).data(out, 5)), expected);
         let error = written(|out| head(Style::Simple).error(out, Errno::NoSpace, "full"));
-        assert_eq!(error, [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28], &COOKIE[..]].concat());
+        assert_eq!(
+            error,
+            [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28], &COOKIE[..]].concat()
+        );
     }
 
     #[test]
