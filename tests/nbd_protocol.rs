@@ -79,7 +79,11 @@ impl Disk {
 
     async fn enter(&self, what: String) -> ploop::Result<()> {
         self.started.fetch_add(1, Ordering::SeqCst);
-        self.gate.subscribe().wait_for(|closed| !closed).await.expect("the gate is ours");
+        self.gate
+            .subscribe()
+            .wait_for(|closed| !closed)
+            .await
+            .expect("the gate is ours");
         self.log.lock().unwrap().push(what);
         match *self.failure.lock().unwrap() {
             Some(kind) => Err(Error::new(kind, "the disk was told to fail")),
@@ -96,7 +100,9 @@ impl Disk {
     }
 
     fn wait_started(&self, count: usize) {
-        wait_until("requests to start", || self.started.load(Ordering::SeqCst) >= count);
+        wait_until("requests to start", || {
+            self.started.load(Ordering::SeqCst) >= count
+        });
     }
 }
 
@@ -114,7 +120,11 @@ impl Device for Disk {
     }
 
     async fn read(&self, at: u64, mut buf: BytesMut) -> ploop::Result<BytesMut> {
-        assert_eq!(buf.as_ptr() as usize % 4096, 0, "direct I/O reads into aligned memory");
+        assert_eq!(
+            buf.as_ptr() as usize % 4096,
+            0,
+            "direct I/O reads into aligned memory"
+        );
         self.enter(format!("read {at} {}", buf.len())).await?;
         let data = self.data.lock().unwrap();
         let len = buf.len();
@@ -123,8 +133,13 @@ impl Device for Disk {
     }
 
     async fn write(&self, at: u64, data: Bytes, fua: bool) -> ploop::Result<()> {
-        assert_eq!(data.as_ptr() as usize % 4096, 0, "direct I/O writes from aligned memory");
-        self.enter(format!("write {at} {} {fua}", data.len())).await?;
+        assert_eq!(
+            data.as_ptr() as usize % 4096,
+            0,
+            "direct I/O writes from aligned memory"
+        );
+        self.enter(format!("write {at} {} {fua}", data.len()))
+            .await?;
         self.data.lock().unwrap()[at as usize..][..data.len()].copy_from_slice(&data);
         Ok(())
     }
@@ -154,7 +169,12 @@ impl Device for Disk {
             let (block, next) = (at / 65536, end.min((at / 65536 + 1) * 65536));
             let hole = block % 3 == 2;
             let depth = if hole { 0 } else { (block % 3) as u32 + 1 };
-            extents.push(GuestExtent { len: next - at, zero: hole, hole, depth });
+            extents.push(GuestExtent {
+                len: next - at,
+                zero: hole,
+                hole,
+                depth,
+            });
             at = next;
         }
         Ok(extents)
@@ -164,7 +184,10 @@ impl Device for Disk {
 fn wait_until(what: &str, condition: impl Fn() -> bool) {
     let begin = Instant::now();
     while !condition() {
-        assert!(begin.elapsed() < Duration::from_secs(20), "waited too long for {what}");
+        assert!(
+            begin.elapsed() < Duration::from_secs(20),
+            "waited too long for {what}"
+        );
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -187,9 +210,19 @@ impl Serving {
         let server = Server::new(Arc::clone(&disk), options, engine).unwrap();
         let serving = server.clone();
         let thread = std::thread::spawn(move || {
-            exec::run(engine, async move { serving.serve(vec![listener.into()]).await }).unwrap()
+            exec::run(
+                engine,
+                async move { serving.serve(vec![listener.into()]).await },
+            )
+            .unwrap()
         });
-        Self { disk, server, socket, thread: Some(thread), _folder: folder }
+        Self {
+            disk,
+            server,
+            socket,
+            thread: Some(thread),
+            _folder: folder,
+        }
     }
 
     fn plain(engine: Engine) -> Self {
@@ -260,9 +293,18 @@ struct Client {
 
 impl Client {
     fn over(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        stream.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
-        Self { stream, style: Style::Simple, size: 0, flags: 0 }
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        stream
+            .set_write_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        Self {
+            stream,
+            style: Style::Simple,
+            size: 0,
+            flags: 0,
+        }
     }
 
     fn put(&mut self, bytes: &[u8]) {
@@ -271,7 +313,9 @@ impl Client {
 
     fn get(&mut self, len: usize) -> Bytes {
         let mut bytes = vec![0; len];
-        self.stream.read_exact(&mut bytes).expect("the server answers");
+        self.stream
+            .read_exact(&mut bytes)
+            .expect("the server answers");
         bytes.into()
     }
 
@@ -335,7 +379,11 @@ impl Client {
         if end.0 != ACK {
             return Err(end.0);
         }
-        let mut export = pieces.iter().map(|(_, data)| data.clone()).find(|d| d[..2] == [0, 0]).unwrap();
+        let mut export = pieces
+            .iter()
+            .map(|(_, data)| data.clone())
+            .find(|d| d[..2] == [0, 0])
+            .unwrap();
         export.advance(2);
         (self.size, self.flags) = (export.get_u64(), export.get_u16());
         Ok(())
@@ -348,7 +396,12 @@ impl Client {
     }
 
     fn write(&mut self, flags: u16, cookie: u64, at: u64, payload: &[u8]) {
-        let flags = flags | if self.style == Style::Extended { PAYLOAD_LEN } else { 0 };
+        let flags = flags
+            | if self.style == Style::Extended {
+                PAYLOAD_LEN
+            } else {
+                0
+            };
         self.send(flags, WRITE, cookie, at, payload.len() as u64, payload);
     }
 
@@ -371,8 +424,15 @@ impl Client {
         let mut head = self.get(16);
         assert_eq!(head.get_u32(), 0x6744_6698);
         let (errno, cookie) = (head.get_u32(), head.get_u64());
-        let data = self.get(if errno == 0 { read as usize } else { 0 }).to_vec();
-        Reply { cookie, errno, data, ..Reply::default() }
+        let data = self
+            .get(if errno == 0 { read as usize } else { 0 })
+            .to_vec();
+        Reply {
+            cookie,
+            errno,
+            data,
+            ..Reply::default()
+        }
     }
 
     fn chunks(&mut self) -> Reply {
@@ -380,13 +440,20 @@ impl Client {
         loop {
             let extended = self.style == Style::Extended;
             let mut head = self.get(if extended { 32 } else { 20 });
-            assert_eq!(head.get_u32(), if extended { 0x6e8a_278c } else { 0x668e_33ef });
+            assert_eq!(
+                head.get_u32(),
+                if extended { 0x6e8a_278c } else { 0x668e_33ef }
+            );
             let (flags, kind) = (head.get_u16(), head.get_u16());
             reply.cookie = head.get_u64();
             if extended {
                 head.advance(8);
             }
-            let len = if extended { head.get_u64() } else { u64::from(head.get_u32()) };
+            let len = if extended {
+                head.get_u64()
+            } else {
+                u64::from(head.get_u32())
+            };
             let mut content = self.get(len as usize);
             match kind {
                 0 => assert!(flags == 1 && len == 0),
@@ -468,7 +535,11 @@ fn query_data(name: &str, queries: &[&str]) -> Vec<u8> {
 
 fn request(style: Style, flags: u16, command: u16, cookie: u64, at: u64, len: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
-    bytes.put_u32(if style == Style::Extended { 0x21e4_1c71 } else { 0x2560_9513 });
+    bytes.put_u32(if style == Style::Extended {
+        0x21e4_1c71
+    } else {
+        0x2560_9513
+    });
     bytes.put_u16(flags);
     bytes.put_u16(command);
     bytes.put_u64(cookie);
@@ -543,7 +614,11 @@ fn options_that_fail_leave_the_negotiation_in_step() {
         ];
         for (number, data, error) in wrong {
             let replies = client.option(number, &data);
-            assert_eq!(replies.last().unwrap().0, 0x8000_0000 | error, "option {number}");
+            assert_eq!(
+                replies.last().unwrap().0,
+                0x8000_0000 | error,
+                "option {number}"
+            );
             let list = client.option(3, b"");
             assert_eq!(list[0], (2, Bytes::from_static(&[0; 4])));
         }
@@ -575,11 +650,24 @@ fn too_much_negotiation_ends_the_connection() {
 #[test]
 fn an_export_is_listed_described_and_reached_by_both_its_names() {
     for_each_engine(|engine| {
-        let export = Export { name: "root".into(), description: "a disk".into() };
-        let serving = Serving::new(engine, Disk::new(), Options { export, ..Options::default() });
+        let export = Export {
+            name: "root".into(),
+            description: "a disk".into(),
+        };
+        let serving = Serving::new(
+            engine,
+            Disk::new(),
+            Options {
+                export,
+                ..Options::default()
+            },
+        );
         let mut client = serving.connect();
         client.hello(3);
-        assert_eq!(client.option(3, b"")[0], (2, Bytes::from_static(b"\0\0\0\x04root")));
+        assert_eq!(
+            client.option(3, b"")[0],
+            (2, Bytes::from_static(b"\0\0\0\x04root"))
+        );
         let pieces = client.option(6, &info_data("root", &[1, 2, 3]));
         let texts: Vec<_> = pieces.iter().map(|(_, data)| data.clone()).collect();
         assert!(texts.contains(&Bytes::from_static(b"\0\x01root")));
@@ -659,7 +747,11 @@ fn every_command_reaches_the_device_with_its_flags() {
             (0, ZEROES, 0, SIZE),
         ] {
             let reply = client.ask(flags, command, at, len);
-            assert_eq!((reply.cookie, reply.errno), (0xc00c1e, 0), "command {command}");
+            assert_eq!(
+                (reply.cookie, reply.errno),
+                (0xc00c1e, 0),
+                "command {command}"
+            );
         }
         let expected = [
             "write 512 1024 false",
@@ -675,7 +767,10 @@ fn every_command_reaches_the_device_with_its_flags() {
         ];
         assert_eq!(serving.disk.take_log(), expected);
         assert_eq!(client.ask(FAST_ZERO, ZEROES, 0, 512).errno, ENOTSUP);
-        assert_eq!(client.ask(FAST_ZERO | NO_HOLE, ZEROES, 0, 512).errno, ENOTSUP);
+        assert_eq!(
+            client.ask(FAST_ZERO | NO_HOLE, ZEROES, 0, 512).errno,
+            ENOTSUP
+        );
         client.check_in_step();
         client.send(0, DISC, 1, 0, 0, b"");
         client.expect_end();
@@ -708,7 +803,10 @@ fn illegal_requests_fail_with_the_value_of_the_text_and_change_nothing() {
             (1 << 15, READ, 0, 512, EINVAL),
         ];
         if style == Style::Simple {
-            table.extend([(DF, READ, 0, 512, EINVAL), (PAYLOAD_LEN, READ, 0, 512, EINVAL)]);
+            table.extend([
+                (DF, READ, 0, 512, EINVAL),
+                (PAYLOAD_LEN, READ, 0, 512, EINVAL),
+            ]);
         }
         for (flags, command, at, len, errno) in table {
             let reply = client.ask(flags, command, at, len);
@@ -746,7 +844,11 @@ fn an_unexpected_payload_is_swallowed() {
         for command in [READ, FLUSH, TRIM, CACHE, ZEROES, 8, 99] {
             client.send(PAYLOAD_LEN, command, 9, 0, 5000, &[0x21; 5000]);
             let reply = client.reply(0);
-            assert_eq!((reply.cookie, reply.errno), (9, EINVAL), "command {command}");
+            assert_eq!(
+                (reply.cookie, reply.errno),
+                (9, EINVAL),
+                "command {command}"
+            );
             client.check_in_step();
         }
         // QEMU's client leaves the flag out on writes.
@@ -783,7 +885,11 @@ fn payloads_up_to_32_mib_work_and_longer_ones_end_the_connection() {
         let reply = client.ask(0, READ, 12345, u64::from(32 * MIB));
         assert!(reply.errno == 0 && reply.data == big);
         client.check_in_step();
-        let flags = if style == Style::Extended { PAYLOAD_LEN } else { 0 };
+        let flags = if style == Style::Extended {
+            PAYLOAD_LEN
+        } else {
+            0
+        };
         client.send(flags, WRITE, 1, 0, u64::from(33 * MIB), b"");
         client.expect_end();
         serving.check();
@@ -793,7 +899,10 @@ fn payloads_up_to_32_mib_work_and_longer_ones_end_the_connection() {
 #[test]
 fn a_read_only_export_says_so_and_refuses_changes() {
     for_each_engine(|engine| {
-        let disk = Disk { read_only: true, ..Disk::new() };
+        let disk = Disk {
+            read_only: true,
+            ..Disk::new()
+        };
         let serving = Serving::new(engine, disk, Options::default());
         for style in STYLES {
             let mut client = serving.client(style);
@@ -881,21 +990,39 @@ fn block_status_describes_each_selected_context() {
 #[test]
 fn contexts_are_negotiated_for_one_export_and_replace_each_other() {
     for_each_engine(|engine| {
-        let export = Export { name: "root".into(), ..Export::default() };
-        let serving = Serving::new(engine, Disk::new(), Options { export, ..Options::default() });
+        let export = Export {
+            name: "root".into(),
+            ..Export::default()
+        };
+        let serving = Serving::new(
+            engine,
+            Disk::new(),
+            Options {
+                export,
+                ..Options::default()
+            },
+        );
         for (first, second, go, works) in [
             ("root", None, "root", true),
             ("", None, "root", false),
             ("root", Some(query_data("root", &[])), "root", false),
             ("root", Some(vec![0xff]), "root", false),
-            ("root", Some(query_data("root", &["qemu:allocation-depth"])), "root", true),
+            (
+                "root",
+                Some(query_data("root", &["qemu:allocation-depth"])),
+                "root",
+                true,
+            ),
         ] {
             let mut client = serving.connect();
             client.hello(3);
             client.option(8, b"");
             client.style = Style::Structured;
             let selected = client.option(10, &query_data(first, &["base:allocation", "base:"]));
-            assert_eq!(selected[0].1.slice(4..), Bytes::from_static(b"base:allocation"));
+            assert_eq!(
+                selected[0].1.slice(4..),
+                Bytes::from_static(b"base:allocation")
+            );
             assert_eq!(selected.len(), 2);
             if let Some(data) = second {
                 client.option(10, &data);
@@ -921,14 +1048,24 @@ fn a_status_payload_restricts_the_contexts() {
             payload
         };
         let mut ask = |payload: Vec<u8>| {
-            client.send(PAYLOAD_LEN, STATUS, 3, 65536, payload.len() as u64, &payload);
+            client.send(
+                PAYLOAD_LEN,
+                STATUS,
+                3,
+                65536,
+                payload.len() as u64,
+                &payload,
+            );
             let reply = client.reply(0);
             assert_eq!(reply.cookie, 3);
             client.check_in_step();
             reply
         };
         let long = 65536 * 5;
-        assert_eq!(ask(payload(long, &[2])).status, [(2, expected(65536, long, depth))]);
+        assert_eq!(
+            ask(payload(long, &[2])).status,
+            [(2, expected(65536, long, depth))]
+        );
         assert_eq!(ask(payload(long, &[2, 1])).status.len(), 2);
         for wrong in [
             payload(long, &[]),
@@ -986,7 +1123,11 @@ fn a_client_that_vanishes_in_any_phase_harms_nobody() {
         }
         whole.extend(option(7, &info_data("", &[3])));
         whole.extend(request(style, 0, READ, 1, 0, 65536));
-        let flags = if style == Style::Extended { PAYLOAD_LEN } else { 0 };
+        let flags = if style == Style::Extended {
+            PAYLOAD_LEN
+        } else {
+            0
+        };
         whole.extend(request(style, flags, WRITE, 2, 0, 6000));
         whole.extend([9; 6000]);
         whole.extend(request(style, 0, FLUSH, 3, 0, 0));
@@ -1032,7 +1173,11 @@ fn a_flood_of_requests_is_answered_in_full() {
         let mut client = serving.client(style);
         let mut stream = client.stream.try_clone().unwrap();
         let count = 3000u64;
-        let flags = if style == Style::Extended { PAYLOAD_LEN } else { 0 };
+        let flags = if style == Style::Extended {
+            PAYLOAD_LEN
+        } else {
+            0
+        };
         let writer = std::thread::spawn(move || {
             for cookie in 0..count {
                 let at = cookie % 1000 * 4096;
@@ -1119,7 +1264,10 @@ fn a_client_that_does_not_read_its_answers_is_not_read_from() {
         }
         std::thread::sleep(Duration::from_millis(200));
         let started = serving.disk.started.load(Ordering::SeqCst);
-        assert!(started < 64, "{started} MiB were read for somebody who takes none");
+        assert!(
+            started < 64,
+            "{started} MiB were read for somebody who takes none"
+        );
         serving.check();
         for _ in 0..400 {
             assert_eq!(deaf.reply(u64::from(MIB)).errno, 0);
@@ -1141,10 +1289,18 @@ fn what_was_admitted_is_done_though_its_client_is_gone() {
         serving.disk.wait_started(before + 8);
         drop(client);
         std::thread::sleep(Duration::from_millis(50));
-        assert_eq!(serving.server.connections(), 1, "a session ends after its requests");
+        assert_eq!(
+            serving.server.connections(),
+            1,
+            "a session ends after its requests"
+        );
         serving.disk.open_gate();
         wait_until("the session to end", || serving.server.connections() == 0);
-        assert!(serving.disk.data.lock().unwrap()[..65536].iter().all(|b| *b == pattern[0]));
+        assert!(
+            serving.disk.data.lock().unwrap()[..65536]
+                .iter()
+                .all(|b| *b == pattern[0])
+        );
     });
 }
 
@@ -1183,7 +1339,11 @@ fn stop_answers_what_is_in_flight_and_closes_every_connection() {
         assert_eq!((reply.cookie, reply.errno), (77, 0));
         busy.expect_end();
         serving.join().unwrap();
-        assert_eq!(Arc::strong_count(&serving.disk), 2, "the test's own, and the server handle's");
+        assert_eq!(
+            Arc::strong_count(&serving.disk),
+            2,
+            "the test's own, and the server handle's"
+        );
     });
 }
 
@@ -1191,19 +1351,28 @@ fn stop_answers_what_is_in_flight_and_closes_every_connection() {
 fn a_flush_is_asked_of_the_device_after_writes_answered_on_other_connections() {
     for_each_engine(|engine| {
         let serving = Serving::plain(engine);
-        let (mut one, mut two) = (serving.client(Style::Simple), serving.client(Style::Extended));
+        let (mut one, mut two) = (
+            serving.client(Style::Simple),
+            serving.client(Style::Extended),
+        );
         assert_ne!(one.flags & two.flags & 1 << 8, 0, "CAN_MULTI_CONN");
         assert_eq!(one.ask_write(0, 0, &[5; 512]).errno, 0);
         assert_eq!(two.ask(0, READ, 0, 512).data, [5; 512]);
         assert_eq!(two.ask(0, FLUSH, 0, 0).errno, 0);
-        assert_eq!(serving.disk.take_log(), ["write 0 512 false", "read 0 512", "flush"]);
+        assert_eq!(
+            serving.disk.take_log(),
+            ["write 0 512 false", "read 0 512", "flush"]
+        );
     });
 }
 
 #[test]
 fn connections_are_counted_and_a_seat_is_free_again_when_one_leaves() {
     for_each_engine(|engine| {
-        let options = Options { max_connections: 2, ..Options::default() };
+        let options = Options {
+            max_connections: 2,
+            ..Options::default()
+        };
         let serving = Serving::new(engine, Disk::new(), options);
         let first = serving.client(Style::Simple);
         let mut second = serving.client(Style::Structured);
@@ -1257,7 +1426,10 @@ fn a_negotiation_has_ten_seconds() {
 #[test]
 fn a_server_may_end_with_its_last_client() {
     for_each_engine(|engine| {
-        let options = Options { end_with_last_client: true, ..Options::default() };
+        let options = Options {
+            end_with_last_client: true,
+            ..Options::default()
+        };
         let mut serving = Serving::new(engine, Disk::new(), options);
         drop(serving.connect());
         let (first, second) = (serving.client(Style::Simple), serving.client(Style::Simple));
@@ -1274,7 +1446,10 @@ fn serve_one(engine: Engine, input: OwnedFd, output: OwnedFd) -> JoinHandle<ploo
     std::thread::spawn(move || {
         let server = Server::new(Arc::new(Disk::new()), Options::default(), engine).unwrap();
         let (input, output) = (Arc::new(input), Arc::new(output));
-        exec::run(engine, async move { server.serve_connection(input, output).await }).unwrap()
+        exec::run(engine, async move {
+            server.serve_connection(input, output).await
+        })
+        .unwrap()
     })
 }
 
@@ -1320,7 +1495,13 @@ fn a_server_without_a_socket_or_with_an_impossible_name_is_an_error() {
     let server = Server::new(Arc::new(Disk::new()), Options::default(), Engine::Poll).unwrap();
     let result = exec::run(Engine::Poll, async { server.serve(vec![]).await }).unwrap();
     assert_eq!(result.unwrap_err().kind(), Kind::Invalid);
-    let export = Export { name: "a\0b".into(), ..Export::default() };
-    let options = Options { export, ..Options::default() };
+    let export = Export {
+        name: "a\0b".into(),
+        ..Export::default()
+    };
+    let options = Options {
+        export,
+        ..Options::default()
+    };
     assert!(Server::new(Arc::new(Disk::new()), options, Engine::Poll).is_err());
 }
