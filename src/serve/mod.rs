@@ -1,1 +1,2 @@
 //! Transports: how a kernel or a client reaches a device.
+pub mod supervise;
