@@ -1,2 +1,4 @@
 //! Transports: how a kernel or a client reaches a device.
+pub mod fuse;
+pub mod loopdev;
 pub mod supervise;
