@@ -118,6 +118,16 @@ impl Error {
         self.kind
     }
 
+    /// Makes a failure that must not be retried: whatever a failed flush says, what it covered
+    /// may be lost.
+    #[must_use]
+    pub fn into_final(mut self) -> Self {
+        if self.kind == Kind::NoSpace {
+            self.kind = Kind::Io;
+        }
+        self
+    }
+
     /// A copy for a second waiter of the same failed work; the cause stays with the first.
     #[must_use]
     pub fn duplicate(&self) -> Self {

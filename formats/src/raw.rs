@@ -1,1 +1,78 @@
-//! To be written.
+//! Raw: the identity layer. Guest offset is file offset; only ever the lowest layer.
+
+use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
+use crate::store::Store;
+use crate::units::{ClusterSize, SECTOR, VirtCluster};
+use crate::{Error, Result};
+
+/// A raw image. Its cluster size comes from outside and only says how requests are cut.
+#[derive(Debug)]
+pub struct Raw<S> {
+    store: S,
+    geometry: Geometry,
+}
+
+/// Nothing is ever reserved in a raw image.
+#[derive(Debug)]
+pub enum Never {}
+
+impl Reservation for Never {
+    fn host(&self) -> u64 {
+        match *self {}
+    }
+    fn submitted(&mut self) {
+        match *self {}
+    }
+}
+
+impl<S: Store> Raw<S> {
+    /// A raw image over a whole store; a partial last sector is not part of it.
+    pub fn new(store: S, cluster: ClusterSize) -> Result<Self> {
+        let size = store.info().len / SECTOR * SECTOR;
+        if size == 0 {
+            return Err(Error::damaged("a raw image of less than one sector"));
+        }
+        Ok(Self { store, geometry: Geometry { size, cluster } })
+    }
+}
+
+impl<S: Store> Layer for Raw<S> {
+    type Store = S;
+    type Reservation = Never;
+
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn store(&self) -> &S {
+        &self.store
+    }
+
+    async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
+        Ok(Extent::Data { at: guest, len })
+    }
+
+    fn is_durable(&self, _cluster: VirtCluster) -> bool {
+        true
+    }
+
+    async fn reserve(&self) -> Result<Never> {
+        Err(Error::invalid("a raw image has every cluster"))
+    }
+
+    fn publish(&self, _cluster: VirtCluster, reserved: Never, _below: Below) {
+        match reserved {}
+    }
+
+    async fn release(&self, _cluster: VirtCluster) -> Result<()> {
+        Err(Error::invalid("a raw image keeps every cluster"))
+    }
+
+    async fn sync(&self) -> Result<()> {
+        self.store.flush().await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.store.flush().await
+    }
+}

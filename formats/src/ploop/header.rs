@@ -83,10 +83,18 @@ pub fn chs(sectors: u64) -> (u32, u32, u32) {
         return (16, 63, clip(sectors / 1008));
     }
     let pick = |n: u64, from: &[u64]| from.iter().copied().find(|d| n.is_multiple_of(*d));
-    let Some(track) = pick(sectors, &[63, 32, 16, 8]) else { return (1, 1, clip(sectors)) };
+    let Some(track) = pick(sectors, &[63, 32, 16, 8]) else {
+        return (1, 1, clip(sectors));
+    };
     let rest = sectors.checked_div(track).unwrap_or(0);
-    let Some(heads) = pick(rest, &[16, 8, 4, 2]) else { return (1, 1, clip(sectors)) };
-    (clip(heads), clip(track), clip(rest.checked_div(heads).unwrap_or(0)))
+    let Some(heads) = pick(rest, &[16, 8, 4, 2]) else {
+        return (1, 1, clip(sectors));
+    };
+    (
+        clip(heads),
+        clip(track),
+        clip(rest.checked_div(heads).unwrap_or(0)),
+    )
 }
 
 impl Header {
@@ -94,11 +102,13 @@ impl Header {
     /// format ends).
     pub fn new(version: Version, size: u64, cluster: ClusterSize) -> Result<Self> {
         let max = match version {
-            Version::V1 => limits::V1_SECTORS_MAX / cluster.sectors().max(1),
+            Version::V1 => limits::V1_SECTORS_MAX
+                .checked_div(cluster.sectors())
+                .unwrap_or(0),
             Version::V2 => limits::BAT_ENTRIES_MAX,
         };
         let wanted = cluster.count(size);
-        let fits_if_cut = size / cluster.bytes().max(1) <= max;
+        let fits_if_cut = size.checked_div(cluster.bytes()).is_some_and(|n| n <= max);
         if size == 0 || (wanted > max && !fits_if_cut) {
             return Err(Error::invalid(format!(
                 "size {size} is not from 1 byte to {} bytes, the limit of ploop format {version:?} with {}-byte clusters",
@@ -143,20 +153,26 @@ impl Header {
             .map_err(|e| Error::damaged(format!("offset 0x1C: {e}")))?;
         let entries = u32_at(bytes, 0x20);
         if u64::from(entries) > limits::BAT_ENTRIES_MAX {
-            return Err(Error::damaged(format!("offset 0x20: {entries} BAT entries, above the format's limit")));
+            return Err(Error::damaged(format!(
+                "offset 0x20: {entries} BAT entries, above the format's limit"
+            )));
         }
         let sectors = match version {
             Version::V1 => u64::from(u32_at(bytes, 0x24)),
             Version::V2 => u64_at(bytes, 0x24),
         };
         if sectors == 0 || sectors > u64::MAX / SECTOR {
-            return Err(Error::damaged(format!("offset 0x24: a size of {sectors} sectors")));
+            return Err(Error::damaged(format!(
+                "offset 0x24: a size of {sectors} sectors"
+            )));
         }
         let needed = table_clusters(u64::from(entries), cluster);
         let first = u64::from(u32_at(bytes, 0x30));
         let start = match first {
             0 if version == Version::V1 => needed,
-            n if n.checked_rem(cluster.sectors()) == Some(0) => n.checked_div(cluster.sectors()).unwrap_or(0),
+            n if n.checked_rem(cluster.sectors()) == Some(0) => {
+                n.checked_div(cluster.sectors()).unwrap_or(0)
+            }
             n => {
                 return Err(Error::damaged(format!(
                     "offset 0x30: first data sector {n} is not a multiple of the cluster ({} sectors)",
@@ -217,7 +233,10 @@ impl Header {
 
     /// Virtual size and cluster.
     pub fn geometry(&self) -> Geometry {
-        Geometry { size: self.sectors.saturating_mul(SECTOR), cluster: self.cluster }
+        Geometry {
+            size: self.sectors.saturating_mul(SECTOR),
+            cluster: self.cluster,
+        }
     }
 
     /// Whether the BAT has an entry for every cluster of the virtual size.

@@ -8,6 +8,7 @@
 #[cfg(feature = "testkit")]
 pub mod fault;
 pub mod mem;
+pub mod pages;
 #[cfg(feature = "testkit")]
 pub mod record;
 #[cfg(feature = "testkit")]
