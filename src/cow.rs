@@ -10,6 +10,7 @@
 use crate::stack::Stack;
 use bytes::Bytes;
 use ploop_formats::layer::{Below, Layer, Reservation};
+use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Result, buf};
@@ -62,19 +63,37 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     let host = reserved.host();
     reserved.submitted();
     if let Piece::Zero { keep: true, .. } = piece {
-        top.store().punch(host, geometry.cluster.bytes(), Space::Keep).await?;
+        stack
+            .punch_data(host, geometry.cluster.bytes(), Space::Keep)
+            .await?;
+    }
+    let below = if lower_zero || only_zeros {
+        Below::Zeros
+    } else {
+        Below::Data
+    };
+    let mut reserved = Some(reserved);
+    if planted::is(Bug::PublishBeforeData) {
+        publish(top, cluster, reserved.take(), below);
     }
     let mut at = start;
     while at < end {
         let to = (at + STEP).min(end);
         if let Some((from, bytes)) = assemble(stack, &piece, at, to, lower_zero).await? {
-            top.store().write_at(host + (from - start), bytes, Reach::Cache).await?;
+            stack
+                .write_data(host + (from - start), bytes, Reach::Cache)
+                .await?;
         }
         at = to;
     }
-    let below = if lower_zero || only_zeros { Below::Zeros } else { Below::Data };
-    top.publish(VirtCluster(cluster), reserved, below);
+    publish(top, cluster, reserved, below);
     Ok(())
+}
+
+fn publish<L: Layer>(top: &L, cluster: u32, reserved: Option<L::Reservation>, below: Below) {
+    if let Some(reserved) = reserved {
+        top.publish(VirtCluster(cluster), reserved, below);
+    }
 }
 
 /// The bytes to write for guest range `from .. to` of a new cluster and where they start; none

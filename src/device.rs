@@ -35,7 +35,10 @@ pub enum Zero {
 /// that overlap and are in flight together may take effect in any order, whole sectors at a time.
 /// A write is durable once a [`Device::flush`] that was called after its answer is answered with
 /// success, or when `fua` was set. Futures must be run to completion once polled.
-#[allow(async_fn_in_trait, reason = "futures of a ring are not Send; transports are generic")]
+#[allow(
+    async_fn_in_trait,
+    reason = "futures of a ring are not Send; transports are generic"
+)]
 pub trait Device {
     /// Size in bytes, a multiple of 512. May grow while requests run.
     fn size(&self) -> u64;

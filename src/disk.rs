@@ -11,6 +11,7 @@ use crate::stack::{AnyLayer, Segment, Stack};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
@@ -42,7 +43,12 @@ impl<S: Store> Disk<S> {
     /// A disk over layers, base first. The top is written unless `read_only`.
     pub fn new(layers: Vec<AnyLayer<S>>, read_only: bool) -> Result<Self> {
         let stack = Stack::new(layers)?;
-        Ok(Self { stack, flight: Flight::default(), flush: Flush::default(), read_only })
+        Ok(Self {
+            stack,
+            flight: Flight::default(),
+            flush: Flush::default(),
+            read_only,
+        })
     }
 
     /// The layers.
@@ -56,6 +62,15 @@ impl<S: Store> Disk<S> {
             return Ok(());
         }
         self.stack.top().close().await
+    }
+
+    /// Makes durable what waits for a flush that nobody asked for; nothing when nothing waits.
+    /// Called now and then, it bounds what power loss can take and returns discarded space.
+    pub async fn write_back(&self) -> Result<()> {
+        if self.read_only || !self.stack.has_pending() {
+            return Ok(());
+        }
+        self.flush_once().await
     }
 
     fn cluster(&self) -> ClusterSize {
@@ -83,7 +98,9 @@ impl<S: Store> Disk<S> {
     /// Admits a request to the clusters of a byte range, which is not empty.
     async fn admit(&self, at: u64, len: u64, mode: Mode) -> Admitted {
         let size = self.cluster().bytes();
-        self.flight.admit(at / size, (at + len - 1) / size, mode).await
+        self.flight
+            .admit(at / size, (at + len - 1) / size, mode)
+            .await
     }
 
     fn is_aligned(&self, at: u64, data: &[u8]) -> bool {
@@ -124,17 +141,25 @@ impl<S: Store> Disk<S> {
         let mut done = 0;
         while done < data.len() {
             let left = (data.len() - done) as u64;
-            let Extent::Data { at: host, len } = self.stack.top().map(at + done as u64, left).await?
+            let Extent::Data { at: host, len } =
+                self.stack.top().map(at + done as u64, left).await?
             else {
                 return Ok(false);
             };
             parts.push((host, data.slice(done..done + len as usize)));
             done += len as usize;
         }
-        let durable = fua && self.is_durable(at, data.len() as u64);
-        let reach = if durable { Reach::Durable } else { Reach::Cache };
-        let store = self.stack.top().store();
-        all(parts.into_iter().map(|(host, bytes)| store.write_at(host, bytes, reach))).await?;
+        let durable =
+            fua && (planted::is(Bug::FuaIgnoresIndex) || self.is_durable(at, data.len() as u64));
+        let reach = if durable {
+            Reach::Durable
+        } else {
+            Reach::Cache
+        };
+        let writes = parts
+            .into_iter()
+            .map(|(host, bytes)| self.stack.write_data(host, bytes, reach));
+        all(writes).await?;
         drop(_shared);
         if fua && !durable {
             self.flush_once().await?;
@@ -144,13 +169,21 @@ impl<S: Store> Disk<S> {
 
     /// Writes with the clusters to itself: new clusters, and blocks written in part.
     async fn write_exclusive(&self, at: u64, data: &Bytes) -> Result<()> {
-        let _exclusive = self.admit(at, data.len() as u64, Mode::Exclusive).await;
+        let mode = match planted::is(Bug::CopyUpUnderShared) {
+            true => Mode::Shared,
+            false => Mode::Exclusive,
+        };
+        let _exclusive = self.admit(at, data.len() as u64, mode).await;
         let mut old = Vec::new();
         let mut new = Vec::new();
         let mut done = 0;
         while done < data.len() {
             let guest = at + done as u64;
-            let extent = self.stack.top().map(guest, (data.len() - done) as u64).await?;
+            let extent = self
+                .stack
+                .top()
+                .map(guest, (data.len() - done) as u64)
+                .await?;
             let len = match extent {
                 Extent::Data { at: host, len } => {
                     old.push(self.overwrite(host, data.slice(done..done + len as usize)));
@@ -172,25 +205,30 @@ impl<S: Store> Disk<S> {
     async fn write_new(&self, guest: u64, bytes: Bytes) -> Result<()> {
         let cluster = self.table_index(guest)?;
         let piece = Piece::Data { at: guest, bytes };
-        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone())).await
+        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone()))
+            .await
     }
 
     fn table_index(&self, guest: u64) -> Result<u32> {
-        self.cluster().cluster_of(guest).ok_or_else(|| Error::invalid("offset past the table"))
+        self.cluster()
+            .cluster_of(guest)
+            .ok_or_else(|| Error::invalid("offset past the table"))
     }
 
     /// Writes to a place in the top's file, any alignment: whole blocks around it are read first.
     async fn overwrite(&self, host: u64, bytes: Bytes) -> Result<()> {
-        let store = self.stack.top().store();
         if self.is_aligned(host, &bytes) {
-            return store.write_at(host, bytes, Reach::Cache).await;
+            return self.stack.write_data(host, bytes, Reach::Cache).await;
         }
         let align = self.stack.align();
         let from = host / align * align;
         let to = (host + bytes.len() as u64).next_multiple_of(align);
-        let mut whole = store.read_at(from, buf::aligned((to - from) as usize)).await?;
+        let block = buf::aligned((to - from) as usize);
+        let mut whole = self.stack.top().store().read_at(from, block).await?;
         whole[(host - from) as usize..][..bytes.len()].copy_from_slice(&bytes);
-        store.write_at(from, whole.freeze(), Reach::Cache).await
+        self.stack
+            .write_data(from, whole.freeze(), Reach::Cache)
+            .await
     }
 
     /// Wipes a range in steps, each with its clusters to itself.
@@ -229,13 +267,23 @@ impl<S: Store> Disk<S> {
         let whole = size.within(guest) == 0 && guest + len == end;
         let top = self.stack.top();
         let releasable = whole && how != Wipe::Keep && top.allocates();
-        if releasable && self.stack.reads_zero(guest, end, self.stack.depth() - 1).await? {
+        if releasable
+            && (planted::is(Bug::DiscardExposesParent)
+                || self
+                    .stack
+                    .reads_zero(guest, end, self.stack.depth() - 1)
+                    .await?)
+        {
             let cluster = VirtCluster(self.table_index(guest)?);
             self.with_room(|| top.release(cluster)).await?;
             return Ok(len);
         }
-        let space = if how == Wipe::Keep { Space::Keep } else { Space::Free };
-        top.store().punch(host, len, space).await?;
+        let space = if how == Wipe::Keep {
+            Space::Keep
+        } else {
+            Space::Free
+        };
+        self.stack.punch_data(host, len, space).await?;
         Ok(len)
     }
 
@@ -244,14 +292,24 @@ impl<S: Store> Disk<S> {
         if how == Wipe::Advise {
             return Ok(len);
         }
-        let below = self.stack.resolve(guest, len, self.stack.depth() - 1).await?;
+        let below = self
+            .stack
+            .resolve(guest, len, self.stack.depth() - 1)
+            .await?;
         if below.at.is_none() && how == Wipe::Free {
             return Ok(below.len);
         }
-        let len = below.len.min(self.cluster().bytes() - self.cluster().within(guest));
+        let len = below
+            .len
+            .min(self.cluster().bytes() - self.cluster().within(guest));
         let cluster = self.table_index(guest)?;
-        let piece = Piece::Zero { from: guest, to: guest + len, keep: how == Wipe::Keep };
-        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone())).await?;
+        let piece = Piece::Zero {
+            from: guest,
+            to: guest + len,
+            keep: how == Wipe::Keep,
+        };
+        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone()))
+            .await?;
         Ok(len)
     }
 
@@ -264,7 +322,13 @@ impl<S: Store> Disk<S> {
             let end = (start + size.bytes()).min(self.size());
             let partial = at > start || at + len < end;
             let absent = matches!(self.stack.top().map(edge, 1).await?, Extent::Absent { .. });
-            if partial && absent && !self.stack.reads_zero(start, end, self.stack.depth() - 1).await? {
+            if partial
+                && absent
+                && !self
+                    .stack
+                    .reads_zero(start, end, self.stack.depth() - 1)
+                    .await?
+            {
                 return Ok(false);
             }
         }
@@ -274,15 +338,30 @@ impl<S: Store> Disk<S> {
     /// How a segment is stored; holes in the file of a layer read as zeros.
     async fn extent_of(&self, segment: Segment) -> Result<GuestExtent> {
         let depth = segment.layer.map_or(0, |i| (self.stack.depth() - i) as u32);
-        let hole = GuestExtent { len: segment.len, zero: true, hole: true, depth };
-        let (Some(layer), Some(at)) =
-            (segment.layer.and_then(|i| self.stack.layers().get(i)), segment.at)
-        else {
+        let hole = GuestExtent {
+            len: segment.len,
+            zero: true,
+            hole: true,
+            depth,
+        };
+        let (Some(layer), Some(at)) = (
+            segment.layer.and_then(|i| self.stack.layers().get(i)),
+            segment.at,
+        ) else {
             return Ok(hole);
         };
         let (data, until) = layer.store().extent(at).await?;
         let len = segment.len.min(until.saturating_sub(at).max(1));
-        Ok(if data { GuestExtent { len, zero: false, hole: false, depth } } else { GuestExtent { len, ..hole } })
+        Ok(if data {
+            GuestExtent {
+                len,
+                zero: false,
+                hole: false,
+                depth,
+            }
+        } else {
+            GuestExtent { len, ..hole }
+        })
     }
 }
 
@@ -319,7 +398,10 @@ impl<S: Store> Device for Disk<S> {
             return self.stack.read(at, buf, self.stack.depth()).await;
         }
         let mut buf = buf;
-        let bytes = self.stack.read_unaligned(at, buf.len(), self.stack.depth()).await?;
+        let bytes = self
+            .stack
+            .read_unaligned(at, buf.len(), self.stack.depth())
+            .await?;
         buf.copy_from_slice(&bytes);
         Ok(buf)
     }
@@ -342,9 +424,20 @@ impl<S: Store> Device for Disk<S> {
             return Ok(());
         }
         if how == Zero::Fast && !self.wipes_fast(at, len).await? {
-            return Err(Error::unsupported("zeroing part of a cluster over a parent is no faster"));
+            return Err(Error::unsupported(
+                "zeroing part of a cluster over a parent is no faster",
+            ));
         }
-        self.wipe(at, len, if how == Zero::Allocate { Wipe::Keep } else { Wipe::Free }).await?;
+        self.wipe(
+            at,
+            len,
+            if how == Zero::Allocate {
+                Wipe::Keep
+            } else {
+                Wipe::Free
+            },
+        )
+        .await?;
         if fua { self.flush_once().await } else { Ok(()) }
     }
 
@@ -370,12 +463,20 @@ impl<S: Store> Device for Disk<S> {
         let mut at = at;
         while at < end {
             let _shared = self.admit(at, 1, Mode::Shared).await;
-            let segment = self.stack.resolve(at, (end - at).min(limits::TRANSFER_MAX), self.stack.depth()).await?;
+            let segment = self
+                .stack
+                .resolve(at, (end - at).min(limits::TRANSFER_MAX), self.stack.depth())
+                .await?;
             let extent = self.extent_of(segment).await?;
             at += extent.len;
             let full = out.len() == max;
             match out.last_mut() {
-                Some(last) if GuestExtent { len: last.len, ..extent } == *last => {
+                Some(last)
+                    if GuestExtent {
+                        len: last.len,
+                        ..extent
+                    } == *last =>
+                {
                     last.len += extent.len;
                 }
                 _ if full => break,

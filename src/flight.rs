@@ -44,7 +44,11 @@ impl State {
     /// Whether `range` may start now, behind the waiting requests that came before it.
     fn is_free(&self, range: &Range, ahead: usize) -> bool {
         !self.active.iter().any(|(_, a)| a.conflicts(range))
-            && !self.waiting.iter().take(ahead).any(|(w, _)| w.conflicts(range))
+            && !self
+                .waiting
+                .iter()
+                .take(ahead)
+                .any(|(w, _)| w.conflicts(range))
     }
 
     fn start(&mut self, range: Range) -> u64 {
@@ -80,13 +84,17 @@ impl Flight {
         let turn = {
             let mut state = self.lock();
             if state.is_free(&range, usize::MAX) {
-                return Admitted { id: state.start(range), flight: self.clone() };
+                return Admitted {
+                    id: state.start(range),
+                    flight: self.clone(),
+                };
             }
             let (grant, turn) = oneshot::channel();
             state.waiting.push_back((range, grant));
             turn
         };
-        turn.await.expect("a waiting request is granted or still queued")
+        turn.await
+            .expect("a waiting request is granted or still queued")
     }
 }
 
@@ -103,7 +111,13 @@ impl Drop for Admitted {
             if state.is_free(&range, ahead) {
                 let id = state.start(range);
                 if let Some((_, grant)) = state.waiting.remove(ahead) {
-                    granted.push((grant, Admitted { id, flight: self.flight.clone() }));
+                    granted.push((
+                        grant,
+                        Admitted {
+                            id,
+                            flight: self.flight.clone(),
+                        },
+                    ));
                 }
             } else {
                 ahead += 1;
@@ -131,8 +145,12 @@ mod tests {
     #[test]
     fn shared_requests_overlap_and_an_exclusive_one_waits_for_all_of_them() {
         let flight = Flight::default();
-        let Poll::Ready(a) = poll(pin!(flight.admit(0, 3, Mode::Shared))) else { panic!("waits") };
-        let Poll::Ready(b) = poll(pin!(flight.admit(2, 5, Mode::Shared))) else { panic!("waits") };
+        let Poll::Ready(a) = poll(pin!(flight.admit(0, 3, Mode::Shared))) else {
+            panic!("waits")
+        };
+        let Poll::Ready(b) = poll(pin!(flight.admit(2, 5, Mode::Shared))) else {
+            panic!("waits")
+        };
         let mut c = pin!(flight.admit(3, 3, Mode::Exclusive));
         assert!(poll(c.as_mut()).is_pending());
         drop(a);
@@ -144,14 +162,21 @@ mod tests {
     #[test]
     fn nobody_overtakes_a_waiting_request_that_it_conflicts_with() {
         let flight = Flight::default();
-        let Poll::Ready(a) = poll(pin!(flight.admit(0, 0, Mode::Shared))) else { panic!("waits") };
+        let Poll::Ready(a) = poll(pin!(flight.admit(0, 0, Mode::Shared))) else {
+            panic!("waits")
+        };
         let mut writer = pin!(flight.admit(0, 1, Mode::Exclusive));
         assert!(poll(writer.as_mut()).is_pending());
         let mut late = pin!(flight.admit(1, 1, Mode::Shared));
-        assert!(poll(late.as_mut()).is_pending(), "cluster 1 is free, but the writer came first");
+        assert!(
+            poll(late.as_mut()).is_pending(),
+            "cluster 1 is free, but the writer came first"
+        );
         assert!(poll(pin!(flight.admit(2, 2, Mode::Exclusive))).is_ready());
         drop(a);
-        let Poll::Ready(w) = poll(writer.as_mut()) else { panic!("waits") };
+        let Poll::Ready(w) = poll(writer.as_mut()) else {
+            panic!("waits")
+        };
         assert!(poll(late.as_mut()).is_pending());
         drop(w);
         assert!(poll(late.as_mut()).is_ready());
@@ -160,7 +185,9 @@ mod tests {
     #[test]
     fn a_request_that_gives_up_while_it_waits_blocks_nobody() {
         let flight = Flight::default();
-        let Poll::Ready(a) = poll(pin!(flight.admit(0, 0, Mode::Exclusive))) else { panic!("waits") };
+        let Poll::Ready(a) = poll(pin!(flight.admit(0, 0, Mode::Exclusive))) else {
+            panic!("waits")
+        };
         {
             let mut gone = pin!(flight.admit(0, 0, Mode::Exclusive));
             assert!(poll(gone.as_mut()).is_pending());

@@ -3,12 +3,12 @@
 //! Every layer has the same cluster size; an upper one is never smaller than a lower one. Only the
 //! top is ever written, and not by this file.
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Below, Extent, Geometry, Layer};
 use ploop_formats::ploop::{Ploop, Reserved};
 use ploop_formats::raw::Raw;
-use ploop_formats::store::Store;
+use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Result, buf, limits};
 
@@ -25,6 +25,25 @@ impl<S: Store> AnyLayer<S> {
     /// Whether clusters come and go in it; a raw image has all of them always.
     pub const fn allocates(&self) -> bool {
         matches!(self, AnyLayer::Ploop(_))
+    }
+
+    /// File offset below which no guest data may ever be written: header and table.
+    fn data_floor(&self) -> u64 {
+        match self {
+            AnyLayer::Ploop(layer) => {
+                let header = layer.header();
+                header.cluster.start(header.data_start)
+            }
+            AnyLayer::Raw(_) => 0,
+        }
+    }
+
+    /// Whether answered changes wait for a flush to become durable.
+    fn has_pending(&self) -> bool {
+        match self {
+            AnyLayer::Ploop(layer) => layer.has_pending(),
+            AnyLayer::Raw(_) => false,
+        }
     }
 }
 
@@ -105,7 +124,10 @@ pub struct Stack<S> {
 impl<S: Store> Stack<S> {
     /// Stacks layers, base first, and refuses what does not fit together.
     pub fn new(layers: Vec<AnyLayer<S>>) -> Result<Self> {
-        let top = layers.last().ok_or_else(|| Error::invalid("a stack without layers"))?.geometry();
+        let top = layers
+            .last()
+            .ok_or_else(|| Error::invalid("a stack without layers"))?
+            .geometry();
         if layers.len() > limits::DEPTH_MAX {
             return Err(Error::damaged(format!(
                 "{} layers, more than {}",
@@ -123,14 +145,25 @@ impl<S: Store> Stack<S> {
                 )));
             }
             if i > 0 && !layer.allocates() {
-                return Err(Error::damaged(format!("layer {i} is raw; only the lowest may be")));
+                return Err(Error::damaged(format!(
+                    "layer {i} is raw; only the lowest may be"
+                )));
             }
         }
-        let smaller = layers.windows(2).position(|w| w[1].geometry().size < w[0].geometry().size);
+        let smaller = layers
+            .windows(2)
+            .position(|w| w[1].geometry().size < w[0].geometry().size);
         if let Some(i) = smaller {
-            return Err(Error::damaged(format!("layer {} is smaller than the one below it", i + 1)));
+            return Err(Error::damaged(format!(
+                "layer {} is smaller than the one below it",
+                i + 1
+            )));
         }
-        let align = layers.iter().map(|l| l.store().info().align).max().unwrap_or(1);
+        let align = layers
+            .iter()
+            .map(|l| l.store().info().align)
+            .max()
+            .unwrap_or(1);
         Ok(Self { layers, align })
     }
 
@@ -142,6 +175,37 @@ impl<S: Store> Stack<S> {
     /// The writable layer.
     pub fn top(&self) -> &AnyLayer<S> {
         self.layers.last().expect("a stack has layers")
+    }
+
+    /// Writes guest data to a place in the top's file. Every guest write passes here.
+    ///
+    /// # Panics
+    /// When the place is in the header or the table: a panic costs an export, that write a disk.
+    pub async fn write_data(&self, host: u64, bytes: Bytes, reach: Reach) -> Result<()> {
+        let top = self.top();
+        assert!(
+            host >= top.data_floor(),
+            "guest data at {host}, inside header and table"
+        );
+        top.store().write_at(host, bytes, reach).await
+    }
+
+    /// Zeroes guest data at a place in the top's file.
+    ///
+    /// # Panics
+    /// As [`Stack::write_data`].
+    pub async fn punch_data(&self, host: u64, len: u64, space: Space) -> Result<()> {
+        let top = self.top();
+        assert!(
+            host >= top.data_floor(),
+            "a hole at {host}, inside header and table"
+        );
+        top.store().punch(host, len, space).await
+    }
+
+    /// Whether the top has answered changes that wait for a flush.
+    pub fn has_pending(&self) -> bool {
+        self.top().has_pending()
     }
 
     /// How many layers there are.
@@ -165,12 +229,28 @@ impl<S: Store> Stack<S> {
             let extent = layer.map(guest, len.min(size - guest)).await?;
             len = extent.len();
             match extent {
-                Extent::Data { at, .. } => return Ok(Segment { len, layer: Some(i), at: Some(at) }),
-                Extent::Zero { .. } => return Ok(Segment { len, layer: Some(i), at: None }),
+                Extent::Data { at, .. } => {
+                    return Ok(Segment {
+                        len,
+                        layer: Some(i),
+                        at: Some(at),
+                    });
+                }
+                Extent::Zero { .. } => {
+                    return Ok(Segment {
+                        len,
+                        layer: Some(i),
+                        at: None,
+                    });
+                }
                 Extent::Absent { .. } => {}
             }
         }
-        Ok(Segment { len, layer: None, at: None })
+        Ok(Segment {
+            len,
+            layer: None,
+            at: None,
+        })
     }
 
     /// Whether the lowest `depth` layers read as zeros in `from .. to` for all that their tables
@@ -223,7 +303,9 @@ impl<S: Store> Stack<S> {
     pub async fn read_unaligned(&self, guest: u64, len: usize, depth: usize) -> Result<BytesMut> {
         let from = guest / self.align * self.align;
         let to = (guest + len as u64).next_multiple_of(self.align);
-        let mut wide = self.read(from, buf::aligned((to - from) as usize), depth).await?;
+        let mut wide = self
+            .read(from, buf::aligned((to - from) as usize), depth)
+            .await?;
         let mut inner = wide.split_off((guest - from) as usize);
         inner.truncate(len);
         Ok(inner)

@@ -88,7 +88,11 @@ pub struct Error {
 impl Error {
     /// An error with a sentence for people.
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self {
+            kind,
+            message: message.into(),
+            source: None,
+        }
     }
 
     /// The image breaks a format rule; say where and which.
@@ -131,7 +135,11 @@ impl Error {
     /// A copy for a second waiter of the same failed work; the cause stays with the first.
     #[must_use]
     pub fn duplicate(&self) -> Self {
-        Self { kind: self.kind, message: self.to_string(), source: None }
+        Self {
+            kind: self.kind,
+            message: self.to_string(),
+            source: None,
+        }
     }
 }
 
@@ -166,6 +174,10 @@ impl From<std::io::Error> for Error {
             E::ResourceBusy | E::WouldBlock | E::ExecutableFileBusy => Kind::Busy,
             _ => Kind::Io,
         };
-        Self { kind, message: "system call failed".into(), source: Some(Box::new(source)) }
+        Self {
+            kind,
+            message: "system call failed".into(),
+            source: Some(Box::new(source)),
+        }
     }
 }

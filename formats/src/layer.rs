@@ -75,7 +75,10 @@ pub trait Reservation {
 }
 
 /// One delta image.
-#[allow(async_fn_in_trait, reason = "futures of a ring are not Send; the engine is generic")]
+#[allow(
+    async_fn_in_trait,
+    reason = "futures of a ring are not Send; the engine is generic"
+)]
 pub trait Layer {
     /// Where this layer's bytes are.
     type Store: Store;

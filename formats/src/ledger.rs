@@ -85,7 +85,8 @@ impl Ledger {
 
     /// Stores a pending mapping in `slot`, replacing what was there.
     pub fn put(&self, slot: usize, cluster: VirtCluster, file_cluster: u32) {
-        let word = (u64::from(cluster.0).wrapping_add(1)).wrapping_shl(32) | u64::from(file_cluster);
+        let word =
+            (u64::from(cluster.0).wrapping_add(1)).wrapping_shl(32) | u64::from(file_cluster);
         self.words.store(slot.saturating_add(FIRST), word);
     }
 

@@ -2,7 +2,7 @@
 
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
 use crate::store::Store;
-use crate::units::{ClusterSize, SECTOR, VirtCluster};
+use crate::units::{ClusterSize, SECTOR, VirtCluster, floor_to};
 use crate::{Error, Result};
 
 /// A raw image. Its cluster size comes from outside and only says how requests are cut.
@@ -28,11 +28,14 @@ impl Reservation for Never {
 impl<S: Store> Raw<S> {
     /// A raw image over a whole store; a partial last sector is not part of it.
     pub fn new(store: S, cluster: ClusterSize) -> Result<Self> {
-        let size = store.info().len / SECTOR * SECTOR;
+        let size = floor_to(store.info().len, SECTOR);
         if size == 0 {
             return Err(Error::damaged("a raw image of less than one sector"));
         }
-        Ok(Self { store, geometry: Geometry { size, cluster } })
+        Ok(Self {
+            store,
+            geometry: Geometry { size, cluster },
+        })
     }
 }
 

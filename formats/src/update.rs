@@ -5,8 +5,8 @@
 //! and a test deletes barrier number k, or moves a step across its barrier, and demands that
 //! something notices.
 
-use crate::{Error, Result};
 use crate::store::{Reach, Store};
+use crate::{Error, Result};
 use bytes::Bytes;
 
 /// One step of a metadata change.

@@ -7,7 +7,6 @@
 //! *quarantined* until the store says that nothing can land any more.
 
 use roaring::RoaringBitmap;
-use std::collections::VecDeque;
 use std::ops::Range;
 
 /// Free clusters of one file.
@@ -17,8 +16,8 @@ pub(super) struct Alloc {
     end: u32,
     /// Clusters below this hold header and BAT.
     start: u32,
-    fresh: VecDeque<Range<u32>>,
-    punched: Vec<Range<u32>>,
+    fresh: RoaringBitmap,
+    punched: RoaringBitmap,
     dirty: RoaringBitmap,
     quarantined: RoaringBitmap,
 }
@@ -32,8 +31,8 @@ impl Alloc {
         Self {
             end,
             start,
-            fresh: VecDeque::new(),
-            punched: Vec::new(),
+            fresh: RoaringBitmap::new(),
+            punched: RoaringBitmap::new(),
             dirty,
             quarantined: RoaringBitmap::new(),
         }
@@ -51,19 +50,16 @@ impl Alloc {
         self.end
     }
 
-    /// Takes a cluster that durably reads as zeros.
+    /// Takes the lowest cluster that durably reads as zeros: low ones first keep the file short.
     pub(super) fn take(&mut self) -> Option<u32> {
-        loop {
-            match self.fresh.front_mut()?.next() {
-                Some(cluster) => return Some(cluster),
-                None => self.fresh.pop_front(),
-            };
-        }
+        let cluster = self.fresh.min()?;
+        self.fresh.remove(cluster);
+        Some(cluster)
     }
 
     /// Gives back a cluster to which no write was submitted.
     pub(super) fn give_back(&mut self, cluster: u32) {
-        self.fresh.push_front(cluster..cluster.saturating_add(1));
+        self.fresh.insert(cluster);
     }
 
     /// Sets aside a cluster whose write may still land.
@@ -78,7 +74,7 @@ impl Alloc {
 
     /// Whether [`Alloc::take`] would give a cluster.
     pub(super) fn has_fresh(&self) -> bool {
-        self.fresh.iter().any(|range| range.start < range.end)
+        !self.fresh.is_empty()
     }
 
     /// Nothing can land any more: quarantined clusters are ordinary free ones.
@@ -107,42 +103,40 @@ impl Alloc {
         ranges
     }
 
-    /// Puts ranges back whose punch failed.
-    pub(super) fn dirty_again(&mut self, ranges: &[Range<u32>]) {
-        for range in ranges {
-            self.dirty.insert_range(range.clone());
-        }
+    /// Puts clusters back that were to be punched and flushed, and were not.
+    pub(super) fn dirty_again(&mut self, clusters: impl IntoIterator<Item = u32>) {
+        self.dirty.extend(clusters);
     }
 
     /// The range was punched; it becomes fresh with the next flush.
     pub(super) fn punched(&mut self, range: Range<u32>) {
-        self.punched.push(range);
+        self.punched.insert_range(range);
     }
 
     /// What a flush that starts now will make fresh.
-    pub(super) fn take_punched(&mut self) -> Vec<Range<u32>> {
+    pub(super) fn take_punched(&mut self) -> RoaringBitmap {
         std::mem::take(&mut self.punched)
     }
 
     /// A flush that began after these were punched or appended succeeded.
-    pub(super) fn now_fresh(&mut self, ranges: impl IntoIterator<Item = Range<u32>>) {
-        self.fresh.extend(ranges);
+    pub(super) fn now_fresh(&mut self, clusters: RoaringBitmap) {
+        self.fresh |= clusters;
     }
 
     /// The file was extended, and the new length is durable.
     pub(super) fn extended(&mut self, end: u32) {
-        self.fresh.push_back(self.end..end);
+        self.fresh.insert_range(self.end..end);
         self.end = end;
     }
 
     /// One past the last cluster that is in use: where a closing file may be cut.
     pub(super) fn used_end(&self) -> u32 {
-        let mut free = &self.dirty | &self.quarantined;
-        for range in self.fresh.iter().chain(&self.punched) {
-            free.insert_range(range.clone());
-        }
+        let free = (&self.dirty | &self.quarantined) | (&self.fresh | &self.punched);
         let mut end = self.end;
-        while let Some(last) = end.checked_sub(1).filter(|c| *c >= self.start && free.contains(*c)) {
+        while let Some(last) = end
+            .checked_sub(1)
+            .filter(|c| *c >= self.start && free.contains(*c))
+        {
             end = last;
         }
         end

@@ -7,8 +7,9 @@ use super::header::Header;
 use super::index::{Index, Lookup};
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::store::{Space, Store};
-use crate::units::{HostCluster, VirtCluster};
+use crate::units::{HostCluster, SECTOR, VirtCluster};
 use crate::{Error, Kind, Result};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -73,6 +74,7 @@ impl Drop for Reserved {
         let mut index = lock(&self.index);
         index.return_slot(self.slot);
         match self.state {
+            _ if planted::is(Bug::ReuseQuarantined) => index.alloc.give_back(self.cluster.0),
             State::Untouched => index.alloc.give_back(self.cluster.0),
             _ => index.alloc.quarantine(self.cluster.0),
         }
@@ -88,6 +90,11 @@ impl<S: Store> Ploop<S> {
     /// Whether a failed flush or metadata write forbids further success.
     pub fn is_poisoned(&self) -> bool {
         lock(&self.index).ledger.is_poisoned()
+    }
+
+    /// Whether answered changes wait for a sync to become durable.
+    pub fn has_pending(&self) -> bool {
+        lock(&self.index).has_pending()
     }
 
     /// Fails when the image may not be written: read-only, or poisoned by an earlier failure.
@@ -138,7 +145,9 @@ impl<S: Store> Ploop<S> {
         let mut index = lock(&self.index);
         let mut n = 1u64;
         while n < max {
-            let Some(next) = u32::try_from(n).ok().and_then(|n| cluster.checked_add(n)) else { break };
+            let Some(next) = u32::try_from(n).ok().and_then(|n| cluster.checked_add(n)) else {
+                break;
+            };
             let even = match (index.lookup(VirtCluster(next)), first) {
                 (Ok(Lookup::Absent), None) => true,
                 (Ok(Lookup::At(host)), Some(first)) => {
@@ -178,7 +187,7 @@ impl<S: Store> Ploop<S> {
 
     /// Punches a batch of free clusters and makes that durable; false when there are none.
     async fn reuse(&self) -> Result<bool> {
-        let max = (REUSE_STEP / self.header.cluster.bytes().max(1)).max(1) as u32;
+        let max = self.header.cluster.whole(REUSE_STEP).max(1) as u32;
         let punched = self.punch_free(max).await?;
         let ranges = lock(&self.index).alloc.take_punched();
         if !punched && ranges.is_empty() {
@@ -195,9 +204,20 @@ impl<S: Store> Ploop<S> {
         let ranges = lock(&self.index).alloc.take_dirty(max);
         let size = self.header.cluster;
         for (i, range) in ranges.iter().enumerate() {
-            let len = size.start(range.end).saturating_sub(size.start(range.start));
-            if let Err(e) = self.store.punch(size.start(range.start), len, Space::Free).await {
-                lock(&self.index).alloc.dirty_again(ranges.get(i..).unwrap_or_default());
+            let len = size
+                .start(range.end)
+                .saturating_sub(size.start(range.start));
+            if planted::is(Bug::FreshForReused) {
+                lock(&self.index).alloc.now_fresh(range.clone().collect());
+                continue;
+            }
+            if let Err(e) = self
+                .store
+                .punch(size.start(range.start), len, Space::Free)
+                .await
+            {
+                let left = ranges.iter().skip(i).cloned().flatten();
+                lock(&self.index).alloc.dirty_again(left);
                 return Err(e);
             }
             lock(&self.index).alloc.punched(range.clone());
@@ -209,16 +229,21 @@ impl<S: Store> Ploop<S> {
     async fn extend(&self) -> Result<()> {
         let size = self.header.cluster;
         let end = lock(&self.index).alloc.end();
-        let wanted = (size.start(end) / 8).clamp(EXTEND_MIN, EXTEND_MAX) / size.bytes().max(1);
+        let wanted = size.whole((size.start(end) / 8).clamp(EXTEND_MIN, EXTEND_MAX));
         let mut step = (wanted.max(1) as u32).min(self.last_cluster().saturating_sub(end));
         if step == 0 {
-            return Err(Error::new(Kind::NoSpace, "the file has as many clusters as the format can name"));
+            return Err(Error::new(
+                Kind::NoSpace,
+                "the file has as many clusters as the format can name",
+            ));
         }
         loop {
             let new_end = end.saturating_add(step);
             match self.store.set_len(size.start(new_end)).await {
                 Ok(()) => {
-                    self.barrier().await?;
+                    if !planted::is(Bug::FreshWithoutDurableLength) {
+                        self.barrier().await?;
+                    }
                     lock(&self.index).alloc.extended(new_end);
                     return Ok(());
                 }
@@ -232,13 +257,18 @@ impl<S: Store> Ploop<S> {
     fn last_cluster(&self) -> u32 {
         match self.header.version {
             super::header::Version::V2 => u32::MAX,
-            super::header::Version::V1 => (limits::V1_SECTORS_MAX / self.header.cluster.sectors().max(1)) as u32,
+            super::header::Version::V1 => {
+                self.header.cluster.whole(limits::V1_SECTORS_MAX * SECTOR) as u32
+            }
         }
     }
 
     /// A flush outside a pass. Its failure is as final as any.
     async fn barrier(&self) -> Result<()> {
-        self.store.flush().await.inspect_err(|_| lock(&self.index).ledger.poison())
+        self.store
+            .flush()
+            .await
+            .inspect_err(|_| lock(&self.index).ledger.poison())
     }
 }
 
@@ -257,14 +287,22 @@ impl<S: Store> Layer for Ploop<S> {
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
         let size = self.header.cluster;
         let within = size.within(guest);
-        let cluster = size.cluster_of(guest).ok_or_else(|| Error::invalid("offset past the table"))?;
+        let cluster = size
+            .cluster_of(guest)
+            .ok_or_else(|| Error::invalid("offset past the table"))?;
         let first = self.find(VirtCluster(cluster)).await?;
         let max = size.count(within.saturating_add(len));
         let clusters = self.run(cluster, first, max);
-        let len = clusters.saturating_mul(size.bytes()).saturating_sub(within).min(len);
+        let len = clusters
+            .saturating_mul(size.bytes())
+            .saturating_sub(within)
+            .min(len);
         Ok(match first {
             None => Extent::Absent { len },
-            Some(host) => Extent::Data { at: size.start(host.0).saturating_add(within), len },
+            Some(host) => Extent::Data {
+                at: size.start(host.0).saturating_add(within),
+                len,
+            },
         })
     }
 

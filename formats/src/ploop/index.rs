@@ -11,6 +11,7 @@ use super::alloc::Alloc;
 use super::header::Header;
 use crate::ledger::Ledger;
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::units::{HostCluster, VirtCluster};
 use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
@@ -35,7 +36,10 @@ pub(super) enum Lookup {
     At(HostCluster),
     Absent,
     /// Table page that must be read first, and the epoch to hand back with it.
-    NeedsPage { page: u32, epoch: u64 },
+    NeedsPage {
+        page: u32,
+        epoch: u64,
+    },
 }
 
 /// What one pass writes.
@@ -74,7 +78,9 @@ pub(super) fn place(header: &Header, n: u32) -> (u32, usize) {
 
 /// The raw entry at byte `at` of a page.
 pub(super) fn raw_entry(page: &[u8], at: usize) -> u32 {
-    page.get(at..).and_then(|b| b.first_chunk::<4>()).map_or(0, |b| u32::from_le_bytes(*b))
+    page.get(at..)
+        .and_then(|b| b.first_chunk::<4>())
+        .map_or(0, |b| u32::from_le_bytes(*b))
 }
 
 impl Index {
@@ -84,12 +90,25 @@ impl Index {
         let mut used = vec![false; ledger.slots()];
         for (slot, cluster, to) in ledger.entries() {
             let to = Some(HostCluster(to)).filter(|c| c.0 != 0);
-            pending.insert(cluster.0, Entry { to, slot, fresh: false });
+            pending.insert(
+                cluster.0,
+                Entry {
+                    to,
+                    slot,
+                    fresh: false,
+                },
+            );
             if let Some(mark) = used.get_mut(slot) {
                 *mark = true;
             }
         }
-        let slots = used.iter().enumerate().rev().filter(|(_, u)| !**u).map(|(i, _)| i).collect();
+        let slots = used
+            .iter()
+            .enumerate()
+            .rev()
+            .filter(|(_, u)| !**u)
+            .map(|(i, _)| i)
+            .collect();
         let pages = NonZeroUsize::new(limits::PAGES_CACHED).unwrap_or(NonZeroUsize::MIN);
         Self {
             header,
@@ -115,16 +134,23 @@ impl Index {
         }
         let (page, at) = place(&self.header, n);
         let Some(bytes) = self.pages.get(&page) else {
-            return Ok(Lookup::NeedsPage { page, epoch: self.epoch });
+            return Ok(Lookup::NeedsPage {
+                page,
+                epoch: self.epoch,
+            });
         };
         let raw = raw_entry(bytes, at);
-        self.named(n, raw).map(|to| to.map_or(Lookup::Absent, Lookup::At))
+        self.named(n, raw)
+            .map(|to| to.map_or(Lookup::Absent, Lookup::At))
     }
 
     /// The cluster that a durable entry names, checked against the file.
     fn named(&self, n: u32, raw: u32) -> Result<Option<HostCluster>> {
         let place = || format!("BAT entry {n} (offset {:#x})", self.header.entry_at(n));
-        let to = self.header.entry_to_cluster(raw).map_err(|e| e.at(place()))?;
+        let to = self
+            .header
+            .entry_to_cluster(raw)
+            .map_err(|e| e.at(place()))?;
         match to {
             Some(c) if c.0 >= self.alloc.end() => Err(Error::damaged(format!(
                 "{}: names cluster {}, past the end of the file ({} clusters); see check --repair",
@@ -156,7 +182,9 @@ impl Index {
 
     /// Takes a word of the ledger for a mapping to come.
     pub(super) fn take_slot(&mut self) -> Result<usize> {
-        self.slots.pop().ok_or_else(|| Error::new(Kind::Pending, "the ledger is full"))
+        self.slots
+            .pop()
+            .ok_or_else(|| Error::new(Kind::Pending, "the ledger is full"))
     }
 
     /// Gives an unused word back.
@@ -164,13 +192,27 @@ impl Index {
         self.slots.push(slot);
     }
 
+    /// Whether anything awaits a pass.
+    pub(super) fn has_pending(&self) -> bool {
+        !self.pending.is_empty() || !self.freed.is_empty()
+    }
+
     /// The word that already speaks for this cluster, if any: one word per cluster, always.
     fn slot_of(&self, n: u32) -> Option<usize> {
-        self.pending.get(&n).or_else(|| self.frozen.entries.get(&n)).map(|e| e.slot)
+        self.pending
+            .get(&n)
+            .or_else(|| self.frozen.entries.get(&n))
+            .map(|e| e.slot)
     }
 
     /// Makes `cluster` point at `to`, in memory and in the ledger; `spare` is a free word.
-    pub(super) fn publish(&mut self, cluster: VirtCluster, to: HostCluster, spare: usize, fresh: bool) {
+    pub(super) fn publish(
+        &mut self,
+        cluster: VirtCluster,
+        to: HostCluster,
+        spare: usize,
+        fresh: bool,
+    ) {
         let slot = match self.slot_of(cluster.0) {
             Some(slot) => {
                 self.return_slot(spare);
@@ -178,8 +220,17 @@ impl Index {
             }
             None => spare,
         };
-        self.ledger.put(slot, cluster, to.0);
-        self.pending.insert(cluster.0, Entry { to: Some(to), slot, fresh });
+        if !planted::is(Bug::LedgerAfterAnswer) {
+            self.ledger.put(slot, cluster, to.0);
+        }
+        self.pending.insert(
+            cluster.0,
+            Entry {
+                to: Some(to),
+                slot,
+                fresh,
+            },
+        );
     }
 
     /// Drops the mapping of `cluster`, which is at `from`. A dropped mapping needs no data first.
@@ -189,8 +240,19 @@ impl Index {
             None => self.take_slot()?,
         };
         self.ledger.put(slot, cluster, 0);
-        self.pending.insert(cluster.0, Entry { to: None, slot, fresh: true });
-        self.freed.push(from.0);
+        self.pending.insert(
+            cluster.0,
+            Entry {
+                to: None,
+                slot,
+                fresh: true,
+            },
+        );
+        if planted::is(Bug::FreeReusableBeforeSync) {
+            self.alloc.free(&[from.0]);
+        } else {
+            self.freed.push(from.0);
+        }
         Ok(())
     }
 
@@ -209,8 +271,12 @@ impl Index {
 
     /// Pages that the running pass writes, ascending.
     pub(super) fn frozen_pages(&self) -> Vec<u32> {
-        let mut pages: Vec<u32> =
-            self.frozen.entries.keys().map(|n| place(&self.header, *n).0).collect();
+        let mut pages: Vec<u32> = self
+            .frozen
+            .entries
+            .keys()
+            .map(|n| place(&self.header, *n).0)
+            .collect();
         pages.dedup();
         pages
     }
@@ -226,8 +292,14 @@ impl Index {
         image.copy_from_slice(durable);
         let per_page = (limits::PAGE / 4) as u32;
         let first = page.saturating_mul(per_page).saturating_sub(16);
-        let last = page.saturating_add(1).saturating_mul(per_page).saturating_sub(16);
-        for (n, entry) in self.frozen.entries.range(first..last) {
+        let last = page
+            .saturating_add(1)
+            .saturating_mul(per_page)
+            .saturating_sub(16);
+        let later =
+            planted::is(Bug::LaterEntriesInPageImage).then(|| self.pending.range(first..last));
+        let frozen = self.frozen.entries.range(first..last);
+        for (n, entry) in frozen.chain(later.into_iter().flatten()) {
             let raw = match entry.to {
                 None => 0,
                 Some(to) => self
@@ -250,12 +322,19 @@ impl Index {
         }
         let frozen = std::mem::take(&mut self.frozen);
         for (n, entry) in &frozen.entries {
-            if self.pending.get(n).is_none_or(|later| later.slot != entry.slot) {
+            if self
+                .pending
+                .get(n)
+                .is_none_or(|later| later.slot != entry.slot)
+            {
                 self.ledger.clear(entry.slot);
                 self.slots.push(entry.slot);
             }
         }
         self.alloc.free(&frozen.freed);
+        if planted::is(Bug::FreeReusableAtPassEnd) {
+            self.alloc.free(&std::mem::take(&mut self.freed));
+        }
         self.epoch = self.epoch.wrapping_add(1);
     }
 
@@ -268,5 +347,4 @@ impl Index {
         self.freed.extend(frozen.freed);
         self.epoch = self.epoch.wrapping_add(1);
     }
-
 }

@@ -19,7 +19,9 @@ use super::image::{Ploop, lock};
 use super::index::{Index, raw_entry};
 use crate::layer::Layer;
 use crate::ledger::Ledger;
+use crate::planted::{self, Bug};
 use crate::store::Store;
+use crate::units::floor_to;
 use crate::update::Update;
 use crate::{Error, Kind, Result, limits};
 use bytes::BytesMut;
@@ -33,13 +35,20 @@ const SCAN_STEP: u64 = 256 << 10;
 pub(super) async fn read_header<S: Store>(store: &S) -> Result<Header> {
     let info = store.info();
     if info.align > limits::PAGE {
-        return Err(Error::unsupported(format!("storage blocks of {} bytes", info.align)));
+        return Err(Error::unsupported(format!(
+            "storage blocks of {} bytes",
+            info.align
+        )));
     }
     let len = info.len.min(limits::PAGE);
     if len < limits::PAGE {
-        return Err(Error::damaged(format!("{len} bytes are too few for a ploop image")));
+        return Err(Error::damaged(format!(
+            "{len} bytes are too few for a ploop image"
+        )));
     }
-    let page = store.read_at(0, crate::buf::aligned(limits::PAGE as usize)).await?;
+    let page = store
+        .read_at(0, crate::buf::aligned(limits::PAGE as usize))
+        .await?;
     Header::parse(&page)
 }
 
@@ -61,7 +70,9 @@ impl<S: Store> Ploop<S> {
         judge_header(&header, store.info().len)?;
         let inherited = ledger.entries().next().is_some();
         if inherited && header.in_use != IN_USE {
-            return Err(Error::damaged("answered writes are pending for an image that is closed"));
+            return Err(Error::damaged(
+                "answered writes are pending for an image that is closed",
+            ));
         }
         let end = clip(header.cluster.count(store.info().len));
         let poisoned = ledger.is_poisoned();
@@ -69,6 +80,10 @@ impl<S: Store> Ploop<S> {
         let mut image = Self::assemble(store, header, alloc, ledger, true);
         if poisoned {
             return Ok(image);
+        }
+        if planted::is(Bug::CutBeforeOverlay) {
+            let used = image.used_clusters().await?;
+            image.start(used).await?;
         }
         if inherited {
             image.pass_inherited().await?;
@@ -80,25 +95,37 @@ impl<S: Store> Ploop<S> {
 
     fn assemble(store: S, header: Header, alloc: Alloc, ledger: Ledger, writable: bool) -> Self {
         let index = Arc::new(Mutex::new(Index::new(header, alloc, ledger)));
-        Self { store, header, index, writable, supply: tokio::sync::Mutex::new(()) }
+        Self {
+            store,
+            header,
+            index,
+            writable,
+            supply: tokio::sync::Mutex::new(()),
+        }
     }
 
     /// Makes a dead predecessor's answers durable. Freed space is not returned yet: the free
     /// clusters are not known.
     async fn pass_inherited(&self) -> Result<()> {
-        self.pass().await.map_err(|e| e.at("recovering what the last worker had answered"))
+        self.pass()
+            .await
+            .map_err(|e| e.at("recovering what the last worker had answered"))
     }
 
     /// Steps 3 and 4: a known end, free clusters, and the in-use mark.
     async fn start(&mut self, used: RoaringBitmap) -> Result<()> {
         let size = self.header.cluster;
         let len = self.store.info().len;
-        let last = used.max().map_or(self.header.data_start, |c| c.saturating_add(1));
+        let last = used
+            .max()
+            .map_or(self.header.data_start, |c| c.saturating_add(1));
         let clean = self.header.in_use != IN_USE && size.within(len) == 0;
         let end = if clean { clip(size.count(len)) } else { last };
         if size.start(end) != len {
             let cut = Update::new().len(size.start(end)).barrier();
-            cut.apply(&self.store).await.map_err(|e| e.at("cutting an unclean end"))?;
+            cut.apply(&self.store)
+                .await
+                .map_err(|e| e.at("cutting an unclean end"))?;
         }
         lock(&self.index).alloc = Alloc::new(self.header.data_start, end, &used);
         self.header.in_use = IN_USE;
@@ -116,7 +143,11 @@ impl<S: Store> Ploop<S> {
             head.copy_from_slice(&self.header.encode());
         }
         let page = page.freeze();
-        update.write(0, page.clone()).barrier().apply(&self.store).await?;
+        update
+            .write(0, page.clone())
+            .barrier()
+            .apply(&self.store)
+            .await?;
         let mut index = lock(&self.index);
         index.header = self.header;
         let epoch = index.epoch();
@@ -133,16 +164,19 @@ impl<S: Store> Ploop<S> {
         let mut at = 0u64;
         while at < table_end {
             let (data, until) = self.store.extent(at).await?;
-            let hole_end = until / limits::PAGE * limits::PAGE;
+            let hole_end = floor_to(until, limits::PAGE);
             if !data && hole_end > at {
                 at = hole_end;
                 continue;
             }
-            let step = SCAN_STEP.min(len.saturating_sub(at)) / limits::PAGE * limits::PAGE;
+            let step = floor_to(SCAN_STEP.min(len.saturating_sub(at)), limits::PAGE);
             if step == 0 {
                 break;
             }
-            let buf = self.store.read_at(at, crate::buf::aligned(step as usize)).await?;
+            let buf = self
+                .store
+                .read_at(at, crate::buf::aligned(step as usize))
+                .await?;
             self.judge_entries(at, &buf, &mut used)?;
             at = at.saturating_add(step);
         }
@@ -163,7 +197,10 @@ impl<S: Store> Ploop<S> {
             }
             let raw = raw_entry(bytes, byte);
             let place = || format!("BAT entry {n} (offset {offset:#x})");
-            let Some(to) = header.entry_to_cluster(raw).map_err(|e| refuse(e.at(place())))? else {
+            let Some(to) = header
+                .entry_to_cluster(raw)
+                .map_err(|e| refuse(e.at(place())))?
+            else {
                 continue;
             };
             if u64::from(to.0) >= end {
@@ -189,7 +226,9 @@ impl<S: Store> Ploop<S> {
         if !self.writable {
             return Ok(());
         }
-        self.sync().await?;
+        if !planted::is(Bug::CleanMarkBeforeSync) {
+            self.sync().await?;
+        }
         let (end, blank) = {
             let index = lock(&self.index);
             let end = index.alloc.used_end();
@@ -211,14 +250,21 @@ impl<S: Store> Ploop<S> {
             .write(0, page.freeze())
             .barrier()
             .apply(&self.store)
-            .await
+            .await?;
+        if planted::is(Bug::CleanMarkBeforeSync) {
+            self.sync().await
+        } else {
+            Ok(())
+        }
     }
 }
 
 /// What must hold before an image is opened for writing.
 fn judge_header(header: &Header, len: u64) -> Result<()> {
     if header.flags & FLAG_CONVERTING != 0 {
-        return Err(refuse(Error::damaged("offset 0x34: a format conversion was interrupted")));
+        return Err(refuse(Error::damaged(
+            "offset 0x34: a format conversion was interrupted",
+        )));
     }
     if !header.covers_size() {
         return Err(refuse(Error::damaged(format!(
@@ -233,7 +279,10 @@ fn judge_header(header: &Header, len: u64) -> Result<()> {
         ))));
     }
     if !matches!(header.in_use, 0 | IN_USE | CLOSED_V21) {
-        return Err(refuse(Error::damaged(format!("offset 0x2C: in-use mark {:#x}", header.in_use))));
+        return Err(refuse(Error::damaged(format!(
+            "offset 0x2C: in-use mark {:#x}",
+            header.in_use
+        ))));
     }
     Ok(())
 }

@@ -13,10 +13,12 @@
 
 use super::image::{Ploop, lock};
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::store::Store;
 use crate::update::Update;
-use crate::{Kind, Result};
+use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
+use roaring::RoaringBitmap;
 
 /// Pages in one metadata write at most.
 const PAGES_PER_WRITE: usize = 64;
@@ -29,25 +31,30 @@ impl<S: Store> Ploop<S> {
             index.freeze();
             index.alloc.take_punched()
         };
-        let outcome = self.write_frozen().await;
-        let mut index = lock(&self.index);
-        match outcome {
-            Ok(images) => {
-                index.pass_done(images);
-                index.alloc.now_fresh(punched);
-            }
+        match self.write_frozen().await {
+            Ok(images) => self.done(images, punched),
             Err(e) => {
-                index.pass_undone();
-                index.alloc.dirty_again(&punched);
-                if e.kind() != Kind::NoSpace {
-                    index.ledger.poison();
-                }
+                self.undone(punched, &e);
                 return Err(e);
             }
         }
-        drop(index);
         self.return_space().await;
         Ok(())
+    }
+
+    fn done(&self, images: Vec<(u32, Bytes)>, punched: RoaringBitmap) {
+        let mut index = lock(&self.index);
+        index.pass_done(images);
+        index.alloc.now_fresh(punched);
+    }
+
+    fn undone(&self, punched: RoaringBitmap, why: &Error) {
+        let mut index = lock(&self.index);
+        index.pass_undone();
+        index.alloc.dirty_again(punched);
+        if why.kind() != Kind::NoSpace {
+            index.ledger.poison();
+        }
     }
 
     /// Steps 2 to 4; gives the page images that are durable now.
@@ -58,7 +65,7 @@ impl<S: Store> Ploop<S> {
         };
         let images = self.images(&pages).await?;
         let mut update = Update::new();
-        if data_first {
+        if data_first && !planted::is(Bug::IndexBeforeData) {
             update = update.barrier();
         }
         for (at, data) in runs(&images) {
@@ -93,9 +100,15 @@ fn runs(images: &[(u32, Bytes)]) -> Vec<(u64, Bytes)> {
     let mut out = Vec::new();
     for run in images.chunk_by(|a, b| a.0.checked_add(1) == Some(b.0)) {
         for part in run.chunks(PAGES_PER_WRITE) {
-            let Some((first, bytes)) = part.first() else { continue };
+            let Some((first, bytes)) = part.first() else {
+                continue;
+            };
             let at = u64::from(*first).saturating_mul(limits::PAGE);
-            let data = if part.len() == 1 { bytes.clone() } else { join(part) };
+            let data = if part.len() == 1 {
+                bytes.clone()
+            } else {
+                join(part)
+            };
             out.push((at, data));
         }
     }
@@ -104,11 +117,15 @@ fn runs(images: &[(u32, Bytes)]) -> Vec<(u64, Bytes)> {
 
 /// The bytes of several pages in one buffer.
 fn join(pages: &[(u32, Bytes)]) -> Bytes {
-    let len = pages.iter().fold(0usize, |n, (_, b)| n.saturating_add(b.len()));
+    let len = pages
+        .iter()
+        .fold(0usize, |n, (_, b)| n.saturating_add(b.len()));
     let mut all: BytesMut = crate::buf::aligned(len);
     let mut rest = all.as_mut();
     for (_, bytes) in pages {
-        let Some((to, tail)) = rest.split_at_mut_checked(bytes.len()) else { break };
+        let Some((to, tail)) = rest.split_at_mut_checked(bytes.len()) else {
+            break;
+        };
         to.copy_from_slice(bytes);
         rest = tail;
     }

@@ -53,7 +53,10 @@ pub struct StoreInfo {
 /// Every method may be called from several tasks and threads at once. Overlapping operations have
 /// no order among themselves unless one was answered before the other was called. Dropping a
 /// future abandons its answer, not the operation: it may still land until [`Store::settle`] returns.
-#[allow(async_fn_in_trait, reason = "futures of a ring are not Send; the engine is generic")]
+#[allow(
+    async_fn_in_trait,
+    reason = "futures of a ring are not Send; the engine is generic"
+)]
 pub trait Store {
     /// Length, alignment and promises. Never blocks.
     fn info(&self) -> StoreInfo;
