@@ -12,9 +12,8 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 /// What to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,7 +55,6 @@ impl Errand {
             .args(["--errand", &text])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
             .process_group(0)
             .spawn()
             .map_err(|e| Error::from(e).at("starting an errand"))?;
@@ -90,4 +88,31 @@ pub fn run(task: &Task) -> Done {
         Task::Detach { device, file } => detach(device, file),
     };
     done.map_err(|e| Failure::from(&e))
+}
+
+fn attach(file: &Path, read_only: bool) -> Result<PathBuf> {
+    let device = loopdev::attach(&loopdev::Attach {
+        backing: file,
+        offset: 0,
+        size: None,
+        block_size: 512,
+        read_only,
+        direct_io: true,
+        autoclear: false,
+    })?;
+    Ok(device.path())
+}
+
+fn detach(device: &Path, file: &Path) -> Result<PathBuf> {
+    let number = device.to_str().and_then(|d| d.strip_prefix("/dev/loop")?.parse().ok());
+    let number = number.ok_or_else(|| Error::invalid("not a loop device").at(device.display()))?;
+    let gone = |e: &Error| e.kind() == Kind::NotFound;
+    match loopdev::status(number) {
+        Ok(status) if status.backing.starts_with(file) => loopdev::detach(number),
+        // Detached by the kernel after its last user, and perhaps attached to something else.
+        Ok(_) => Ok(()),
+        Err(e) => Err(e),
+    }
+    .or_else(|e| if gone(&e) { Ok(()) } else { Err(e) })?;
+    Ok(device.to_path_buf())
 }

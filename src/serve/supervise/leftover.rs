@@ -29,12 +29,13 @@ pub fn sweep() -> Result<()> {
 pub fn clean(run: &RunDir) {
     tracing::info!("{}: cleaning up after a dead keeper", run.path().display());
     let disk = run.disk();
-    for device in devices_on(&disk) {
-        let points = mounts::of_device(&device).unwrap_or_default();
+    for device in loopdev::attached_under(&disk).unwrap_or_default() {
+        let path = PathBuf::from(format!("/dev/loop{}", device.number));
+        let points = mounts::of_device(&path).unwrap_or_default();
         for point in points.iter().rev() {
             warn(mounts::detach(point, true));
         }
-        warn(loopdev::detach(&device));
+        warn(loopdev::detach(device.number));
     }
     let mounted = mounts::all().unwrap_or_default();
     for _ in mounted.iter().filter(|m| m.point == disk) {
@@ -49,19 +50,6 @@ fn warn(done: Result<()>) {
     if let Err(e) = done {
         tracing::warn!("{e}");
     }
-}
-
-/// Loop devices whose backing file is `file`, by name: the file itself answers nothing any more.
-pub fn devices_on(file: &Path) -> Vec<PathBuf> {
-    let Ok(blocks) = std::fs::read_dir("/sys/block") else { return Vec::new() };
-    let stands_on = |name: &Path| {
-        let backing = std::fs::read_to_string(name.join("loop/backing_file")).unwrap_or_default();
-        // The kernel marks a file that was unlinked or unmounted under a device.
-        let backing = backing.trim_end_matches('\n').trim_end_matches(" (deleted)").to_string();
-        Path::new(&backing) == file
-    };
-    let found = blocks.flatten().map(|b| b.path()).filter(|p| stands_on(p));
-    found.filter_map(|p| p.file_name().map(|n| Path::new("/dev").join(n))).collect()
 }
 
 fn remove_socket(path: &Path) {

@@ -39,6 +39,16 @@ impl Log {
     }
 }
 
+impl Log {
+    /// Makes this process's standard error a second way into the log, for panics.
+    pub fn take_stderr(&self) {
+        let log = self.open.lock().unwrap_or_else(|e| e.into_inner());
+        if let Err(e) = rustix::stdio::dup2_stderr(&log.file) {
+            tracing::warn!("standard error stays where it is: {e}");
+        }
+    }
+}
+
 impl Open {
     fn turn_over(&mut self) -> io::Result<()> {
         std::fs::rename(&self.path, self.path.with_extension("1"))?;
