@@ -110,6 +110,14 @@ impl Error {
         Self::new(Kind::Unsupported, message)
     }
 
+    /// An earlier flush failed.
+    pub fn poisoned() -> Self {
+        Self::new(
+            Kind::Poisoned,
+            "an earlier flush failed: detach the disk and check it",
+        )
+    }
+
     /// Puts the place (a file, an operation) in front of the message.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {

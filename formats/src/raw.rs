@@ -1,15 +1,18 @@
 //! Raw: the identity layer. Guest offset is file offset; only ever the lowest layer.
 
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
+use crate::ledger::Ledger;
 use crate::store::Store;
 use crate::units::{ClusterSize, SECTOR, VirtCluster, floor_to};
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 
 /// A raw image. Its cluster size comes from outside and only says how requests are cut.
 #[derive(Debug)]
 pub struct Raw<S> {
     store: S,
     geometry: Geometry,
+    /// Nothing is ever pending here; it remembers a failed flush. None: read-only.
+    ledger: Option<Ledger>,
 }
 
 /// Nothing is ever reserved in a raw image.
@@ -26,8 +29,17 @@ impl Reservation for Never {
 }
 
 impl<S: Store> Raw<S> {
-    /// A raw image over a whole store; a partial last sector is not part of it.
-    pub fn new(store: S, cluster: ClusterSize) -> Result<Self> {
+    /// A raw image for reading: the whole store but for a partial last sector.
+    pub fn open_read(store: S, cluster: ClusterSize) -> Result<Self> {
+        Self::open(store, cluster, None)
+    }
+
+    /// A raw image for writing. The ledger keeps a failed flush across workers.
+    pub fn open_write(store: S, cluster: ClusterSize, ledger: Ledger) -> Result<Self> {
+        Self::open(store, cluster, Some(ledger))
+    }
+
+    fn open(store: S, cluster: ClusterSize, ledger: Option<Ledger>) -> Result<Self> {
         let size = floor_to(store.info().len, SECTOR);
         if size == 0 {
             return Err(Error::damaged("a raw image of less than one sector"));
@@ -35,7 +47,25 @@ impl<S: Store> Raw<S> {
         Ok(Self {
             store,
             geometry: Geometry { size, cluster },
+            ledger,
         })
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let Some(ledger) = &self.ledger else {
+            return Err(Error::new(
+                Kind::ReadOnly,
+                "this raw image is open read-only",
+            ));
+        };
+        if ledger.is_poisoned() {
+            return Err(Error::poisoned());
+        }
+        self.store
+            .flush()
+            .await
+            .map_err(Error::into_final)
+            .inspect_err(|_| ledger.poison())
     }
 }
 
@@ -72,10 +102,10 @@ impl<S: Store> Layer for Raw<S> {
     }
 
     async fn sync(&self) -> Result<()> {
-        self.store.flush().await
+        self.flush().await
     }
 
     async fn close(&self) -> Result<()> {
-        self.store.flush().await
+        self.flush().await
     }
 }

@@ -74,9 +74,7 @@ fn text(descriptor: &Descriptor) -> String {
 fn disk(images: &[(Guid, &str, &str)], shots: &[(Guid, Guid, &str)], top: &str) -> String {
     let images: String = images
         .iter()
-        .map(|(g, t, f)| {
-            format!("<Image><GUID>{g}</GUID><Type>{t}</Type><File>{f}</File></Image>")
-        })
+        .map(|(g, t, f)| format!("<Image><GUID>{g}</GUID><Type>{t}</Type><File>{f}</File></Image>"))
         .collect();
     let shots: String = shots
         .iter()
@@ -95,7 +93,9 @@ fn disk(images: &[(Guid, &str, &str)], shots: &[(Guid, Guid, &str)], top: &str) 
 fn chain_of(n: u32) -> String {
     let name = |i: u32| if i + 1 == n { Guid::TOP } else { guid(i + 1) };
     let files: Vec<String> = (0..n).map(|i| format!("f{i}")).collect();
-    let images: Vec<_> = (0..n).map(|i| (name(i), "Compressed", files[i as usize].as_str())).collect();
+    let images: Vec<_> = (0..n)
+        .map(|i| (name(i), "Compressed", files[i as usize].as_str()))
+        .collect();
     let parent = |i: u32| if i == 0 { Guid::NONE } else { name(i - 1) };
     let shots: Vec<_> = (0..n).map(|i| (name(i), parent(i), "")).collect();
     disk(&images, &shots, "")
@@ -114,7 +114,11 @@ fn new_disk() -> Descriptor {
         kind: ImageType::Compressed,
         file: "root.hdd",
         preallocated: false,
-        chs: Chs { cylinders: 2080, heads: 16, sectors: 63 },
+        chs: Chs {
+            cylinders: 2080,
+            heads: 16,
+            sectors: 63,
+        },
     })
     .unwrap()
 }
@@ -131,7 +135,14 @@ fn a_rich_file_is_read_as_it_was_meant() {
     assert_eq!(disk.cluster().sectors(), 2048);
     assert!(disk.preallocated());
     assert_eq!(disk.max_delta_size(), Some(1 << 30));
-    assert_eq!(disk.chs(), Some(Chs { cylinders: 2080, heads: 16, sectors: 63 }));
+    assert_eq!(
+        disk.chs(),
+        Some(Chs {
+            cylinders: 2080,
+            heads: 16,
+            sectors: 63
+        })
+    );
     assert_eq!(disk.images()[0].file, "root & co.hdd");
     let base = disk.base().guid;
     assert_eq!(base.to_string(), "{aaaaaaaa-0000-4000-8000-000000000001}");
@@ -152,7 +163,10 @@ fn an_edit_touches_only_what_it_names() {
     let line = "    <Max_delta_size>1073741824</Max_delta_size>\n";
     assert_eq!(text(&changed), RICH.replace(line, ""));
     let changed = disk.edit(|e| e.set_preallocated(false)).unwrap();
-    assert_eq!(text(&changed), RICH.replace("      <Preallocated>1</Preallocated>\n", ""));
+    assert_eq!(
+        text(&changed),
+        RICH.replace("      <Preallocated>1</Preallocated>\n", "")
+    );
     assert!(text(&changed).contains("<Virtuozzo_disk_image Version='1.0'  x:odd = \"a &lt; b\">"));
 }
 
@@ -201,10 +215,22 @@ fn what_an_edit_adds_stands_where_a_new_file_would_have_it() {
         })
         .unwrap();
     let expected = text(&disk)
-        .replace("</Disk_size>\n", "</Disk_size>\n    <Max_delta_size>7</Max_delta_size>\n")
-        .replace("</Blocksize>\n", "</Blocksize>\n      <Preallocated>1</Preallocated>\n");
+        .replace(
+            "</Disk_size>\n",
+            "</Disk_size>\n    <Max_delta_size>7</Max_delta_size>\n",
+        )
+        .replace(
+            "</Blocksize>\n",
+            "</Blocksize>\n      <Preallocated>1</Preallocated>\n",
+        );
     assert_eq!(text(&changed), expected);
-    assert_eq!(changed.edit(|e| e.set_preallocated(false)).unwrap().preallocated(), false);
+    assert_eq!(
+        changed
+            .edit(|e| e.set_preallocated(false))
+            .unwrap()
+            .preallocated(),
+        false
+    );
 }
 
 #[test]
@@ -218,7 +244,12 @@ fn a_snapshot_rotates_guids_as_ploop_does() {
         })
         .unwrap();
     assert_eq!((changed.top(), changed.base().guid), (Guid::TOP, u));
-    let files: Vec<_> = changed.chain(Guid::TOP).unwrap().into_iter().map(|i| i.file).collect();
+    let files: Vec<_> = changed
+        .chain(Guid::TOP)
+        .unwrap()
+        .into_iter()
+        .map(|i| i.file)
+        .collect();
     assert_eq!(files, ["root.hdd", "root.hdd.{x}"]);
     let image = "      <Image>\n        <GUID>{5fbaabe3-6958-40ff-92a7-860e329aab41}</GUID>\n        \
                  <Type>Compressed</Type>\n        <File>root.hdd.{x}</File>\n      </Image>\n    </Storage>";
@@ -244,15 +275,25 @@ fn an_edit_that_breaks_a_rule_changes_nothing() {
     assert!(disk.edit(|e| e.set_top(guid(3))).is_err());
     assert!(disk.edit(|e| e.set_file(Guid::TOP, "../up")).is_err());
     assert!(disk.edit(|e| e.add(guid(3), guid(4), "x")).is_err());
-    assert!(disk.edit(|e| e.set_mark(Guid::TOP, Some(Mark::Temporary))).is_err());
-    assert_eq!(disk.edit(|e| e.remove(guid(3))).unwrap_err().kind(), Kind::NotFound);
+    assert!(
+        disk.edit(|e| e.set_mark(Guid::TOP, Some(Mark::Temporary)))
+            .is_err()
+    );
+    assert_eq!(
+        disk.edit(|e| e.remove(guid(3))).unwrap_err().kind(),
+        Kind::NotFound
+    );
     assert_eq!(disk, new_disk());
 }
 
 #[test]
 fn every_field_that_an_edit_sets_is_read_back() {
     let disk = parse(&chain_of(3)).unwrap();
-    let chs = Chs { cylinders: 3, heads: 2, sectors: 1 };
+    let chs = Chs {
+        cylinders: 3,
+        heads: 2,
+        sectors: 1,
+    };
     let changed = disk
         .edit(|e| {
             e.set_size(262_144, chs)?;
@@ -265,9 +306,20 @@ fn every_field_that_an_edit_sets_is_read_back() {
     assert_eq!((changed.sectors(), changed.chs()), (262_144, Some(chs)));
     assert!(text(&changed).contains("<End>262144</End>"));
     assert_eq!(changed.image(guid(1)).unwrap().file, "a<b>&\"c\"");
-    assert_eq!(changed.shot(guid(2)).unwrap().mark, Some(Mark::TemporaryZeroSwap));
-    let formats: Vec<_> = changed.chain(Guid::TOP).unwrap().iter().map(|i| i.format).collect();
-    assert_eq!(formats, [LayerFormat::Raw, LayerFormat::Ploop, LayerFormat::Ploop]);
+    assert_eq!(
+        changed.shot(guid(2)).unwrap().mark,
+        Some(Mark::TemporaryZeroSwap)
+    );
+    let formats: Vec<_> = changed
+        .chain(Guid::TOP)
+        .unwrap()
+        .iter()
+        .map(|i| i.format)
+        .collect();
+    assert_eq!(
+        formats,
+        [LayerFormat::Raw, LayerFormat::Ploop, LayerFormat::Ploop]
+    );
     let plain = changed.edit(|e| e.set_mark(guid(2), None)).unwrap();
     assert_eq!(plain.shot(guid(2)).unwrap().mark, None);
 }
@@ -277,7 +329,12 @@ fn upper_images_of_a_plain_disk_are_ploop_images() {
     let images = [(guid(1), "Plain", "base"), (Guid::TOP, "Plain", "top")];
     let shots = [(guid(1), Guid::NONE, ""), (Guid::TOP, guid(1), "")];
     let disk = parse(&disk(&images, &shots, "")).unwrap();
-    let formats: Vec<_> = disk.chain(Guid::TOP).unwrap().iter().map(|i| i.format).collect();
+    let formats: Vec<_> = disk
+        .chain(Guid::TOP)
+        .unwrap()
+        .iter()
+        .map(|i| i.format)
+        .collect();
     assert_eq!(formats, [LayerFormat::Raw, LayerFormat::Ploop]);
     let grown = disk
         .edit(|e| {
@@ -301,13 +358,22 @@ fn a_foreign_top_is_read_and_renamed_when_stored() {
     assert_eq!(read.edit(|_| Ok(())).unwrap().top(), Guid::TOP);
     assert!(!text(&read.edit(|_| Ok(())).unwrap()).contains(&guid(2).to_string()));
 
-    let volume = plain.replace("<Storage>", "<Volume><ReadOnly>0</ReadOnly></Volume><Storage>");
-    assert_eq!(parse(&volume).unwrap().edit(|_| Ok(())).unwrap().top(), guid(2));
+    let volume = plain.replace(
+        "<Storage>",
+        "<Volume><ReadOnly>0</ReadOnly></Volume><Storage>",
+    );
+    assert_eq!(
+        parse(&volume).unwrap().edit(|_| Ok(())).unwrap().top(),
+        guid(2)
+    );
 
     let taken = plain.replace(&guid(1).to_string(), &Guid::TOP.to_string());
     let taken = parse(&taken).unwrap();
     assert_eq!(taken.top(), guid(2));
-    assert_eq!(taken.edit(|_| Ok(())).unwrap_err().kind(), Kind::Unsupported);
+    assert_eq!(
+        taken.edit(|_| Ok(())).unwrap_err().kind(),
+        Kind::Unsupported
+    );
 }
 
 #[test]
@@ -332,29 +398,69 @@ fn a_missing_top_shot_is_added() {
 #[test]
 fn trees_that_are_no_tree_are_refused() {
     let (a, b, top) = (guid(1), guid(2), Guid::TOP);
-    let image = |g| (g, "Compressed", if g == a { "fa" } else if g == b { "fb" } else { "ft" });
+    let image = |g| {
+        (
+            g,
+            "Compressed",
+            if g == a {
+                "fa"
+            } else if g == b {
+                "fb"
+            } else {
+                "ft"
+            },
+        )
+    };
     let two = [image(a), image(top)];
     let three = [image(a), image(b), image(top)];
     let cases: [(&[(Guid, &str, &str)], &[(Guid, Guid, &str)], &str); 9] = [
         (&[], &[], "no image"),
         (&two, &[(a, b, ""), (top, a, "")], "each has a parent"),
-        (&two, &[(a, Guid::NONE, ""), (top, Guid::NONE, "")], "two shots without a parent"),
-        (&two, &[(a, Guid::NONE, ""), (a, Guid::NONE, "")], "two shots have the GUID"),
+        (
+            &two,
+            &[(a, Guid::NONE, ""), (top, Guid::NONE, "")],
+            "two shots without a parent",
+        ),
+        (
+            &two,
+            &[(a, Guid::NONE, ""), (a, Guid::NONE, "")],
+            "two shots have the GUID",
+        ),
         (&two, &[(a, Guid::NONE, ""), (b, a, "")], "has no shot"),
         (&two, &[(a, Guid::NONE, ""), (top, b, "")], "is no shot"),
-        (&three, &[(a, Guid::NONE, ""), (b, top, ""), (top, b, "")], "circle"),
-        (&two, &[(a, Guid::NONE, ""), (b, a, ""), (top, a, "")], "a snapshot has no image"),
+        (
+            &three,
+            &[(a, Guid::NONE, ""), (b, top, ""), (top, b, "")],
+            "circle",
+        ),
+        (
+            &two,
+            &[(a, Guid::NONE, ""), (b, a, ""), (top, a, "")],
+            "a snapshot has no image",
+        ),
         (&three, &[(a, Guid::NONE, "")], "has no shot"),
     ];
     for (images, shots, part) in cases {
         refused(&disk(images, shots, ""), Kind::Damaged, part);
     }
     let good = [(a, Guid::NONE, ""), (top, a, "")];
-    refused(&disk(&[image(a), image(a)], &good, ""), Kind::Damaged, "two images have the GUID");
+    refused(
+        &disk(&[image(a), image(a)], &good, ""),
+        Kind::Damaged,
+        "two images have the GUID",
+    );
     let same = [(a, "Compressed", "x"), (top, "Compressed", "./x")];
-    refused(&disk(&same, &good, ""), Kind::Damaged, "two images name the file");
+    refused(
+        &disk(&same, &good, ""),
+        Kind::Damaged,
+        "two images name the file",
+    );
     let backup = format!("<TopGUID>{}</TopGUID>", Guid::BACKUP);
-    refused(&disk(&two, &good, &backup), Kind::Damaged, "reserved for backups");
+    refused(
+        &disk(&two, &good, &backup),
+        Kind::Damaged,
+        "reserved for backups",
+    );
     let nowhere = format!("<TopGUID>{b}</TopGUID>");
     refused(&disk(&two, &good, &nowhere), Kind::Damaged, "names no shot");
     for mark in ["Temporary", "TemporaryZero", "TemporaryZeroSwap"] {
@@ -362,7 +468,14 @@ fn trees_that_are_no_tree_are_refused() {
         let marked = [(a, Guid::NONE, ""), (top, a, mark.as_str())];
         refused(&disk(&two, &marked, ""), Kind::Damaged, "marked temporary");
         let lower = [(a, Guid::NONE, mark.as_str()), (top, a, "")];
-        assert!(parse(&disk(&two, &lower, "")).unwrap().shot(a).unwrap().mark.is_some());
+        assert!(
+            parse(&disk(&two, &lower, ""))
+                .unwrap()
+                .shot(a)
+                .unwrap()
+                .mark
+                .is_some()
+        );
     }
 }
 
@@ -370,24 +483,54 @@ fn trees_that_are_no_tree_are_refused() {
 fn the_deepest_legal_chain_is_read_and_one_more_is_refused() {
     let deepest = parse(&chain_of(limits::DEPTH_MAX as u32)).unwrap();
     assert_eq!(deepest.chain(Guid::TOP).unwrap().len(), limits::DEPTH_MAX);
-    refused(&chain_of(limits::DEPTH_MAX as u32 + 1), Kind::Unsupported, "stands on 128 images");
+    refused(
+        &chain_of(limits::DEPTH_MAX as u32 + 1),
+        Kind::Unsupported,
+        "stands on 128 images",
+    );
 }
 
 #[test]
 fn file_names_that_leave_the_directory_are_refused() {
-    for name in ["", "/etc/shadow", "../x", "a/../../x", "a/..", "..", ".", "./", "a&#0;b"] {
-        let text = disk(&[(Guid::TOP, "Compressed", name)], &[(Guid::TOP, Guid::NONE, "")], "");
-        assert_eq!(parse(&text).expect_err(name).kind(), Kind::Damaged, "{name}");
+    for name in [
+        "",
+        "/etc/shadow",
+        "../x",
+        "a/../../x",
+        "a/..",
+        "..",
+        ".",
+        "./",
+        "a&#0;b",
+    ] {
+        let text = disk(
+            &[(Guid::TOP, "Compressed", name)],
+            &[(Guid::TOP, Guid::NONE, "")],
+            "",
+        );
+        assert_eq!(
+            parse(&text).expect_err(name).kind(),
+            Kind::Damaged,
+            "{name}"
+        );
     }
     for name in ["a", "a/b", "..a", "a..", "./a", "a b", "root.hdd.{x}"] {
-        let text = disk(&[(Guid::TOP, "Compressed", name)], &[(Guid::TOP, Guid::NONE, "")], "");
+        let text = disk(
+            &[(Guid::TOP, "Compressed", name)],
+            &[(Guid::TOP, Guid::NONE, "")],
+            "",
+        );
         assert_eq!(parse(&text).unwrap().images()[0].file, name);
     }
 }
 
 #[test]
 fn values_that_make_no_disk_are_refused() {
-    let good = disk(&[(Guid::TOP, "Compressed", "a")], &[(Guid::TOP, Guid::NONE, "")], "");
+    let good = disk(
+        &[(Guid::TOP, "Compressed", "a")],
+        &[(Guid::TOP, Guid::NONE, "")],
+        "",
+    );
     assert!(parse(&good).is_ok());
     let swap = |from: &str, to: &str| {
         assert!(good.contains(from), "{from}");
@@ -398,24 +541,64 @@ fn values_that_make_no_disk_are_refused() {
         (size, "", Kind::Damaged, "no Disk_size"),
         (size, "<Disk_size/>", Kind::Damaged, "is empty"),
         (size, "<Disk_size>0</Disk_size>", Kind::Damaged, "0 sectors"),
-        (size, "<Disk_size>-1</Disk_size>", Kind::Damaged, "Disk_size"),
-        (size, "<Disk_size>99999999999999999999</Disk_size>", Kind::Damaged, "Disk_size"),
-        (size, "<Disk_size>18446744073709551615</Disk_size>", Kind::Damaged, "is not a disk"),
-        (size, "<Disk_size>1<b/></Disk_size>", Kind::Damaged, "where text is expected"),
-        (size, "<Disk_size>1</Disk_size><Disk_size>2</Disk_size>", Kind::Damaged, "more than one"),
+        (
+            size,
+            "<Disk_size>-1</Disk_size>",
+            Kind::Damaged,
+            "Disk_size",
+        ),
+        (
+            size,
+            "<Disk_size>99999999999999999999</Disk_size>",
+            Kind::Damaged,
+            "Disk_size",
+        ),
+        (
+            size,
+            "<Disk_size>18446744073709551615</Disk_size>",
+            Kind::Damaged,
+            "is not a disk",
+        ),
+        (
+            size,
+            "<Disk_size>1<b/></Disk_size>",
+            Kind::Damaged,
+            "where text is expected",
+        ),
+        (
+            size,
+            "<Disk_size>1</Disk_size><Disk_size>2</Disk_size>",
+            Kind::Damaged,
+            "more than one",
+        ),
         (">2048<", ">2047<", Kind::Damaged, "Blocksize"),
         (">2048<", ">32<", Kind::Damaged, "Blocksize"),
         (">2048<", ">262144<", Kind::Damaged, "Blocksize"),
         ("Compressed", "Squeezed", Kind::Unsupported, "Squeezed"),
         ("<Start>0<", "<Start>8<", Kind::Unsupported, "split"),
-        ("</Storage>", "</Storage><Storage></Storage>", Kind::Unsupported, "split"),
+        (
+            "</Storage>",
+            "</Storage><Storage></Storage>",
+            Kind::Unsupported,
+            "split",
+        ),
         ("{5fbaabe3", "{5fbaabeg", Kind::Damaged, "is not a GUID"),
         ("<File>a</File>", "", Kind::Damaged, "no File"),
-        ("<File>a</File>", "<File>a</File><File>b</File>", Kind::Damaged, "more than one"),
+        (
+            "<File>a</File>",
+            "<File>a</File><File>b</File>",
+            Kind::Damaged,
+            "more than one",
+        ),
     ] {
         refused(&swap(from, to), kind, part);
     }
-    assert_eq!(parse(&swap(">131072<", ">\n 131072 \n<")).unwrap().sectors(), 131_072);
+    assert_eq!(
+        parse(&swap(">131072<", ">\n 131072 \n<"))
+            .unwrap()
+            .sectors(),
+        131_072
+    );
 }
 
 #[test]
@@ -425,7 +608,10 @@ fn hostile_xml_is_refused_in_bounded_time_and_memory() {
     for (text, part) in [
         (laughs.to_string(), "document type"),
         (wrap("&x;"), "entities are refused"),
-        (format!("{}{}", "<a>".repeat(40), "</a>".repeat(40)), "nested more than 32"),
+        (
+            format!("{}{}", "<a>".repeat(40), "</a>".repeat(40)),
+            "nested more than 32",
+        ),
         ("<a>".repeat(1_000_000), "nested more than 32"),
         (wrap(&"<b/>".repeat(70_000)), "more than 65536"),
         (wrap("<b></c>"), ""),
@@ -439,11 +625,17 @@ fn hostile_xml_is_refused_in_bounded_time_and_memory() {
         ("<a".into(), ""),
         ("<![CDATA[x]]>".into(), "text outside"),
         ("<a/>".into(), "no Disk_Parameters"),
-        (" ".repeat(limits::DESCRIPTOR_MAX as usize + 1), "is not read"),
+        (
+            " ".repeat(limits::DESCRIPTOR_MAX as usize + 1),
+            "is not read",
+        ),
     ] {
         refused(&text, Kind::Damaged, part);
     }
-    assert_eq!(Descriptor::parse(b"<a>\xFF</a>").unwrap_err().kind(), Kind::Damaged);
+    assert_eq!(
+        Descriptor::parse(b"<a>\xFF</a>").unwrap_err().kind(),
+        Kind::Damaged
+    );
     let many: Vec<_> = (1..10_001).map(|i| (guid(i), "Compressed", "x")).collect();
     refused(&disk(&many, &[], ""), Kind::Damaged, "");
 }

@@ -145,7 +145,9 @@ fn is_predefined(source: &str) -> bool {
 
 impl Builder {
     fn take(&mut self, token: Token, source: &str) -> std::result::Result<(), &'static str> {
-        self.nodes = self.nodes.saturating_add(usize::from(!matches!(token, Token::Close)));
+        self.nodes = self
+            .nodes
+            .saturating_add(usize::from(!matches!(token, Token::Close)));
         if self.nodes > limits::DESCRIPTOR_NODES_MAX {
             return Err("more than 65536 elements and texts");
         }

@@ -103,10 +103,7 @@ impl<S: Store> Ploop<S> {
             return Err(Error::new(Kind::ReadOnly, "this delta is open read-only"));
         }
         if self.is_poisoned() {
-            return Err(Error::new(
-                Kind::Poisoned,
-                "an earlier flush failed: detach the disk and check it",
-            ));
+            return Err(Error::poisoned());
         }
         Ok(())
     }

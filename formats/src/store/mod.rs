@@ -8,6 +8,8 @@
 #[cfg(feature = "testkit")]
 pub mod fault;
 pub mod mem;
+#[cfg(feature = "testkit")]
+pub mod mutate;
 pub mod pages;
 #[cfg(feature = "testkit")]
 pub mod record;

@@ -119,6 +119,21 @@ impl Pages {
         }
     }
 
+    /// Fills the range with one byte; whole pages share their memory.
+    pub fn fill(&mut self, at: u64, len: u64, byte: u8) {
+        let page = Arc::new([byte; SIZE]);
+        for (number, within, len) in pieces(at, len) {
+            if len == SIZE {
+                Arc::make_mut(&mut self.pages).insert(number, page.clone());
+            } else if let Some(part) = page.get(..len) {
+                self.write(
+                    number.saturating_mul(PAGE).saturating_add(within as u64),
+                    part,
+                );
+            }
+        }
+    }
+
     /// Sets the length. Bytes past a shorter one are forgotten; new ones read as zeros.
     pub fn set_len(&mut self, len: u64) {
         if len < self.len {
@@ -147,11 +162,9 @@ impl Pages {
         (kind, page.saturating_mul(PAGE).min(self.len))
     }
 
-    /// Numbers of the pages that exist and lie, in part at least, in `at .. at + len`.
-    pub fn present(&self, at: u64, len: u64) -> impl Iterator<Item = u64> + '_ {
-        let first = at.checked_div(PAGE).unwrap_or(0);
-        let last = at.saturating_add(len).div_ceil(PAGE).max(first);
-        self.pages.range(first..last).map(|(n, _)| *n)
+    /// Whether the page that holds byte `at` exists, be it full of zeros.
+    pub fn is_written(&self, at: u64) -> bool {
+        self.pages.contains_key(&at.checked_div(PAGE).unwrap_or(0))
     }
 
     /// Everything, as one piece of memory. For tests on small files.

@@ -3,5 +3,6 @@
 //! Compiled with the feature `testkit` only and never shipped.
 
 pub mod exec;
+pub mod rng;
 
 pub use crate::planted;
