@@ -2,3 +2,4 @@
 pub mod fuse;
 pub mod loopdev;
 pub mod supervise;
+pub mod nbd;
