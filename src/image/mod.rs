@@ -1,7 +1,12 @@
 //! Image directories: what DISK means, which files make it up, and opening them as one device.
 //!
 //! [`target`] turns what a user typed into a disk, [`chain`] says which file is which layer,
-//! [`lock`] keeps other programs out, [`open`] builds the device, [`init`] makes a new disk.
-//! Nothing here knows who serves the disk or who asked for it.
+//! [`lock`] keeps other programs out, [`open`] builds the device, [`init`] makes a new disk,
+//! [`survey`] looks without opening. Nothing here knows who serves the disk or who asked for it.
 
+pub mod chain;
+pub mod init;
+pub mod lock;
+pub mod open;
+pub mod survey;
 pub mod target;

@@ -4,9 +4,11 @@
 //! stated. Formats are never guessed: a guest can write any signature into its own disk.
 
 use ploop_formats::{Error, Kind, Result};
+use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -147,6 +149,14 @@ impl Target {
             Target::Bundle { dir } => dir.clone(),
             Target::Bare { file, .. } => parent(file),
         }
+    }
+
+    /// Opens that directory.
+    pub fn open_dir(&self) -> Result<OwnedFd> {
+        let dir = self.dir();
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(&dir, flags, Mode::empty())
+            .map_err(|e| Error::from(std::io::Error::from(e)).at(dir.display()))
     }
 
     /// The bare file's name and format; `None` for an image directory.

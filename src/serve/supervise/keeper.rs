@@ -12,14 +12,13 @@ use super::log::Log;
 use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode};
 use super::restart::Restarts;
 use super::{inherit, leftover};
-use crate::image::lock::DiskLocks;
+use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::memfd::Memory;
 use crate::rundir::{Outcome, Phase, RunDir, State};
 use crate::serve::fuse;
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, Mode as FileMode, OFlags};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
@@ -186,12 +185,10 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
 
 impl Holdings {
     fn take(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let path = target.dir();
-        let dir = rustix::fs::openat(CWD, &path, flags, FileMode::empty())
-            .map_err(|e| Error::from(io::Error::from(e)).at(path.display()))?;
+        let dir = target.open_dir()?;
         let source = target.source();
-        let locks = DiskLocks::take(&dir, &source, config.read_only)
+        let access = if config.read_only { Access::Read } else { Access::Write };
+        let locks = DiskLocks::take(&dir, &source, access)
             .map_err(|e| e.at(target.path().display()))?;
         let ledger = match config.read_only {
             true => None,
@@ -217,7 +214,10 @@ impl Holdings {
                 let listeners = sockets.listeners.iter().map(|fd| bag.pack(fd));
                 let listeners = listeners.collect::<Result<_>>()?;
                 // A connection is passed on and not kept: its client must see the worker's end.
-                let connection = sockets.connection.take().map(|fd| bag.pack(fd)).transpose()?;
+                let connection = match sockets.connection.take() {
+                    Some((input, output)) => Some((bag.pack(input)?, bag.pack(output)?)),
+                    None => None,
+                };
                 let until_idle = Sockets::ends_with_clients(listen);
                 WorkerMode::Nbd { listeners, connection, export: export.clone(), until_idle }
             }

@@ -9,7 +9,7 @@ use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{CWD, Mode};
 use rustix::net::sockopt;
 use std::fs;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -21,8 +21,9 @@ use std::path::{Path, PathBuf};
 pub struct Sockets {
     /// Listening sockets.
     pub listeners: Vec<OwnedFd>,
-    /// One established connection, until a worker has it.
-    pub connection: Option<OwnedFd>,
+    /// One established connection, until a worker has it: where requests come from and where
+    /// replies go.
+    pub connection: Option<(OwnedFd, OwnedFd)>,
     /// Where clients connect, as an NBD URI without the export's name.
     pub uri: Option<Uri>,
     made: Option<Made>,
@@ -162,23 +163,23 @@ fn tcp(addr: SocketAddr) -> Result<Sockets> {
     })
 }
 
-/// Takes the client from standard input and leaves nothing of it here, so that it sees the end
-/// when the worker ends.
+/// Takes the client from standard input and output and leaves nothing of it here, so that it sees
+/// the end when the worker ends.
 fn stdio() -> Result<Sockets> {
-    let at = |e: rustix::io::Errno| Error::from(io::Error::from(e)).at("standard input");
-    let stdin = io::stdin();
-    if sockopt::socket_type(&stdin).is_err() {
-        return Err(Error::unsupported(
-            "--nbd - needs a socket as standard input, as libnbd's connect_command and inetd \
-             give it; a terminal or a pipe carries one direction only",
+    let at = |e: rustix::io::Errno| Error::from(io::Error::from(e)).at("standard input and output");
+    let (stdin, stdout) = (io::stdin(), io::stdout());
+    if stdin.is_terminal() || stdout.is_terminal() {
+        return Err(Error::invalid(
+            "--nbd - speaks NBD on standard input and output, and one of them is a terminal",
         ));
     }
-    let connection = rustix::io::fcntl_dupfd_cloexec(&stdin, 3).map_err(at)?;
+    let input = rustix::io::fcntl_dupfd_cloexec(&stdin, 3).map_err(at)?;
+    let output = rustix::io::fcntl_dupfd_cloexec(&stdout, 3).map_err(at)?;
     let null = rustix::fs::openat(CWD, "/dev/null", rustix::fs::OFlags::RDWR, Mode::empty());
     let null = null.map_err(at)?;
     rustix::stdio::dup2_stdin(&null).map_err(at)?;
     rustix::stdio::dup2_stdout(&null).map_err(at)?;
-    Ok(Sockets { connection: Some(connection), ..Sockets::default() })
+    Ok(Sockets { connection: Some((input, output)), ..Sockets::default() })
 }
 
 fn listening(fd: OwnedFd) -> Result<OwnedFd> {

@@ -156,8 +156,8 @@ pub enum WorkerMode {
     Nbd {
         /// Listening sockets.
         listeners: Vec<RawFd>,
-        /// One established connection.
-        connection: Option<RawFd>,
+        /// One established connection: requests come from the first, replies go to the second.
+        connection: Option<(RawFd, RawFd)>,
         /// The export's name.
         export: String,
         /// End with the last client.
