@@ -6,6 +6,8 @@ use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
 use ploop::stack::AnyLayer;
 use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::extension::{Extension, Feature, NECESSARY, TRANSIT};
+use ploop_formats::ploop::header::CLOSED_V21;
 use ploop_formats::ploop::{Header, Ploop, Version};
 use ploop_formats::store::Store;
 use ploop_formats::store::mem::MemStore;
@@ -184,4 +186,69 @@ fn no_guest_write_reaches_header_or_table() {
     let _ = now(disk
         .stack()
         .write_data(CLUSTER - 512, Bytes::from(vec![1u8; 512]), Reach::Cache));
+}
+
+/// A blank image whose format extension holds one feature.
+fn with_feature(magic: u64, flags: u64) -> MemStore {
+    let store = blank(Version::V2);
+    let feature = Feature {
+        magic,
+        flags,
+        data: vec![5; 16],
+    };
+    let size = ClusterSize::new(CLUSTER).unwrap();
+    let cluster = Extension {
+        features: vec![feature],
+    }
+    .build(size)
+    .unwrap();
+    now(async {
+        let page = store.read_at(0, buf::aligned(4096)).await.unwrap();
+        let mut header = Header::parse(&page).unwrap();
+        header.in_use = CLOSED_V21;
+        header.extension = CLUSTER / 512;
+        let mut page = page;
+        page[..64].copy_from_slice(&header.encode());
+        store.set_len(2 * CLUSTER).await.unwrap();
+        store
+            .write_at(0, page.freeze(), Reach::Cache)
+            .await
+            .unwrap();
+        store
+            .write_at(CLUSTER, cluster.into(), Reach::Cache)
+            .await
+            .unwrap();
+    });
+    store
+}
+
+#[test]
+fn an_unknown_feature_is_kept_dropped_or_refused_as_its_flags_say() {
+    for (flags, kept) in [(0, false), (TRANSIT, true)] {
+        let store = with_feature(0x1234, flags);
+        let disk = open(std::slice::from_ref(&store));
+        now(disk.write(0, Bytes::from(vec![1u8; 512]), false)).unwrap();
+        now(disk.close()).unwrap();
+        let page = now(store.read_at(0, buf::aligned(4096))).unwrap();
+        let header = Header::parse(&page).unwrap();
+        assert_eq!(
+            (header.in_use == CLOSED_V21, header.extension != 0),
+            (kept, kept)
+        );
+        if kept {
+            let at = header.extension * 512;
+            let cluster = now(store.read_at(at, buf::aligned(CLUSTER as usize))).unwrap();
+            assert_eq!(
+                Extension::parse(&cluster).unwrap().features[0].data,
+                vec![5; 16]
+            );
+        }
+        let disk = open(std::slice::from_ref(&store));
+        assert_eq!(read(&disk, 0, 512)[..], [1u8; 512]);
+    }
+    let store = with_feature(0x1234, NECESSARY);
+    let before = store.to_vec();
+    assert!(now(Ploop::open_write(store.clone(), Ledger::local())).is_err());
+    assert!(now(Ploop::open_read(store.clone())).is_err());
+    assert_eq!(store.to_vec(), before, "a refused image is untouched");
 }

@@ -3,6 +3,7 @@
 //! Owns the index, the free clusters and sector 0 of its file. Never holds a lock across I/O.
 //! Opening and closing are in `open`, the flush pass in `sync`.
 
+use super::extension::Extension;
 use super::header::Header;
 use super::index::{Index, Lookup};
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
@@ -34,6 +35,8 @@ pub struct Ploop<S> {
     pub(super) header: Header,
     pub(super) index: Shared,
     pub(super) writable: bool,
+    /// Features of the format extension that are written again at close.
+    pub(super) kept: Extension,
     /// Held while free clusters are being made.
     pub(super) supply: tokio::sync::Mutex<()>,
 }
@@ -251,7 +254,7 @@ impl<S: Store> Ploop<S> {
     }
 
     /// One past the last file cluster that a BAT entry can name.
-    fn last_cluster(&self) -> u32 {
+    pub(super) fn last_cluster(&self) -> u32 {
         match self.header.version {
             super::header::Version::V2 => u32::MAX,
             super::header::Version::V1 => {

@@ -11,9 +11,12 @@
 //!    appended from now on has never been written.
 //! 4. The header says in-use, durably, before anything else is written.
 //!
-//! Closing: pass, cut to the last used cluster and header clean, barrier.
+//! Closing: pass, cut to the last used cluster and header clean, barrier. Features of the format
+//! extension that ask for it are kept, durable before the header that names them; the others,
+//! dirty bitmaps too, would no longer tell the truth and are dropped when writing begins.
 
 use super::alloc::Alloc;
+use super::extension::{self, Extension};
 use super::header::{CLOSED_V21, FLAG_CONVERTING, FLAG_EMPTY, HEADER_LEN, Header, IN_USE};
 use super::image::{Ploop, lock};
 use super::index::{Index, raw_entry};
@@ -21,10 +24,10 @@ use crate::layer::Layer;
 use crate::ledger::Ledger;
 use crate::planted::{self, Bug};
 use crate::store::Store;
-use crate::units::floor_to;
+use crate::units::{SECTOR, floor_to};
 use crate::update::Update;
 use crate::{Error, Kind, Result, limits};
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use roaring::RoaringBitmap;
 use std::sync::{Arc, Mutex};
 
@@ -57,6 +60,9 @@ impl<S: Store> Ploop<S> {
     /// judged when they are used.
     pub async fn open_read(store: S) -> Result<Self> {
         let header = read_header(&store).await?;
+        if let Ok(extension) = read_extension(&store, &header).await {
+            extension.refuse_unknown()?;
+        }
         let end = header.cluster.count(store.info().len);
         let alloc = Alloc::unknown(header.data_start, clip(end));
         let ledger = Ledger::new(Arc::new(crate::ledger::LocalWords::new(1)));
@@ -68,6 +74,8 @@ impl<S: Store> Ploop<S> {
     pub async fn open_write(store: S, ledger: Ledger) -> Result<Self> {
         let header = read_header(&store).await?;
         judge_header(&header, store.info().len)?;
+        let extension = read_extension(&store, &header).await.map_err(refuse)?;
+        extension.refuse_unknown()?;
         let inherited = ledger.entries().next().is_some();
         if inherited && header.in_use != IN_USE {
             return Err(Error::damaged(
@@ -78,6 +86,7 @@ impl<S: Store> Ploop<S> {
         let poisoned = ledger.is_poisoned();
         let alloc = Alloc::unknown(header.data_start, end);
         let mut image = Self::assemble(store, header, alloc, ledger, true);
+        image.kept.features = extension.transit().cloned().collect();
         if poisoned {
             return Ok(image);
         }
@@ -100,6 +109,9 @@ impl<S: Store> Ploop<S> {
             header,
             index,
             writable,
+            kept: Extension {
+                features: Vec::new(),
+            },
             supply: tokio::sync::Mutex::new(()),
         }
     }
@@ -131,19 +143,13 @@ impl<S: Store> Ploop<S> {
         self.header.in_use = IN_USE;
         self.header.flags &= !FLAG_EMPTY;
         self.header.extension = 0;
-        self.write_header(Update::new()).await
+        self.write_header().await
     }
 
-    /// Writes the header, as the last write of `update`, and a barrier.
-    async fn write_header(&self, update: Update) -> Result<()> {
-        let durable = self.read_page(0).await?;
-        let mut page: BytesMut = crate::buf::aligned(durable.len());
-        page.copy_from_slice(&durable);
-        if let Some(head) = page.get_mut(..HEADER_LEN as usize) {
-            head.copy_from_slice(&self.header.encode());
-        }
-        let page = page.freeze();
-        update
+    /// Writes the header and a barrier.
+    async fn write_header(&self) -> Result<()> {
+        let page = self.first_page(&self.header).await?;
+        Update::new()
             .write(0, page.clone())
             .barrier()
             .apply(&self.store)
@@ -153,6 +159,29 @@ impl<S: Store> Ploop<S> {
         let epoch = index.epoch();
         index.keep_page(0, epoch, page);
         Ok(())
+    }
+
+    /// The first table page with `header` in it.
+    async fn first_page(&self, header: &Header) -> Result<Bytes> {
+        let durable = self.read_page(0).await?;
+        let mut page: BytesMut = crate::buf::aligned(durable.len());
+        page.copy_from_slice(&durable);
+        if let Some(head) = page.get_mut(..HEADER_LEN as usize) {
+            head.copy_from_slice(&header.encode());
+        }
+        Ok(page.freeze())
+    }
+
+    /// The extension cluster of features that outlive a writer who does not know them, if any and
+    /// if the format can name the cluster that it would be.
+    fn kept_cluster(&self, at: u32) -> Result<Option<Bytes>> {
+        if self.kept.features.is_empty() || at >= self.last_cluster() {
+            return Ok(None);
+        }
+        let bytes = self.kept.build(self.header.cluster)?;
+        let mut cluster = crate::buf::aligned(bytes.len());
+        cluster.copy_from_slice(&bytes);
+        Ok(Some(cluster.freeze()))
     }
 
     /// Every file cluster that the table names; the whole table is judged on the way.
@@ -234,29 +263,43 @@ impl<S: Store> Ploop<S> {
             let end = index.alloc.used_end();
             (end, end == self.header.data_start)
         };
-        let clean = Header {
+        let size = self.header.cluster;
+        let mut clean = Header {
             in_use: 0,
             flags: self.header.flags & !FLAG_EMPTY | if blank { FLAG_EMPTY } else { 0 },
             ..self.header
         };
-        let durable = self.read_page(0).await?;
-        let mut page: BytesMut = crate::buf::aligned(durable.len());
-        page.copy_from_slice(&durable);
-        if let Some(head) = page.get_mut(..HEADER_LEN as usize) {
-            head.copy_from_slice(&clean.encode());
+        let mut update = Update::new();
+        match self.kept_cluster(end)? {
+            None => update = update.len(size.start(end)),
+            Some(bytes) => {
+                clean.in_use = CLOSED_V21;
+                clean.extension = size.start(end) / SECTOR;
+                update = update
+                    .len(size.start(end.saturating_add(1)))
+                    .write(size.start(end), bytes)
+                    .barrier();
+            }
         }
-        Update::new()
-            .len(self.header.cluster.start(end))
-            .write(0, page.freeze())
-            .barrier()
-            .apply(&self.store)
-            .await?;
+        let page = self.first_page(&clean).await?;
+        update.write(0, page).barrier().apply(&self.store).await?;
         if planted::is(Bug::CleanMarkBeforeSync) {
             self.sync().await
         } else {
             Ok(())
         }
     }
+}
+
+/// The format extension, empty when there is none to be trusted.
+pub(super) async fn read_extension<S: Store>(store: &S, header: &Header) -> Result<Extension> {
+    let Some(at) = extension::offset(header, store.info().len)? else {
+        return Ok(Extension {
+            features: Vec::new(),
+        });
+    };
+    let cluster = crate::buf::aligned(header.cluster.bytes() as usize);
+    Extension::parse(&store.read_at(at, cluster).await?)
 }
 
 /// What must hold before an image is opened for writing.
@@ -289,7 +332,9 @@ fn judge_header(header: &Header, len: u64) -> Result<()> {
 
 /// Says what a refused image needs.
 fn refuse(e: Error) -> Error {
-    debug_assert_eq!(e.kind(), Kind::Damaged);
+    if e.kind() != Kind::Damaged {
+        return e;
+    }
     Error::damaged(format!("{e}; not opened for writing: run check --repair"))
 }
 

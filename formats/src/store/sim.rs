@@ -25,7 +25,7 @@ use super::mem::admit;
 use super::pages::Pages;
 use super::{Reach, Space, Store, StoreInfo};
 use crate::testkit::rng::Rng;
-use crate::{Error, Result};
+use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
 use std::future::Future;
 use std::pin::Pin;
@@ -306,6 +306,12 @@ impl Sim {
         sim
     }
 
+    /// At most `max` outcomes of a crash of `file` now; see [`Disk::some_fates`].
+    pub fn some_fates(&self, file: usize, max: usize, rng: &mut Rng) -> Vec<Fate> {
+        let world = self.lock();
+        world.files[file].some_fates(&world.flying(file), max, rng)
+    }
+
     /// Outcomes of a crash of `file` worth trying now; see [`Disk::fates`].
     pub fn fates(&self, file: usize, random: usize, rng: &mut Rng) -> Vec<Fate> {
         let world = self.lock();
@@ -424,6 +430,13 @@ impl Store for SimStore {
     }
 
     async fn set_len(&self, len: u64) -> Result<()> {
+        let max = self.sim.lock().files[self.file].rules().max_len;
+        if len > max.max(self.info().len) {
+            return Err(Error::new(
+                Kind::NoSpace,
+                format!("no space for {len} bytes, only {max}"),
+            ));
+        }
         self.ask(Ask::Change(Change::Len(len), Reach::Cache))
             .await?;
         Ok(())

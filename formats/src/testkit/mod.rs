@@ -3,6 +3,10 @@
 //! Compiled with the feature `testkit` only and never shipped.
 
 pub mod exec;
+pub mod image;
+pub mod model;
 pub mod rng;
+pub mod stamp;
+pub mod workload;
 
 pub use crate::planted;

@@ -26,7 +26,10 @@ pub struct Refusal {
 impl Refusal {
     /// A refusal for a reason known beforehand.
     pub const fn new(errno: Errno, text: &'static str) -> Self {
-        Self { errno, text: Cow::Borrowed(text) }
+        Self {
+            errno,
+            text: Cow::Borrowed(text),
+        }
     }
 }
 
@@ -106,12 +109,18 @@ pub struct Selection(u8);
 impl Selection {
     /// The set of these.
     pub fn of(contexts: &[Context]) -> Self {
-        Self(contexts.iter().fold(0, |set, context| set | 1 << context.id()))
+        Self(
+            contexts
+                .iter()
+                .fold(0, |set, context| set | 1 << context.id()),
+        )
     }
 
     /// Its members.
     pub fn iter(self) -> impl Iterator<Item = Context> {
-        Context::ALL.into_iter().filter(move |context| self.holds(*context))
+        Context::ALL
+            .into_iter()
+            .filter(move |context| self.holds(*context))
     }
 
     fn holds(self, context: Context) -> bool {
@@ -145,7 +154,12 @@ pub struct Export {
 /// DISC is the caller's too.
 pub fn plan(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refusal> {
     check_flags(request, terms.style)?;
-    let Request { flags, offset: at, length: len, .. } = *request;
+    let Request {
+        flags,
+        offset: at,
+        length: len,
+        ..
+    } = *request;
     let fua = flags & with::FUA != 0;
     match request.command {
         command::FLUSH if at != 0 || len != 0 => {
@@ -157,9 +171,18 @@ pub fn plan(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refu
         command::BLOCK_STATUS => plan_status(request, terms, export),
         _ => plan_change(request, export).map(|()| match request.command {
             _ if len == 0 => Op::Nothing,
-            command::WRITE => Op::Write { at, len: len as usize, fua },
+            command::WRITE => Op::Write {
+                at,
+                len: len as usize,
+                fua,
+            },
             command::TRIM => Op::Trim { at, len, fua },
-            _ => Op::Zero { at, len, how: zero_mode(flags), fua },
+            _ => Op::Zero {
+                at,
+                len,
+                how: zero_mode(flags),
+                fua,
+            },
         }),
     }
     .and_then(possible(flags))
@@ -169,16 +192,21 @@ pub fn plan(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refu
 fn possible(flags: u16) -> impl FnOnce(Op) -> Result<Op, Refusal> {
     let both = with::FAST_ZERO | with::NO_HOLE;
     move |op| match op {
-        Op::Zero { .. } if flags & both == both => {
-            Err(Refusal::new(Errno::NotSup, "zeroing without a hole is not known to be fast"))
-        }
+        Op::Zero { .. } if flags & both == both => Err(Refusal::new(
+            Errno::NotSup,
+            "zeroing without a hole is not known to be fast",
+        )),
         op => Ok(op),
     }
 }
 
 fn check_flags(request: &Request, style: Style) -> Result<(), Refusal> {
     let structured = style >= Style::Structured;
-    let payload = if style == Style::Extended { with::PAYLOAD_LEN } else { 0 };
+    let payload = if style == Style::Extended {
+        with::PAYLOAD_LEN
+    } else {
+        0
+    };
     let valid = match request.command {
         command::READ if structured => with::DF,
         command::READ | command::FLUSH | command::TRIM | command::CACHE => 0,
@@ -189,7 +217,10 @@ fn check_flags(request: &Request, style: Style) -> Result<(), Refusal> {
     };
     match request.flags & !(valid | with::FUA) {
         0 => Ok(()),
-        _ => Err(Refusal::new(Errno::Inval, "a flag that this command does not take")),
+        _ => Err(Refusal::new(
+            Errno::Inval,
+            "a flag that this command does not take",
+        )),
     }
 }
 
@@ -204,7 +235,10 @@ fn plan_read(at: u64, len: u64, export: Export) -> Result<Op, Refusal> {
     inside(at, len, export, Errno::Inval)?;
     match len {
         0 => Ok(Op::Nothing),
-        1..=limits::PAYLOAD_MAX => Ok(Op::Read { at, len: len as usize }),
+        1..=limits::PAYLOAD_MAX => Ok(Op::Read {
+            at,
+            len: len as usize,
+        }),
         _ => Err(Refusal::new(Errno::Inval, "a read is at most 32 MiB")),
     }
 }
@@ -232,7 +266,10 @@ fn zero_mode(flags: u16) -> Zero {
 
 fn plan_status(request: &Request, terms: &Terms, export: Export) -> Result<Op, Refusal> {
     if terms.contexts.is_empty() {
-        return Err(Refusal::new(Errno::Inval, "no metadata context was selected"));
+        return Err(Refusal::new(
+            Errno::Inval,
+            "no metadata context was selected",
+        ));
     }
     let at = request.offset;
     let one = request.flags & with::REQ_ONE != 0;
@@ -240,7 +277,14 @@ fn plan_status(request: &Request, terms: &Terms, export: Export) -> Result<Op, R
         return plan_status_payload(request, terms, one);
     }
     let contexts = Selection::of(&terms.contexts);
-    Status { at, len: request.length, one, contexts }.check(export).map(Op::Status)
+    Status {
+        at,
+        len: request.length,
+        one,
+        contexts,
+    }
+    .check(export)
+    .map(Op::Status)
 }
 
 fn plan_status_payload(request: &Request, terms: &Terms, one: bool) -> Result<Op, Refusal> {
@@ -250,7 +294,11 @@ fn plan_status_payload(request: &Request, terms: &Terms, one: bool) -> Result<Op
         let text = "the payload is not a length and some of the selected contexts, each once";
         return Err(Refusal::new(Errno::Inval, text));
     }
-    Ok(Op::StatusPayload { at: request.offset, len: len as usize, one })
+    Ok(Op::StatusPayload {
+        at: request.offset,
+        len: len as usize,
+        one,
+    })
 }
 
 impl Status {
@@ -276,7 +324,13 @@ impl Status {
                 }
             }
         }
-        Self { at, len, one, contexts }.check(export)
+        Self {
+            at,
+            len,
+            one,
+            contexts,
+        }
+        .check(export)
     }
 
     /// An empty range has no legal answer: a status has at least one extent, and none is empty.
@@ -324,7 +378,13 @@ impl Op {
                 unreachable!("the session brings what a request needs")
             }
         };
-        let fast = matches!(self, Op::Zero { how: Zero::Fast, .. });
+        let fast = matches!(
+            self,
+            Op::Zero {
+                how: Zero::Fast,
+                ..
+            }
+        );
         done.map_or_else(|error| failed(&error, fast), |()| Answer::Done)
     }
 }
@@ -372,5 +432,8 @@ fn failed(error: &Error, fast_zero: bool) -> Answer {
         Kind::Unsupported | Kind::Invalid => Errno::Inval,
         _ => Errno::Io,
     };
-    Answer::Failed(Refusal { errno, text: error.to_string().into() })
+    Answer::Failed(Refusal {
+        errno,
+        text: error.to_string().into(),
+    })
 }

@@ -71,7 +71,12 @@ pub struct Handshake {
 
 impl Default for Handshake {
     fn default() -> Self {
-        Self { client: None, options: 0, style: Style::Simple, selected: None }
+        Self {
+            client: None,
+            options: 0,
+            style: Style::Simple,
+            selected: None,
+        }
     }
 }
 
@@ -109,7 +114,9 @@ impl Handshake {
                 self.client = Some(known);
                 Ok(())
             }
-            _ => Err(Step::Drop(format!("client flags {flags:#x} were not offered"))),
+            _ => Err(Step::Drop(format!(
+                "client flags {flags:#x} were not offered"
+            ))),
         }
     }
 
@@ -173,7 +180,10 @@ impl Handshake {
             option::LIST_META_CONTEXT => self.list_contexts(offer, data, out),
             option::SET_META_CONTEXT => self.set_contexts(offer, data, out),
             option::STARTTLS => Err(Refusal(reply::ERR_UNSUP, "no TLS here".into())),
-            other => Err(Refusal(reply::ERR_UNSUP, format!("option {other} is not known here"))),
+            other => Err(Refusal(
+                reply::ERR_UNSUP,
+                format!("option {other} is not known here"),
+            )),
         };
         match answer {
             Ok(()) => proto::option_reply(out, number, reply::ACK, &[]),
@@ -189,7 +199,10 @@ impl Handshake {
             return Step::Drop("EXPORT_NAME after extended headers".into());
         }
         match check_name(offer, name) {
-            Ok(()) => Step::Start(Start { terms: self.terms(name), how: How::ExportName }),
+            Ok(()) => Step::Start(Start {
+                terms: self.terms(name),
+                how: How::ExportName,
+            }),
             Err(Refusal(_, text)) => Step::Drop(text),
         }
     }
@@ -205,7 +218,10 @@ impl Handshake {
         let (name, wanted) = parse_info(data)
             .ok_or_else(|| Refusal::invalid("name and requests do not fill the option's data"))?;
         check_name(offer, name)?;
-        let start = Start { terms: self.terms(name), how: How::Go(wanted) };
+        let start = Start {
+            terms: self.terms(name),
+            how: How::Go(wanted),
+        };
         if number == option::INFO {
             inform(offer, number, &start, out);
         }
@@ -256,7 +272,10 @@ impl Handshake {
         let (name, queries) = parse_queries(data)
             .ok_or_else(|| Refusal::invalid("name and queries do not fill the option's data"))?;
         if queries.iter().any(|query| query.len() > limits::NAME_MAX) {
-            return Err(Refusal(reply::ERR_TOO_BIG, "a query is longer than 4096 bytes".into()));
+            return Err(Refusal(
+                reply::ERR_TOO_BIG,
+                "a query is longer than 4096 bytes".into(),
+            ));
         }
         Ok((name, queries))
     }
@@ -267,7 +286,10 @@ impl Handshake {
             Some((of, contexts)) if of == name => contexts.clone(),
             _ => Vec::new(),
         };
-        Terms { style: self.style, contexts }
+        Terms {
+            style: self.style,
+            contexts,
+        }
     }
 
     /// Appends what begins the transmission phase. The bytes that are left in `input` belong to it.
@@ -280,7 +302,10 @@ impl Handshake {
             How::ExportName => {
                 out.put_u64(offer.size);
                 out.put_u16(flags(offer, &start.terms));
-                if self.client.is_some_and(|flags| flags & hello::NO_ZEROES == 0) {
+                if self
+                    .client
+                    .is_some_and(|flags| flags & hello::NO_ZEROES == 0)
+                {
                     out.put_bytes(0, 124);
                 }
             }
@@ -292,19 +317,31 @@ impl Handshake {
     pub fn refuse(&self, start: &Start, text: &str, out: &mut Vec<u8>) -> bool {
         let can_be_told = matches!(start.how, How::Go(_));
         if can_be_told {
-            proto::option_reply(out, option::GO, reply::ERR_POLICY, proto::cut(text).as_bytes());
+            proto::option_reply(
+                out,
+                option::GO,
+                reply::ERR_POLICY,
+                proto::cut(text).as_bytes(),
+            );
         }
         can_be_told
     }
 }
 
 fn no_data(data: &[u8]) -> Answer {
-    if data.is_empty() { Ok(()) } else { Err(Refusal::invalid("this option takes no data")) }
+    if data.is_empty() {
+        Ok(())
+    } else {
+        Err(Refusal::invalid("this option takes no data"))
+    }
 }
 
 fn check_name(offer: &Offer, name: &[u8]) -> Answer {
     if name.len() > limits::NAME_MAX {
-        return Err(Refusal(reply::ERR_TOO_BIG, "a name is longer than 4096 bytes".into()));
+        return Err(Refusal(
+            reply::ERR_TOO_BIG,
+            "a name is longer than 4096 bytes".into(),
+        ));
     }
     let text = std::str::from_utf8(name).unwrap_or("\0");
     if text.contains('\0') {
@@ -314,7 +351,10 @@ fn check_name(offer: &Offer, name: &[u8]) -> Answer {
         return Ok(());
     }
     let shown: String = text.chars().take(80).collect();
-    Err(Refusal(reply::ERR_UNKNOWN, format!("no export {shown:?} here")))
+    Err(Refusal(
+        reply::ERR_UNKNOWN,
+        format!("no export {shown:?} here"),
+    ))
 }
 
 fn list(offer: &Offer, data: &[u8], out: &mut Vec<u8>) -> Answer {
@@ -330,7 +370,9 @@ fn parse_info(data: &[u8]) -> Option<(&[u8], Vec<u16>)> {
     let mut fields = Fields(data);
     let name = fields.counted()?;
     let count = fields.u16()?;
-    let wanted = (0..count).map(|_| fields.u16()).collect::<Option<Vec<_>>>()?;
+    let wanted = (0..count)
+        .map(|_| fields.u16())
+        .collect::<Option<Vec<_>>>()?;
     fields.is_empty().then_some((name, wanted))
 }
 

@@ -44,16 +44,19 @@ pub(super) struct Intake {
 
 impl Intake {
     /// `early` was received already.
-    pub(super) fn new(
-        fd: Arc<OwnedFd>,
-        style: Style,
-        early: &[u8],
-        stop: Watcher,
-    ) -> Self {
+    pub(super) fn new(fd: Arc<OwnedFd>, style: Style, early: &[u8], stop: Watcher) -> Self {
         let mut buf = buf::aligned(limits::RECEIVE_BUFFER.max(early.len()));
         let (head, _) = buf.split_at_mut(early.len());
         head.copy_from_slice(early);
-        Self { fd, style, buf, start: 0, end: early.len(), bulk: false, stop }
+        Self {
+            fd,
+            style,
+            buf,
+            start: 0,
+            end: early.len(),
+            bulk: false,
+            stop,
+        }
     }
 
     /// The next request's header.
@@ -66,7 +69,9 @@ impl Intake {
                 }
                 Ok(None) => self.more().await?,
                 Err(BadMagic(word)) => {
-                    return Err(End::Violation(format!("{word:#x} is not the head of a request")));
+                    return Err(End::Violation(format!(
+                        "{word:#x} is not the head of a request"
+                    )));
                 }
             }
         }
@@ -107,8 +112,7 @@ impl Intake {
         self.start += filled;
         while filled < len {
             let got;
-            (data, got) =
-                receive_at(&self.fd, &mut self.stop, data, filled, len - filled).await?;
+            (data, got) = receive_at(&self.fd, &mut self.stop, data, filled, len - filled).await?;
             if got == 0 {
                 return Err(closed_early());
             }

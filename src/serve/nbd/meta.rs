@@ -64,7 +64,8 @@ impl Context {
 
 /// The contexts that a list option's queries find; all of them without a query.
 pub fn found_by(queries: &[&[u8]]) -> Vec<Context> {
-    let found = |c: &Context| queries.is_empty() || queries.iter().any(|query| c.is_found_by(query));
+    let found =
+        |c: &Context| queries.is_empty() || queries.iter().any(|query| c.is_found_by(query));
     Context::ALL.into_iter().filter(found).collect()
 }
 
@@ -83,7 +84,11 @@ pub fn clip(extents: Vec<GuestExtent>, len: u64, max: usize) -> Vec<GuestExtent>
         left -= extent.len;
         (extent.len != 0).then_some(extent)
     };
-    extents.into_iter().map_while(&mut fit).take(max.min(limits::EXTENTS_MAX)).collect()
+    extents
+        .into_iter()
+        .map_while(&mut fit)
+        .take(max.min(limits::EXTENTS_MAX))
+        .collect()
 }
 
 /// Appends one status chunk: the extents as `context` sees them, equal neighbours joined.
@@ -128,11 +133,20 @@ mod tests {
     use super::*;
 
     fn extent(len: u64, zero: bool, hole: bool, depth: u32) -> GuestExtent {
-        GuestExtent { len, zero, hole, depth }
+        GuestExtent {
+            len,
+            zero,
+            hole,
+            depth,
+        }
     }
 
     fn head(style: Style) -> Head {
-        Head { style, cookie: 7, offset: 0 }
+        Head {
+            style,
+            cookie: 7,
+            offset: 0,
+        }
     }
 
     #[test]
@@ -142,7 +156,15 @@ mod tests {
         assert_eq!(found_by(&[b"base:"]), [Context::Allocation]);
         assert_eq!(found_by(&[b"qemu:", b"base:allocation"]), all);
         assert_eq!(found_by(&[b"qemu:allocation-depth"]), [Context::Depth]);
-        for nothing in ["", ":", "base", "base:x", "qemu:dirty-bitmap:", "x-other:", "base:\0"] {
+        for nothing in [
+            "",
+            ":",
+            "base",
+            "base:x",
+            "qemu:dirty-bitmap:",
+            "x-other:",
+            "base:\0",
+        ] {
             assert_eq!(found_by(&[nothing.as_bytes()]), [], "{nothing:?}");
         }
     }
@@ -158,11 +180,24 @@ mod tests {
     #[test]
     fn a_careless_device_cannot_make_an_illegal_chunk() {
         let wild = vec![extent(600, false, false, 1), extent(600, true, true, 0)];
-        assert_eq!(clip(wild.clone(), 1000, 9).iter().map(|e| e.len).sum::<u64>(), 1000);
-        assert_eq!(clip(wild.clone(), 600, 9).len(), 1, "an empty extent is none");
+        assert_eq!(
+            clip(wild.clone(), 1000, 9)
+                .iter()
+                .map(|e| e.len)
+                .sum::<u64>(),
+            1000
+        );
+        assert_eq!(
+            clip(wild.clone(), 600, 9).len(),
+            1,
+            "an empty extent is none"
+        );
         assert_eq!(clip(wild, 1000, 1).len(), 1);
         assert_eq!(clip(vec![extent(0, true, true, 0)], 10, 9), []);
-        assert_eq!(clip(vec![extent(u64::MAX, true, true, 0); 2], 10, 9).len(), 1);
+        assert_eq!(
+            clip(vec![extent(u64::MAX, true, true, 0); 2], 10, 9).len(),
+            1
+        );
         let many = vec![extent(1, true, true, 0); limits::EXTENTS_MAX + 1];
         assert_eq!(clip(many, u64::MAX, usize::MAX).len(), limits::EXTENTS_MAX);
     }
@@ -172,7 +207,11 @@ mod tests {
         let extents = [extent(4096, false, false, 1), extent(512, false, false, 2)];
         assert_eq!(join(Context::Allocation, &extents), [(4608, 0)]);
         assert_eq!(join(Context::Depth, &extents), [(4096, 1), (512, 2)]);
-        let zeros = [extent(1, true, false, 1), extent(2, true, true, 0), extent(3, false, true, 0)];
+        let zeros = [
+            extent(1, true, false, 1),
+            extent(2, true, true, 0),
+            extent(3, false, true, 0),
+        ];
         assert_eq!(join(Context::Allocation, &zeros), [(1, 2), (2, 3), (3, 1)]);
     }
 
@@ -182,7 +221,13 @@ mod tests {
         let half = extent(1 << 31, true, true, 0);
         let extents = clip(vec![half, half, half], longest, 9);
         let mut out = BytesMut::new();
-        describe(head(Style::Structured), Context::Allocation, &extents, true, &mut out);
+        describe(
+            head(Style::Structured),
+            Context::Allocation,
+            &extents,
+            true,
+            &mut out,
+        );
         assert_eq!(out.len(), 20 + 4 + 8, "joined to one");
         assert_eq!(&out[24..28], u32::MAX.to_be_bytes());
     }
@@ -191,12 +236,21 @@ mod tests {
     fn an_extended_chunk_counts_its_extents_and_carries_64_bit_lengths() {
         let mut out = BytesMut::new();
         let extents = [extent(1 << 40, true, true, 0), extent(5, false, false, 3)];
-        describe(head(Style::Extended), Context::Depth, &extents, false, &mut out);
+        describe(
+            head(Style::Extended),
+            Context::Depth,
+            &extents,
+            false,
+            &mut out,
+        );
         assert_eq!(out.len(), 32 + 8 + 2 * 16);
         assert_eq!(&out[4..8], [0, 0, 0, 6], "no DONE; type 6");
         assert_eq!(&out[24..32], (8u64 + 32).to_be_bytes());
         assert_eq!(&out[32..40], [0, 0, 0, 2, 0, 0, 0, 2]);
         assert_eq!(&out[40..48], (1u64 << 40).to_be_bytes());
-        assert_eq!(&out[56..72], [0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 3]);
+        assert_eq!(
+            &out[56..72],
+            [0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 3]
+        );
     }
 }

@@ -44,15 +44,21 @@ pub(super) struct Encoder {
 
 impl Encoder {
     pub(super) fn new(style: Style) -> Self {
-        Self { style, heads: BytesMut::new() }
+        Self {
+            style,
+            heads: BytesMut::new(),
+        }
     }
 
     /// Takes answers off the queue, at least one if there is one, until a send is full.
     pub(super) fn batch(&mut self, queue: &mut VecDeque<Reply>) -> Batch {
-        self.heads.reserve(queue.len().min(limits::BATCH_PARTS) * HEAD_MAX);
+        self.heads
+            .reserve(queue.len().min(limits::BATCH_PARTS) * HEAD_MAX);
         let (mut batch, mut bytes) = (Batch::default(), 0);
         while bytes < limits::BATCH_BYTES && batch.parts.len() < limits::BATCH_PARTS - 4 {
-            let Some(reply) = queue.pop_front() else { break };
+            let Some(reply) = queue.pop_front() else {
+                break;
+            };
             batch.requests += 1;
             batch.cost += reply.cost;
             bytes += self.append(reply, &mut batch);
@@ -62,7 +68,11 @@ impl Encoder {
     }
 
     fn append(&mut self, reply: Reply, batch: &mut Batch) -> usize {
-        let head = Head { style: self.style, cookie: reply.cookie, offset: reply.offset };
+        let head = Head {
+            style: self.style,
+            cookie: reply.cookie,
+            offset: reply.offset,
+        };
         match reply.answer {
             Answer::Done => head.done(&mut self.heads),
             Answer::Failed(refusal) => head.error(&mut self.heads, refusal.errno, &refusal.text),
@@ -104,7 +114,12 @@ mod tests {
     use super::*;
 
     fn reply(cookie: u64, answer: Answer) -> Reply {
-        Reply { cookie, offset: 512, cost: 10, answer }
+        Reply {
+            cookie,
+            offset: 512,
+            cost: 10,
+            answer,
+        }
     }
 
     #[test]
@@ -123,7 +138,11 @@ mod tests {
     #[test]
     fn data_follows_its_head_and_is_lent_until_sent() {
         let data = || Answer::Data(BytesMut::from(&b"abc"[..]));
-        for (style, head) in [(Style::Simple, 16), (Style::Structured, 28), (Style::Extended, 40)] {
+        for (style, head) in [
+            (Style::Simple, 16),
+            (Style::Structured, 28),
+            (Style::Extended, 40),
+        ] {
             let mut queue = VecDeque::from([reply(1, data()), reply(2, data())]);
             let batch = Encoder::new(style).batch(&mut queue);
             let sizes: Vec<_> = batch.parts.iter().map(Bytes::len).collect();
@@ -135,7 +154,12 @@ mod tests {
     #[test]
     fn a_batch_is_bounded_and_nothing_is_lost_or_reordered() {
         let mut queue: VecDeque<_> = (0..2000)
-            .map(|i| reply(i, Answer::Data(BytesMut::zeroed(if i % 100 == 0 { 300_000 } else { 1 }))))
+            .map(|i| {
+                reply(
+                    i,
+                    Answer::Data(BytesMut::zeroed(if i % 100 == 0 { 300_000 } else { 1 })),
+                )
+            })
             .collect();
         let mut encoder = Encoder::new(Style::Simple);
         let mut cookie = 0u64;

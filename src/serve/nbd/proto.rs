@@ -260,7 +260,11 @@ fn decode<const N: usize>(head: Option<&[u8; N]>, magic: u32) -> Result<Option<R
         command: head.get_u16(),
         cookie: head.get_u64(),
         offset: head.get_u64(),
-        length: if N == 32 { head.get_u64() } else { u64::from(head.get_u32()) },
+        length: if N == 32 {
+            head.get_u64()
+        } else {
+            u64::from(head.get_u32())
+        },
     }))
 }
 
@@ -315,7 +319,12 @@ impl Head {
     pub fn status(&self, out: &mut impl BufMut, last: bool, context: u32, count: u32) {
         let flags = if last { chunk::DONE } else { 0 };
         if self.style == Style::Extended {
-            self.chunk(out, flags, chunk::BLOCK_STATUS_EXT, 8 + 16 * u64::from(count));
+            self.chunk(
+                out,
+                flags,
+                chunk::BLOCK_STATUS_EXT,
+                8 + 16 * u64::from(count),
+            );
             out.put_u32(context);
             out.put_u32(count);
         } else {
@@ -332,7 +341,11 @@ impl Head {
 
     fn chunk(&self, out: &mut impl BufMut, flags: u16, kind: u16, len: u64) {
         let extended = self.style == Style::Extended;
-        out.put_u32(if extended { EXTENDED_REPLY } else { STRUCTURED_REPLY });
+        out.put_u32(if extended {
+            EXTENDED_REPLY
+        } else {
+            STRUCTURED_REPLY
+        });
         out.put_u16(flags);
         out.put_u16(kind);
         out.put_u64(self.cookie);

@@ -80,10 +80,18 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
     /// A server that has no client yet. `engine` drives the threads of its connections.
     pub fn new(device: Arc<D>, options: Options, engine: Engine) -> Result<Self> {
         if options.export.name.len() > limits::NAME_MAX || options.export.name.contains('\0') {
-            return Err(Error::invalid("an export name is at most 4096 bytes and holds no NUL"));
+            return Err(Error::invalid(
+                "an export name is at most 4096 bytes and holds no NUL",
+            ));
         }
         let (stop, count) = (Stop::default(), Count::default());
-        Ok(Self(Arc::new(Inner { device, options, engine, stop, count })))
+        Ok(Self(Arc::new(Inner {
+            device,
+            options,
+            engine,
+            stop,
+            count,
+        })))
     }
 
     /// Accepts no more, lets what was asked for finish and be answered, closes. From any thread.
@@ -112,7 +120,10 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
         }
         if self.0.options.end_with_last_client {
             loops.push(Box::pin(async {
-                self.0.count.until(|now| now.seated != 0 && now.established == 0).await;
+                self.0
+                    .count
+                    .until(|now| now.seated != 0 && now.established == 0)
+                    .await;
                 Ok(())
             }));
         }
@@ -121,7 +132,10 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
         if result.is_ok() {
             self.stop();
         }
-        self.0.count.until(|now| now.established == 0 && now.negotiating == 0).await;
+        self.0
+            .count
+            .until(|now| now.established == 0 && now.negotiating == 0)
+            .await;
         result
     }
 
@@ -132,7 +146,9 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
         let mut stop = self.0.stop.watcher();
         let negotiated = self.negotiate(&link, &mut stop).await;
         let negotiated = negotiated.map_err(|why| Error::from(why).at("NBD client"))?;
-        let Some(Agreed { terms, early, seat }) = negotiated else { return Ok(()) };
+        let Some(Agreed { terms, early, seat }) = negotiated else {
+            return Ok(());
+        };
         let device = Arc::clone(&self.0.device);
         let summary = session::run(link, early, device, terms, &self.0.stop).await;
         report(seat.number, &summary);
@@ -166,7 +182,10 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
         let (server, place) = (self.clone(), lobby.enter(&fd));
         let guest = self.0.count.admit_guest();
         exec::spawn(async move {
-            let link = Link { input: Arc::clone(&fd), output: fd };
+            let link = Link {
+                input: Arc::clone(&fd),
+                output: fd,
+            };
             let mut stop = server.0.stop.watcher();
             match server.negotiate(&link, &mut stop).await {
                 Ok(Some(agreed)) => server.start(link, agreed),
@@ -198,7 +217,13 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
                 exec::send_all(&link.output, vec![Bytes::from(std::mem::take(&mut out))]).await?;
             }
             match next {
-                Next::Go(terms, seat) => return Ok(Some(Agreed { terms, early: input, seat })),
+                Next::Go(terms, seat) => {
+                    return Ok(Some(Agreed {
+                        terms,
+                        early: input,
+                        seat,
+                    }));
+                }
                 Next::Leave => return Ok(None),
                 Next::Drop(why) => return Err(io::Error::other(why)),
                 Next::Again => continue,
@@ -233,7 +258,9 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
     }
 
     fn offer(&self) -> Offer<'_> {
-        let Inner { device, options, .. } = &*self.0;
+        let Inner {
+            device, options, ..
+        } = &*self.0;
         let preferred = device.preferred_block().clamp(4096, limits::PAYLOAD_MAX);
         Offer {
             name: &options.export.name,
@@ -251,7 +278,12 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
         let thread = std::thread::Builder::new().name(format!("nbd-{number}"));
         let started = thread.spawn(move || {
             let Agreed { terms, early, seat } = agreed;
-            let Inner { device, engine, stop, .. } = &*server.0;
+            let Inner {
+                device,
+                engine,
+                stop,
+                ..
+            } = &*server.0;
             let session = session::run(link, early, Arc::clone(device), terms, stop);
             match exec::run(*engine, session) {
                 Ok(summary) => report(number, &summary),
@@ -307,7 +339,12 @@ fn is_temporary(error: &io::Error) -> bool {
 
 /// The one log line of a connection.
 fn report(number: u64, summary: &Summary) {
-    let Summary { end, served, failed, first_failure } = summary;
+    let Summary {
+        end,
+        served,
+        failed,
+        first_failure,
+    } = summary;
     let why = match end {
         End::Client => "the client left".to_string(),
         End::Stopped => "the server stops".to_string(),
@@ -337,7 +374,10 @@ impl Lobby {
             let _ = rustix::net::shutdown(&oldest, rustix::net::Shutdown::Both);
         }
         waiting.push_back(Arc::clone(fd));
-        Place { lobby: Rc::clone(self), fd: Arc::clone(fd) }
+        Place {
+            lobby: Rc::clone(self),
+            fd: Arc::clone(fd),
+        }
     }
 }
 
@@ -349,7 +389,10 @@ struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.lobby.0.borrow_mut().retain(|fd| !Arc::ptr_eq(fd, &self.fd));
+        self.lobby
+            .0
+            .borrow_mut()
+            .retain(|fd| !Arc::ptr_eq(fd, &self.fd));
     }
 }
 
@@ -385,7 +428,10 @@ impl Count {
             }
             number.is_some()
         });
-        number.map(|number| Seat { count: self.clone(), number })
+        number.map(|number| Seat {
+            count: self.clone(),
+            number,
+        })
     }
 
     fn admit_guest(&self) -> Guest {

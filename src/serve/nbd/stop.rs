@@ -39,7 +39,11 @@ impl Stop {
             let _ = news.changed().await;
             drop(inner);
         });
-        Watcher { stop: self.clone(), wait, registered: None }
+        Watcher {
+            stop: self.clone(),
+            wait,
+            registered: None,
+        }
     }
 }
 
@@ -67,14 +71,21 @@ impl Watcher {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let registered = self.registered.as_ref().is_some_and(|old| old.will_wake(cx.waker()));
+        let registered = self
+            .registered
+            .as_ref()
+            .is_some_and(|old| old.will_wake(cx.waker()));
         if !registered && !self.stop.is_set() {
             self.registered = Some(cx.waker().clone());
             if self.wait.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(());
             }
         }
-        if self.stop.is_set() { Poll::Ready(()) } else { Poll::Pending }
+        if self.stop.is_set() {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 }
 
@@ -109,8 +120,15 @@ mod tests {
         }
         let mut late = stop.watcher();
         for watcher in [&mut watcher, &mut late] {
-            assert!(pin!(watcher.or(std::future::pending::<()>())).poll(&mut cx).is_ready());
+            assert!(
+                pin!(watcher.or(std::future::pending::<()>()))
+                    .poll(&mut cx)
+                    .is_ready()
+            );
         }
-        assert_eq!(pin!(watcher.or(std::future::ready(5))).poll(&mut cx), Poll::Ready(Some(5)));
+        assert_eq!(
+            pin!(watcher.or(std::future::ready(5))).poll(&mut cx),
+            Poll::Ready(Some(5))
+        );
     }
 }

@@ -23,8 +23,18 @@ pub struct Rules {
     pub metadata_end: u64,
     /// See [`crate::store::StoreInfo::fresh_zero`].
     pub fresh_zero: bool,
+    /// Longer files find no space.
+    pub max_len: u64,
     /// Any change is a broken promise of the engine, and remembered as such.
     pub sealed: bool,
+}
+
+impl Rules {
+    /// Whether a write in flight can leave a sector half written. Storage with blocks larger than
+    /// a sector keeps them whole, or a neighbour of a rewritten sector could never be safe.
+    fn tears(&self, sector: u64) -> bool {
+        self.align <= SECTOR && sector * SECTOR >= self.metadata_end
+    }
 }
 
 impl Default for Rules {
@@ -33,6 +43,7 @@ impl Default for Rules {
             align: 1,
             metadata_end: 0,
             fresh_zero: true,
+            max_len: u64::MAX,
             sealed: false,
         }
     }
@@ -262,7 +273,7 @@ impl Disk {
                 let span = sectors(at, len);
                 let torn = flying && matches!(record.change, Change::Write { .. });
                 for sector in span.clone() {
-                    let tearable = torn && sector * SECTOR >= self.rules.metadata_end;
+                    let tearable = torn && self.rules.tears(sector);
                     match picker.sector(record.op, sector, &span, tearable) {
                         Pick::Lose => {}
                         Pick::Keep => keep(out, &record.change, sector),

@@ -131,13 +131,38 @@ impl Picker {
 impl Disk {
     /// Outcomes worth trying for a crash now, with `random` of them left to dice.
     pub fn fates(&self, flying: &[Record], random: usize, rng: &mut Rng) -> Vec<Fate> {
-        let choices = self.choices(flying, EXHAUSTIVE_SECTORS);
-        if choices.sectors.len() <= EXHAUSTIVE_SECTORS && choices.states() <= EXHAUSTIVE_STATES {
-            return (0..choices.states()).map(Fate::Exact).collect();
+        match self.combinations(flying) {
+            Some(states) => (0..states).map(Fate::Exact).collect(),
+            None => self.likely_fates(flying, random, rng),
         }
+    }
+
+    /// At most `max` outcomes: all combinations where that is enough, dice among them otherwise.
+    pub fn some_fates(&self, flying: &[Record], max: usize, rng: &mut Rng) -> Vec<Fate> {
+        match self.combinations(flying) {
+            Some(states) if states <= max as u64 => (0..states).map(Fate::Exact).collect(),
+            Some(states) => (0..max).map(|_| Fate::Exact(rng.below(states))).collect(),
+            None => {
+                let mut fates = self.likely_fates(flying, max / 2, rng);
+                while fates.len() > max {
+                    fates.swap_remove(rng.below(fates.len() as u64) as usize);
+                }
+                fates
+            }
+        }
+    }
+
+    /// How many combinations there are, where they are few.
+    fn combinations(&self, flying: &[Record]) -> Option<u64> {
+        let choices = self.choices(flying, EXHAUSTIVE_SECTORS);
+        let few = choices.sectors.len() <= EXHAUSTIVE_SECTORS;
+        few.then(|| choices.states())
+            .filter(|states| *states <= EXHAUSTIVE_STATES)
+    }
+
+    fn likely_fates(&self, flying: &[Record], random: usize, rng: &mut Rng) -> Vec<Fate> {
         let mut fates = vec![Fate::None, Fate::All];
-        let ops = newest(self.records().iter().chain(flying).map(|r| r.op));
-        for op in ops {
+        for op in newest(self.records().iter().chain(flying).map(|r| r.op)) {
             fates.extend([
                 Fate::OnlyOp(op),
                 Fate::LoseOp(op),
