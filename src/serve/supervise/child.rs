@@ -106,9 +106,9 @@ impl Worker {
     pub fn event(&mut self) -> Option<Event> {
         let mut buf = vec![0u8; MESSAGE_MAX];
         let flags = RecvFlags::DONTWAIT;
-        let (_, len) = match rustix::net::recv(&self.control, buf.as_mut_slice(), flags) {
+        let len = match rustix::net::recv(&self.control, buf.as_mut_slice(), flags) {
             Err(Errno::AGAIN | Errno::INTR) => return None,
-            done => done.unwrap_or(((), 0)),
+            done => done.map_or(0, |(_, len)| len),
         };
         self.mute = len == 0;
         serde_json::from_slice(buf.get(..len).filter(|b| !b.is_empty())?).ok()

@@ -16,7 +16,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-/// Sockets of one disk. Dropping it removes a unix socket that is still ours from the file system.
+/// Sockets of one disk.
 #[derive(Debug, Default)]
 pub struct Sockets {
     /// Listening sockets.
@@ -65,6 +65,7 @@ fn escape(text: &str, plain: &str) -> String {
     out
 }
 
+/// A unix socket in the file system; dropping it removes the socket that is still ours.
 #[derive(Debug)]
 struct Made {
     path: PathBuf,
@@ -72,12 +73,11 @@ struct Made {
     ino: u64,
 }
 
-impl Drop for Sockets {
+impl Drop for Made {
     fn drop(&mut self) {
-        let Some(made) = &self.made else { return };
-        let there = fs::symlink_metadata(&made.path).ok();
-        if there.is_some_and(|m| m.dev() == made.dev && m.ino() == made.ino) {
-            let _ = fs::remove_file(&made.path);
+        let there = fs::symlink_metadata(&self.path).ok();
+        if there.is_some_and(|m| m.dev() == self.dev && m.ino() == self.ino) {
+            let _ = fs::remove_file(&self.path);
         }
     }
 }

@@ -1,32 +1,13 @@
 //! What ploopctl, keeper and worker say to each other: one JSON value each, over argv, a pipe and
 //! a socket pair. Nothing here is kept on disk, except [`Failure`] in a run directory.
 
+pub use crate::image::open::Cache;
 use crate::image::target::{Format, Source};
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-
-/// Whether guest writes go through the page cache of the host.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Cache {
-    /// The top is opened with O_DIRECT.
-    None,
-    /// The top goes through the page cache.
-    Writeback,
-}
-
-impl Cache {
-    /// Its name in options and output.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Cache::None => "none",
-            Cache::Writeback => "writeback",
-        }
-    }
-}
 
 /// Where NBD clients come from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -11,7 +11,7 @@ use super::message::{Event, Failure, Order, WorkerConfig, WorkerMode};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::image::chain::Chain;
-use crate::image::open::{self, How};
+use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
 use crate::io::memfd::Memory;
@@ -71,10 +71,7 @@ fn first_message(control: &OwnedFd) -> Result<WorkerConfig> {
 
 /// Memory that this process asks for while it serves a disk must not wait for that disk.
 fn keep_out_of_reclaim() {
-    // SAFETY: PR_SET_IO_FLUSHER takes an integer and changes one flag of this process.
-    let done = unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
-    if done != 0 {
-        let e = io::Error::last_os_error();
+    if let Err(e) = rustix::process::configure_io_flusher_behavior(true) {
         tracing::info!("not marked as an I/O flusher ({e}): CAP_SYS_RESOURCE is missing");
     }
 }
@@ -89,13 +86,16 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let dir = inherit::take(config.dir_fd)?;
     let ledger = ledger(&config)?;
     let chain = Chain::read(&dir, &config.source)?;
-    let how = How {
-        cache: config.cache,
-        fence: config.takeover.then(|| Duration::from_millis(config.fence_ms)),
-        ledger,
+    let (disk, cache) = match ledger {
+        Some(ledger) => {
+            let patience = Duration::from_millis(config.fence_ms);
+            let top = Top::fenced(&dir, chain.top(), config.cache, patience)?;
+            let cache = top.cache;
+            (open::open_write(&dir, &chain, top, ledger).await?, cache)
+        }
+        None => (open::open_read(&dir, &chain, config.cache).await?, config.cache),
     };
-    let opened = open::open(&dir, &chain, how).await?;
-    let disk = Arc::new(opened.disk);
+    let disk = Arc::new(disk);
     let transport = Transport::take(config.mode, &disk, engine)?;
     if let (true, Transport::Fuse { fds, session }) = (config.takeover, &transport) {
         fds.first().map_or(Ok(()), |fd| fuse::resend(fd, session))?;
@@ -103,7 +103,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ready = Event::Ready {
         size: disk.size(),
         engine: name(engine).into(),
-        cache: opened.cache,
+        cache,
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);

@@ -6,7 +6,7 @@ use crate::report::Answer;
 use ploop::device::Device;
 use ploop::image::chain::Chain;
 use ploop::image::lock::{Access, DiskLocks};
-use ploop::image::open;
+use ploop::image::open::{self, Cache};
 use ploop::image::target::Target;
 use ploop::io::exec::{self, Engine};
 use ploop::{Error, Kind, Result};
@@ -50,7 +50,7 @@ pub fn run(args: &Args) -> Result<Answer> {
 }
 
 async fn parts(dir: &std::os::fd::OwnedFd, chain: &Chain) -> Result<Vec<Part>> {
-    let disk = open::open_read(dir, chain).await?;
+    let disk = open::open_read(dir, chain, Cache::Writeback).await?;
     let (size, depth) = (disk.size(), disk.stack().depth());
     let mut parts: Vec<Part> = Vec::new();
     let mut start = 0;
