@@ -20,6 +20,7 @@ use super::header::{CLOSED_V21, Header};
 use crate::units::{ClusterSize, SECTOR};
 use crate::{Error, Result};
 use md5::{Digest, Md5};
+use roaring::RoaringBitmap;
 use uuid::Uuid;
 
 const MAGIC: u64 = 0xAB23_4CEF_23DC_EA87;
@@ -195,6 +196,23 @@ impl Extension {
             .filter(|f| f.magic == DIRTY_BITMAP)
             .map(|f| DirtyBitmap::parse(&f.data, header, len))
             .collect()
+    }
+
+    /// The file clusters that the extension at byte `at` occupies: its own and those of its
+    /// bitmaps. No entry names them, and they are no leaks. A cluster used twice is an error.
+    pub fn clusters(&self, header: &Header, len: u64, at: u64) -> Result<RoaringBitmap> {
+        let mut clusters: RoaringBitmap = header.cluster.cluster_of(at).into_iter().collect();
+        for bitmap in self.dirty_bitmaps(header, len)? {
+            for cluster in bitmap.clusters() {
+                if !clusters.insert(cluster) {
+                    return Err(Error::damaged(format!(
+                        "dirty bitmap {}: cluster {cluster} is used twice",
+                        bitmap.id
+                    )));
+                }
+            }
+        }
+        Ok(clusters)
     }
 }
 
