@@ -2,9 +2,10 @@
 //!
 //! [`target`] turns what a user typed into a disk, [`chain`] says which file is which layer,
 //! [`lock`] keeps other programs out, [`open`] builds the device, [`init`] makes a new disk,
-//! [`survey`] looks without opening. Nothing here knows who serves the disk or who asked for it.
+//! [`survey`] looks without opening, [`check`] looks closely. Nothing here knows who serves the disk or who asked for it.
 
 pub mod chain;
+pub mod check;
 pub mod init;
 pub mod lock;
 pub mod open;

@@ -86,6 +86,11 @@ impl Top {
         Ok(top)
     }
 
+    /// The file; the fence lasts as long as its description.
+    pub fn into_file(self) -> File {
+        File::from(self.fd)
+    }
+
     fn open(dir: impl AsFd, layer: &LayerFile, access: OFlags, cache: Cache) -> Result<Self> {
         let place = |e: Error| e.at(layer.display());
         if cache == Cache::None {
