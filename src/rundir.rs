@@ -277,15 +277,30 @@ pub fn entries() -> Result<Vec<Entry>> {
             let _ = std::fs::remove_dir(&path);
             continue;
         }
-        match try_lock(&path, false)? {
-            Some(lock) => found.push(Entry::Leftover(RunDir { path, lock })),
-            None => {
-                let state = state_in(&path);
-                found.push(Entry::Attached { path, state });
-            }
-        }
+        found.extend(look(path)?);
     }
     Ok(found)
+}
+
+/// What a run directory is; nothing when it goes away while we look.
+fn look(path: PathBuf) -> Result<Option<Entry>> {
+    let start = Instant::now();
+    loop {
+        if let Some(lock) = try_lock(&path, false)? {
+            return Ok(Some(Entry::Leftover(RunDir { path, lock })));
+        }
+        if !path.join("lock").exists() {
+            return Ok(None);
+        }
+        let state = state_in(&path);
+        // Locked although its keeper is dead: another command is cleaning it up, or a new keeper
+        // is about to register. Either is over soon.
+        let settled = state.as_ref().is_none_or(|s| alive(s.keeper_pid));
+        if settled || start.elapsed() > CLAIM_PATIENCE {
+            return Ok(Some(Entry::Attached { path, state }));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Waits until a keeper is gone.

@@ -127,8 +127,7 @@ fn refuse_member(dir: impl AsFd, name: &OsStr) -> Result<()> {
     match descriptor.images().iter().any(|i| OsStr::new(&i.file) == name) {
         false => Ok(()),
         true => Err(Error::invalid(format!(
-            "{}: the {DESCRIPTOR} beside it names this file; use the directory as DISK",
-            Path::new(name).display()
+            "the {DESCRIPTOR} beside it names this file; use the directory as DISK"
         ))),
     }
 }

@@ -3,12 +3,13 @@
 //! A directory with a `DiskDescriptor.xml`, that file itself, or a bare image file whose format is
 //! stated. Formats are never guessed: a guest can write any signature into its own disk.
 
+use super::chain::Chain;
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -157,6 +158,11 @@ impl Target {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::open(&dir, flags, Mode::empty())
             .map_err(|e| Error::from(std::io::Error::from(e)).at(dir.display()))
+    }
+
+    /// Which files make up the disk. `dir` is [`Target::open_dir`].
+    pub fn chain(&self, dir: impl AsFd) -> Result<Chain> {
+        Chain::read(dir, &self.source()).map_err(|e| e.at(self.path().display()))
     }
 
     /// The bare file's name and format; `None` for an image directory.

@@ -134,7 +134,12 @@ pub fn stop(attached: &Attached) -> Result<()> {
         return leftover::sweep();
     };
     terminate(attached)?;
-    match departure.wait(CLOSE_PATIENCE)? {
+    let outcome = departure.wait(CLOSE_PATIENCE);
+    if outcome.is_err() {
+        // It died: what it left behind goes now, not with the next command.
+        leftover::sweep()?;
+    }
+    match outcome? {
         None => Err(Error::new(
             Kind::TimedOut,
             format!(

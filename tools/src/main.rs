@@ -4,9 +4,11 @@
 //! `cmd`. It holds no image open while a disk is attached: that is ploopd's business.
 #![forbid(unsafe_code)]
 
+mod answer;
 mod attach;
 mod cmd;
 mod holders;
+mod nbd;
 mod report;
 mod size;
 
@@ -37,7 +39,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(e) => return usage(&e),
     };
-    report::log_to_stderr();
+    answer::log_to_stderr();
     match cmd::run(cli.command, cli.output) {
         Ok(answer) => answer.print(cli.output),
         Err(e) => report::error(&e, cli.output),
@@ -51,7 +53,7 @@ fn usage(e: &clap::Error) -> ExitCode {
     let json = args.windows(2).any(|w| matches!(w, [o, v] if (o == "-o" || o == "--output") && v == "json"))
         || args.iter().any(|a| a == "--output=json" || a == "-ojson");
     if json && !help {
-        return report::usage_error(&e.to_string());
+        return answer::usage_error(&e.to_string());
     }
     let _ = e.print();
     ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(2))

@@ -1,11 +1,8 @@
-//! Report: what both binaries print, and how a failure becomes an exit code.
-//!
-//! Results go to standard output, everything else to standard error. Every JSON object carries
-//! `schema`, whose value changes only with a change that breaks readers.
+//! Report: how both binaries tell a failure, and how it becomes an exit code.
 
 use ploop::serve::supervise::message::kind_name;
 use ploop::{Error, Kind};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -18,49 +15,6 @@ pub enum Output {
     Json,
 }
 
-/// What a verb has to say.
-#[derive(Debug, Default)]
-pub struct Answer {
-    /// For people; empty prints nothing.
-    pub text: String,
-    /// For programs: an object, to which `schema` is added.
-    pub json: Value,
-    /// Exit code.
-    pub code: u8,
-}
-
-impl Answer {
-    /// A success with something to say.
-    pub fn new(text: impl Into<String>, json: Value) -> Self {
-        Self { text: text.into(), json, code: 0 }
-    }
-
-    /// Prints it, and gives the exit code.
-    pub fn print(self, output: Output) -> ExitCode {
-        let text = match output {
-            Output::Text => self.text,
-            Output::Json => with_schema(self.json).to_string(),
-        };
-        if !text.is_empty() {
-            let mut out = std::io::stdout().lock();
-            let end = if text.ends_with('\n') { "" } else { "\n" };
-            if write!(out, "{text}{end}").and_then(|()| out.flush()).is_err() {
-                return ExitCode::from(1);
-            }
-        }
-        ExitCode::from(self.code)
-    }
-}
-
-fn with_schema(value: Value) -> Value {
-    let mut object = match value {
-        Value::Object(object) => object,
-        _ => serde_json::Map::new(),
-    };
-    object.insert("schema".into(), json!(1));
-    Value::Object(object)
-}
-
 /// Prints an error, and gives its exit code.
 pub fn error(e: &Error, output: Output) -> ExitCode {
     let code = e.kind().exit_code();
@@ -68,13 +22,8 @@ pub fn error(e: &Error, output: Output) -> ExitCode {
     ExitCode::from(code)
 }
 
-/// Prints a wrong command line as JSON.
-pub fn usage_error(message: &str) -> ExitCode {
-    print_error(2, "usage", message.trim_end(), Some("see ploopctl --help"), Output::Json);
-    ExitCode::from(2)
-}
-
-fn print_error(code: u8, kind: &str, message: &str, hint: Option<&str>, output: Output) {
+/// Prints a failure as the user wants it.
+pub fn print_error(code: u8, kind: &str, message: &str, hint: Option<&str>, output: Output) {
     let text = match output {
         Output::Json => {
             let error = json!({ "code": code, "kind": kind, "message": message, "hint": hint });
@@ -97,13 +46,4 @@ fn hint(kind: Kind) -> Option<&'static str> {
         Kind::Privilege => Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root"),
         _ => None,
     }
-}
-
-/// Sends this process's log to standard error.
-pub fn log_to_stderr() {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_max_level(tracing::Level::WARN)
-        .init();
 }

@@ -537,8 +537,19 @@ impl Keeper {
         }
     }
 
+    /// Says which disk it was: a worker knows only the names beneath its directory.
+    fn name(&self, failure: Failure) -> Failure {
+        let path = &self.state.path;
+        let message = match failure.message.starts_with(path.as_str()) {
+            true => failure.message,
+            false => format!("{path}: {}", failure.message),
+        };
+        Failure { message, ..failure }
+    }
+
     /// Something failed on the way up: closes what is open in the ordinary order.
     fn fail(&mut self, failure: Failure) {
+        let failure = self.name(failure);
         tracing::error!("{}", failure.message);
         self.failure.get_or_insert(failure);
         self.stop();
@@ -547,6 +558,7 @@ impl Keeper {
     /// No worker can serve this disk any more: every request from now on fails with EIO, until
     /// the disk is detached.
     fn give_up(&mut self, failure: Failure) {
+        let failure = self.name(failure);
         tracing::error!("giving up: {}", failure.message);
         self.settled = true;
         self.next_start = None;

@@ -39,7 +39,9 @@ pub fn run() -> Result<()> {
         .map_err(io::Error::from)?;
     let control = Arc::new(inherit::take(CONTROL_FD)?);
     let config = first_message(&control)?;
-    keep_out_of_reclaim();
+    if let WorkerMode::Fuse { .. } = config.mode {
+        keep_out_of_reclaim();
+    }
     let (engine, why) = Engine::detect();
     tracing::info!("I/O engine: {}{}", name(engine), why.map_or(String::new(), |w| format!(" ({w})")));
     let ended = exec::run(engine, async {

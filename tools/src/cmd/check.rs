@@ -1,10 +1,9 @@
 //! `check`: is a disk sound, and can it be made so.
 
 use super::FormatArg;
-use crate::report::Answer;
+use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::formats::ploop::check::{Finding, Report};
-use ploop::image::chain::Chain;
 use ploop::image::check;
 use ploop::image::lock::{Access, DiskLocks};
 use ploop::image::target::Target;
@@ -36,7 +35,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         return Err(Error::new(Kind::Busy, what));
     }
     let dir = target.open_dir()?;
-    let chain = Chain::read(&dir, &target.source())?;
+    let chain = target.chain(&dir)?;
     let access = if args.repair { Access::Write } else { Access::Read };
     let _locks = DiskLocks::take(&dir, &target.source(), access)
         .map_err(|e| e.at(target.path().display()))?;

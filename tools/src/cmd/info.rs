@@ -1,10 +1,9 @@
 //! `info`: what a disk is made of.
 
 use super::FormatArg;
-use crate::report::Answer;
+use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::Result;
-use ploop::image::chain::Chain;
 use ploop::image::survey::{self, Closed, LayerInfo};
 use ploop::image::target::{Format, Target};
 use serde_json::{Value, json};
@@ -25,7 +24,7 @@ pub fn run(args: &Args) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let identity = target.identity()?;
     let dir = target.open_dir()?;
-    let chain = Chain::read(&dir, &target.source())?;
+    let chain = target.chain(&dir)?;
     let layers = survey::layers(&dir, &chain)?;
     let attached = attach::by_identity(&identity)?.map(|a| a.state);
     let size = layers.last().map_or(0, |l| l.size);

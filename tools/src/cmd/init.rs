@@ -1,7 +1,7 @@
 //! `init`: a new disk, with a file system on it.
 
 use super::mount::{device_config, need_privilege};
-use crate::report::Answer;
+use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::image::init::{self, New};
 use ploop::image::target::{Format, Target};

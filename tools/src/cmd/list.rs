@@ -1,6 +1,6 @@
 //! `list`: which disks are attached.
 
-use crate::report::Answer;
+use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::Result;
 use ploop::rundir::State;

@@ -2,7 +2,7 @@
 
 use super::FormatArg;
 use crate::attach;
-use crate::report::Answer;
+use crate::answer::Answer;
 use ploop::device::Device;
 use ploop::image::chain::Chain;
 use ploop::image::lock::{Access, DiskLocks};
@@ -40,7 +40,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         return Err(Error::new(Kind::Busy, what));
     }
     let dir = target.open_dir()?;
-    let chain = Chain::read(&dir, &target.source())?;
+    let chain = target.chain(&dir)?;
     let _locks = DiskLocks::take(&dir, &target.source(), Access::Read)
         .map_err(|e| e.at(target.path().display()))?;
     let parts = exec::run(Engine::Poll, parts(&dir, &chain))??;

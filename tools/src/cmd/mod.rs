@@ -10,7 +10,8 @@ mod serve;
 mod tour;
 mod umount;
 
-use crate::report::{Answer, Output};
+use crate::answer::Answer;
+use crate::report::Output;
 use ploop::Result;
 use ploop::image::target::Format;
 

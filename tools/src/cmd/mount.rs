@@ -2,7 +2,7 @@
 
 use super::{CacheArg, FormatArg};
 use crate::attach;
-use crate::report::Answer;
+use crate::answer::Answer;
 use ploop::image::target::Target;
 use ploop::rundir::State;
 use ploop::serve::supervise::message::{Announce, Cache, KeeperConfig, Mode};
@@ -112,7 +112,7 @@ fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
     }
     let said = String::from_utf8_lossy(&output.stderr);
     Err(Error::new(
-        Kind::Io,
+        Kind::Invalid,
         format!(
             "{} is not mounted on {}: {}; nothing is left attached (a disk with a partition \
              table is attached without MOUNTPOINT, its partitions are not looked at)",

@@ -5,11 +5,12 @@
 
 use super::{CacheArg, FormatArg};
 use crate::attach;
-use crate::report::{Answer, Output};
+use crate::answer::Answer;
+use crate::report::Output;
 use ploop::image::target::Target;
 use ploop::serve::supervise::leftover;
 use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode};
-use ploop::{Error, Kind, Result};
+use ploop::{Error, Result};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;

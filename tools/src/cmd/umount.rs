@@ -1,7 +1,7 @@
 //! `umount`: a disk is detached, and its image closed.
 
 use crate::attach;
-use crate::report::Answer;
+use crate::answer::Answer;
 use ploop::Result;
 use serde_json::json;
 use std::path::PathBuf;
