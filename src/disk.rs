@@ -92,6 +92,9 @@ impl<S: Store> Disk<S> {
         if self.read_only {
             return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
         }
+        if self.stack.is_poisoned() {
+            return Err(Error::poisoned());
+        }
         self.check(at, len)
     }
 

@@ -10,6 +10,8 @@ pub mod policy;
 pub mod rundir;
 pub mod serve;
 pub mod stack;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 
 pub use ploop_formats as formats;
 pub use ploop_formats::{Error, Kind, Result};

@@ -21,6 +21,16 @@ pub enum AnyLayer<S> {
     Raw(Raw<S>),
 }
 
+/// Calls the same method on whichever layer it is.
+macro_rules! each {
+    ($any:expr, $layer:ident => $call:expr) => {
+        match $any {
+            AnyLayer::Ploop($layer) => $call,
+            AnyLayer::Raw($layer) => $call,
+        }
+    };
+}
+
 impl<S: Store> AnyLayer<S> {
     /// Whether clusters come and go in it; a raw image has all of them always.
     pub const fn allocates(&self) -> bool {
@@ -38,6 +48,11 @@ impl<S: Store> AnyLayer<S> {
         }
     }
 
+    /// Whether a failed flush forbids further success until the disk is closed and checked.
+    fn is_poisoned(&self) -> bool {
+        each!(self, layer => layer.is_poisoned())
+    }
+
     /// Whether answered changes wait for a flush to become durable.
     fn has_pending(&self) -> bool {
         match self {
@@ -45,16 +60,6 @@ impl<S: Store> AnyLayer<S> {
             AnyLayer::Raw(_) => false,
         }
     }
-}
-
-/// Calls the same method on whichever layer it is.
-macro_rules! each {
-    ($any:expr, $layer:ident => $call:expr) => {
-        match $any {
-            AnyLayer::Ploop($layer) => $call,
-            AnyLayer::Raw($layer) => $call,
-        }
-    };
 }
 
 impl<S: Store> Layer for AnyLayer<S> {
@@ -201,6 +206,11 @@ impl<S: Store> Stack<S> {
             "a hole at {host}, inside header and table"
         );
         top.store().punch(host, len, space).await
+    }
+
+    /// Whether a failed flush forbids further success until the disk is closed and checked.
+    pub fn is_poisoned(&self) -> bool {
+        self.top().is_poisoned()
     }
 
     /// Whether the top has answered changes that wait for a flush.

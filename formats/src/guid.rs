@@ -92,6 +92,7 @@ impl fmt::Debug for Guid {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 mod tests {
     use super::*;
 

@@ -51,6 +51,11 @@ impl<S: Store> Raw<S> {
         })
     }
 
+    /// Whether a failed flush forbids further success.
+    pub fn is_poisoned(&self) -> bool {
+        self.ledger.as_ref().is_some_and(Ledger::is_poisoned)
+    }
+
     async fn flush(&self) -> Result<()> {
         let Some(ledger) = &self.ledger else {
             return Err(Error::new(

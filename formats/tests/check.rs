@@ -2,6 +2,7 @@
 //!
 //! Images are made here field by field, so that each test breaks one rule and knows the rest to
 //! be whole. What repair promises is in `repair.rs`.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! Descriptors: what other tools wrote is read as they meant it, survives a round trip, and is
 //! refused when a rule of ploop is broken. Files are written here as the generations write them.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, LayerFormat, Mark, NewDisk};
 use ploop_formats::guid::Guid;

@@ -4,6 +4,7 @@
 //! Method: images with several rules broken at once are made by dice. What a guest reads from each
 //! cluster is taken by other code than the crate's, before, after, and from every state that a
 //! power cut during the repair can leave. Each such state must be repairable to the same end.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;
 
@@ -18,7 +19,7 @@ use ploop_formats::store::mem::MemStore;
 use ploop_formats::store::mutate::{MutateStore, Mutation, Mutator};
 use ploop_formats::store::pages::Pages;
 use ploop_formats::store::record::{RecordStore, Recording};
-use ploop_formats::store::sim::{Fate, Rules};
+use ploop_formats::store::sim::{Fate, POISON, Rules};
 use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
 
@@ -42,8 +43,12 @@ fn mended(made: &Made) -> (Pages, Report) {
 /// What is wrong with `after` when a guest saw `before`.
 fn loss(before: &View, after: &Pages) -> Result<(), String> {
     for (n, (was, is)) in before.iter().zip(view(after)?).enumerate() {
-        if *was != is {
-            let show = |v: &Option<Vec<u8>>| v.as_ref().map(|b| b[..8].to_vec());
+        let fine = match (was, &is) {
+            (Some(was), Some(is)) => is.starts_with(was) && is[was.len()..].iter().all(nobodys),
+            (was, is) => was.is_none() && is.is_none(),
+        };
+        if !fine {
+            let show = |v: &Option<Vec<u8>>| v.as_ref().map(|b| (b[..8].to_vec(), b.len()));
             return Err(format!(
                 "guest cluster {n}: {:?} became {:?}",
                 show(was),
@@ -54,11 +59,23 @@ fn loss(before: &View, after: &Pages) -> Result<(), String> {
     Ok(())
 }
 
+/// What may stand where a file was longer than its data: zeros, or what a new length holds before
+/// it is durable.
+fn nobodys(byte: &u8) -> bool {
+    matches!(*byte, 0 | POISON)
+}
+
 fn assert_mended(before: &View, pages: Pages, place: &str) {
     let store = MemStore::from_pages(pages);
     let report = mend(&store);
-    assert_eq!(report.findings, [], "{place}");
+    assert_eq!(left(&report), [], "{place}");
     loss(before, &store.pages()).unwrap_or_else(|e| panic!("{place}: {e}"));
+}
+
+/// What is still wrong; more room than a table needs stays, because data would have to move.
+fn left(report: &Report) -> Vec<F> {
+    let kinds = report.findings.iter().map(|f| f.kind);
+    kinds.filter(|kind| *kind != F::DataOffset).collect()
 }
 
 fn did(report: &Report) -> Vec<F> {
@@ -71,12 +88,12 @@ fn any_mixture_of_damage_is_mended_without_loss_and_for_good() {
         let made = Made::damaged(&mut Rng::new(seed));
         let before = view(&made.pages()).unwrap();
         let (pages, report) = mended(&made);
-        assert_eq!(report.findings, [], "seed {seed}");
+        assert_eq!(left(&report), [], "seed {seed}");
         loss(&before, &pages).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         let again = MemStore::from_pages(pages.clone());
         let second = mend(&again);
         assert_eq!(
-            (second.findings.len(), second.repaired.len()),
+            (left(&second).len(), second.repaired.len()),
             (0, 0),
             "seed {seed}"
         );
@@ -132,7 +149,7 @@ fn a_repair_may_be_cut_anywhere() {
 
 /// Whether some cut shows a loss when barrier number `barrier` does nothing.
 fn notices(barrier: u64) -> bool {
-    (0..150).any(|seed| {
+    (0..120).any(|seed| {
         let made = Made::damaged(&mut Rng::new(seed));
         let before = view(&made.pages()).unwrap();
         let recording = Recording::new(made.pages());

@@ -366,6 +366,7 @@ fn bits(entry: u64, header: &Header, len: u64) -> Result<Bits> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 mod tests {
     use super::*;
     use crate::ploop::Version;

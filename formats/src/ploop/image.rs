@@ -7,6 +7,7 @@ use super::extension::Extension;
 use super::header::Header;
 use super::index::{Index, Lookup};
 use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
+use crate::ledger::Ledger;
 use crate::limits;
 use crate::planted::{self, Bug};
 use crate::store::{Space, Store};
@@ -34,6 +35,8 @@ pub struct Ploop<S> {
     pub(super) store: S,
     pub(super) header: Header,
     pub(super) index: Shared,
+    /// The index's ledger, to ask for poison without its lock.
+    pub(super) ledger: Ledger,
     pub(super) writable: bool,
     /// Features of the format extension that are written again at close.
     pub(super) kept: Extension,
@@ -92,7 +95,7 @@ impl<S: Store> Ploop<S> {
 
     /// Whether a failed flush or metadata write forbids further success.
     pub fn is_poisoned(&self) -> bool {
-        lock(&self.index).ledger.is_poisoned()
+        self.ledger.is_poisoned()
     }
 
     /// Whether answered changes wait for a sync to become durable.

@@ -175,9 +175,11 @@ impl Index {
         self.epoch
     }
 
-    /// Whether the mapping of `cluster` is durable.
+    /// Whether the mapping of `cluster` is durable. After a failed flush nothing counts as that: a
+    /// write that is to be durable must find out.
     pub(super) fn is_durable(&self, cluster: VirtCluster) -> bool {
-        !self.pending.contains_key(&cluster.0) && !self.frozen.entries.contains_key(&cluster.0)
+        let settled = |map: &BTreeMap<u32, Entry>| !map.contains_key(&cluster.0);
+        settled(&self.pending) && settled(&self.frozen.entries) && !self.ledger.is_poisoned()
     }
 
     /// Takes a word of the ledger for a mapping to come.

@@ -103,11 +103,12 @@ impl<S: Store> Ploop<S> {
     }
 
     fn assemble(store: S, header: Header, alloc: Alloc, ledger: Ledger, writable: bool) -> Self {
-        let index = Arc::new(Mutex::new(Index::new(header, alloc, ledger)));
+        let index = Arc::new(Mutex::new(Index::new(header, alloc, ledger.clone())));
         Self {
             store,
             header,
             index,
+            ledger,
             writable,
             kept: Extension {
                 features: Vec::new(),

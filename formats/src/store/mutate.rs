@@ -92,6 +92,11 @@ impl Mutator {
         state.hits = 0;
     }
 
+    /// What is broken.
+    pub fn mutation(&self) -> Option<Mutation> {
+        self.lock().mutation
+    }
+
     /// How many barriers of each name were asked for.
     pub fn seen(&self) -> BTreeMap<Covers, u64> {
         self.lock().seen.clone()

@@ -162,11 +162,6 @@ impl Pages {
         (kind, page.saturating_mul(PAGE).min(self.len))
     }
 
-    /// Whether the page that holds byte `at` exists, be it full of zeros.
-    pub fn is_written(&self, at: u64) -> bool {
-        self.pages.contains_key(&at.checked_div(PAGE).unwrap_or(0))
-    }
-
     /// Everything, as one piece of memory. For tests on small files.
     pub fn to_vec(&self) -> Vec<u8> {
         let mut all = vec![0; self.len as usize];

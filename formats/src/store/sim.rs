@@ -389,6 +389,11 @@ impl SimStore {
         self.sim.lock().files[self.file].now().clone()
     }
 
+    /// What it promises.
+    pub fn rules(&self) -> Rules {
+        self.sim.lock().files[self.file].rules()
+    }
+
     fn admit(&self, at: u64, len: u64) -> Result<()> {
         let info = self.info();
         admit(at, len, info.align, Some(info.len))

@@ -147,19 +147,53 @@ impl Exec {
         }
     }
 
-    /// Runs `future` beside the other tasks and gives its output; `None` when it can never end.
-    pub fn block_on<T: 'static>(&mut self, future: impl Future<Output = T> + 'static) -> Option<T> {
-        let out = Rc::new(RefCell::new(None));
-        let slot = out.clone();
+    /// Adds a task whose output appears in the slot that is given back.
+    pub fn start<T: 'static>(&mut self, future: impl Future<Output = T> + 'static) -> Slot<T> {
+        let slot = Slot::default();
+        let out = slot.clone();
         self.spawn(async move {
             let value = future.await;
-            *slot.borrow_mut() = Some(value);
+            *out.0.borrow_mut() = Some(value);
         });
-        while out.borrow().is_none() {
-            if self.step() != Step::Moved && out.borrow().is_none() {
+        slot
+    }
+
+    /// Runs `future` beside the other tasks and gives its output; `None` when it can never end.
+    pub fn block_on<T: 'static>(&mut self, future: impl Future<Output = T> + 'static) -> Option<T> {
+        let slot = self.start(future);
+        while !slot.is_full() {
+            if self.step() != Step::Moved && !slot.is_full() {
                 return None;
             }
         }
-        out.take()
+        slot.take()
+    }
+}
+
+/// Where the output of a task appears.
+#[derive(Debug)]
+pub struct Slot<T>(Rc<RefCell<Option<T>>>);
+
+impl<T> Default for Slot<T> {
+    fn default() -> Self {
+        Self(Rc::new(RefCell::new(None)))
+    }
+}
+
+impl<T> Clone for Slot<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Slot<T> {
+    /// Whether the task is done and its output still here.
+    pub fn is_full(&self) -> bool {
+        self.0.borrow().is_some()
+    }
+
+    /// The output, once.
+    pub fn take(&self) -> Option<T> {
+        self.0.borrow_mut().take()
     }
 }

@@ -10,6 +10,8 @@ use crate::units::SECTOR;
 use std::ops::Range;
 
 const NEVER: u64 = u64::MAX;
+/// The value of a sector that was torn by an earlier power cut.
+const TORN: Value = Value::MAX;
 
 #[derive(Debug, Clone, Copy)]
 struct Write {
@@ -212,6 +214,7 @@ impl Model {
         legal: impl Fn(&Sector) -> Vec<Write>,
         crashed: bool,
     ) -> Result<(), String> {
+        let tears = |w: &Write| crashed && w.answered == NEVER && w.value != ZERO;
         for (n, bytes) in sectors.zip(bytes.chunks_exact(SECTOR as usize)) {
             let sector = &self.sectors[n];
             let seen = stamp::look(bytes, n as u64);
@@ -224,9 +227,7 @@ impl Model {
             let fine = match &seen {
                 Seen::Value(value) => legal.iter().any(|w| w.value == *value),
                 // Only a sector that is being written when the power goes can be torn.
-                Seen::Garbage => {
-                    crashed && legal.iter().any(|w| w.answered == NEVER && w.value != ZERO)
-                }
+                Seen::Garbage => legal.iter().any(|w| w.value == TORN || tears(w)),
                 _ => false,
             };
             if !fine {
@@ -240,11 +241,11 @@ impl Model {
     }
 
     /// The disk after a crash and a recovery in which `bytes` were read: they are durable now.
-    /// Torn sectors, which only a request in flight excuses, get the value `torn`.
-    pub fn recovered(bytes: &[u8], torn: impl Fn(usize) -> Value) -> Self {
+    /// A torn sector, which was judged before, stays torn until it is written.
+    pub fn recovered(bytes: &[u8]) -> Self {
         let value = |(n, bytes): (usize, &[u8])| match stamp::look(bytes, n as u64) {
             Seen::Value(value) => value,
-            _ => torn(n),
+            _ => TORN,
         };
         Self::new(bytes.chunks_exact(SECTOR as usize).enumerate().map(value))
     }

@@ -249,7 +249,8 @@ fn pattern(at: u64, len: u64) -> Vec<u8> {
     bytes
 }
 
-/// What a guest reads from each cluster: bytes; nothing where no entry leads to readable bytes.
+/// What a guest reads from each cluster: the bytes that the file has of it; nothing where no entry
+/// leads to any.
 pub fn view(pages: &Pages) -> Result<Vec<Option<Vec<u8>>>, String> {
     let mut head = vec![0; 64];
     pages.read(0, &mut head);
@@ -274,9 +275,8 @@ pub fn view(pages: &Pages) -> Result<Vec<Option<Vec<u8>>>, String> {
             if raw == 0 || raw == u32::MAX || from < start || from >= pages.len() {
                 return None;
             }
-            let mut bytes = vec![0; CLUSTER as usize];
-            let len = (pages.len() - from).min(CLUSTER) as usize;
-            pages.read(from, &mut bytes[..len]);
+            let mut bytes = vec![0; (pages.len() - from).min(CLUSTER) as usize];
+            pages.read(from, &mut bytes);
             Some(bytes)
         })
         .collect())

@@ -437,3 +437,203 @@ fn failed(error: &Error, fast_zero: bool) -> Answer {
         text: error.to_string().into(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1 << 40;
+    const WRITABLE: Export = Export { size: SIZE, read_only: false };
+
+    fn terms(style: Style) -> Terms {
+        let contexts = match style {
+            Style::Simple => vec![],
+            _ => Context::ALL.to_vec(),
+        };
+        Terms { style, contexts }
+    }
+
+    fn request(command: u16, flags: u16, offset: u64, length: u64) -> Request {
+        Request { flags, command, cookie: 1, offset, length }
+    }
+
+    fn refused(style: Style, export: Export, request: Request) -> Option<Errno> {
+        plan(&request, &terms(style), export).err().map(|refusal| refusal.errno)
+    }
+
+    const STYLES: [Style; 3] = [Style::Simple, Style::Structured, Style::Extended];
+
+    #[test]
+    fn past_the_end_is_no_space_for_writers_and_invalid_for_others() {
+        use command::*;
+        let table = [
+            (READ, Errno::Inval),
+            (WRITE, Errno::NoSpace),
+            (TRIM, Errno::Inval),
+            (CACHE, Errno::Inval),
+            (WRITE_ZEROES, Errno::NoSpace),
+        ];
+        for style in STYLES {
+            for (command, errno) in table {
+                let at = |offset, len| refused(style, WRITABLE, request(command, 0, offset, len));
+                assert_eq!(at(SIZE - 512, 512), None, "{command}");
+                assert_eq!(at(SIZE, 0), None, "{command}: nothing, at the end");
+                assert_eq!(at(SIZE - 512, 513), Some(errno), "{command}");
+                assert_eq!(at(SIZE + 1, 0), Some(errno), "{command}");
+                assert_eq!(at(u64::MAX, 512), Some(errno), "{command}: overflow");
+            }
+        }
+        let status = |offset, len| request(BLOCK_STATUS, 0, offset, len);
+        assert_eq!(refused(Style::Extended, WRITABLE, status(0, SIZE)), None);
+        assert_eq!(refused(Style::Extended, WRITABLE, status(1, SIZE)), Some(Errno::Inval));
+    }
+
+    #[test]
+    fn a_read_only_export_refuses_every_change_and_nothing_else() {
+        let export = Export { read_only: true, ..WRITABLE };
+        for command in [command::WRITE, command::TRIM, command::WRITE_ZEROES] {
+            let errno = refused(Style::Simple, export, request(command, 0, 0, 512));
+            assert_eq!(errno, Some(Errno::Perm));
+        }
+        for command in [command::READ, command::CACHE] {
+            assert_eq!(refused(Style::Simple, export, request(command, 0, 0, 512)), None);
+        }
+        assert_eq!(refused(Style::Simple, export, request(command::FLUSH, 0, 0, 0)), None);
+    }
+
+    #[test]
+    fn every_command_takes_fua_and_only_the_flags_that_are_its_own() {
+        use command::*;
+        use with::*;
+        let own = |command, style| match (command, style) {
+            (READ, Style::Simple) => 0,
+            (READ, _) => DF,
+            (WRITE, Style::Extended) => PAYLOAD_LEN,
+            (WRITE_ZEROES, _) => NO_HOLE | FAST_ZERO,
+            (BLOCK_STATUS, Style::Extended) => REQ_ONE | PAYLOAD_LEN,
+            (BLOCK_STATUS, _) => REQ_ONE,
+            _ => 0,
+        };
+        for style in STYLES {
+            for command in READ..=BLOCK_STATUS {
+                if command == DISC || (command == BLOCK_STATUS && style == Style::Simple) {
+                    continue;
+                }
+                let len = match command {
+                    FLUSH => 0,
+                    _ => 12,
+                };
+                for bit in 0..16 {
+                    let legal = (own(command, style) | FUA) & 1 << bit != 0;
+                    let errno = refused(style, WRITABLE, request(command, 1 << bit, 0, len));
+                    let expected = (!legal).then_some(Errno::Inval);
+                    assert_eq!(errno, expected, "{style:?} command {command} bit {bit}");
+                }
+            }
+            for unknown in [8, 9, u16::MAX] {
+                let errno = refused(style, WRITABLE, request(unknown, 0, 0, 0));
+                assert_eq!(errno, Some(Errno::Inval));
+            }
+        }
+    }
+
+    #[test]
+    fn payloads_are_bounded_and_effects_are_not() {
+        let read = |len| refused(Style::Extended, WRITABLE, request(command::READ, 0, 0, len));
+        assert_eq!(read(32 << 20), None);
+        assert_eq!(read((32 << 20) + 1), Some(Errno::Inval));
+        for command in [command::TRIM, command::WRITE_ZEROES, command::CACHE] {
+            let errno = refused(Style::Extended, WRITABLE, request(command, 0, 0, SIZE));
+            assert_eq!(errno, None, "{command} of everything");
+        }
+    }
+
+    #[test]
+    fn zeroing_modes_follow_the_flags() {
+        let plan = |flags| {
+            plan(&request(command::WRITE_ZEROES, flags, 0, 9), &terms(Style::Simple), WRITABLE)
+        };
+        let zero = |how, fua| Ok(Op::Zero { at: 0, len: 9, how, fua });
+        assert_eq!(plan(0), zero(Zero::MayFree, false));
+        assert_eq!(plan(with::NO_HOLE | with::FUA), zero(Zero::Allocate, true));
+        assert_eq!(plan(with::FAST_ZERO), zero(Zero::Fast, false));
+        let both = plan(with::FAST_ZERO | with::NO_HOLE).unwrap_err();
+        assert_eq!(both.errno, Errno::NotSup);
+    }
+
+    #[test]
+    fn a_status_needs_contexts_and_a_range() {
+        let status = |flags, len| request(command::BLOCK_STATUS, flags, 0, len);
+        for style in STYLES {
+            let none = Terms { style, contexts: vec![] };
+            let refusal = plan(&status(0, 512), &none, WRITABLE).unwrap_err();
+            assert_eq!(refusal.errno, Errno::Inval);
+        }
+        assert_eq!(refused(Style::Structured, WRITABLE, status(0, 0)), Some(Errno::Inval));
+        let one = plan(&status(with::REQ_ONE, 512), &terms(Style::Structured), WRITABLE);
+        let contexts = Selection::of(&Context::ALL);
+        assert_eq!(one, Ok(Op::Status(Status { at: 0, len: 512, one: true, contexts })));
+    }
+
+    #[test]
+    fn a_status_payload_names_selected_contexts_each_once() {
+        let both = terms(Style::Extended);
+        let parse = |terms: &Terms, len: u64, ids: &[u32]| {
+            let mut payload = len.to_be_bytes().to_vec();
+            ids.iter().for_each(|id| payload.extend(id.to_be_bytes()));
+            Status::parse(512, false, &payload, terms, WRITABLE).map_err(|refusal| refusal.errno)
+        };
+        let ok = parse(&both, 1024, &[Context::Depth.id()]).unwrap();
+        assert_eq!((ok.at, ok.len), (512, 1024));
+        assert_eq!(ok.contexts.iter().collect::<Vec<_>>(), [Context::Depth]);
+        let only = Terms { contexts: vec![Context::Allocation], ..both.clone() };
+        for (terms, len, ids) in [
+            (&both, 1024, &[1u32, 1][..]),
+            (&both, 1024, &[1, 3]),
+            (&only, 1024, &[Context::Depth.id()]),
+            (&both, 0, &[1]),
+            (&both, SIZE, &[1]),
+        ] {
+            assert_eq!(parse(terms, len, ids), Err(Errno::Inval), "{len} {ids:?}");
+        }
+        let len = |len| {
+            refused(Style::Extended, WRITABLE, request(command::BLOCK_STATUS, with::PAYLOAD_LEN, 0, len))
+        };
+        let legal: Vec<_> = (0..30).filter(|n| len(*n).is_none()).collect();
+        assert_eq!(legal, [12, 16]);
+    }
+
+    #[test]
+    fn kinds_become_the_values_that_may_cross_the_wire() {
+        let errno = |kind, fast| match failed(&Error::new(kind, "why"), fast) {
+            Answer::Failed(Refusal { errno, text }) if text == "why" => errno,
+            other => panic!("{other:?}"),
+        };
+        let table = [
+            (Kind::NoSpace, Errno::NoSpace),
+            (Kind::ReadOnly, Errno::Perm),
+            (Kind::Invalid, Errno::Inval),
+            (Kind::Unsupported, Errno::Inval),
+            (Kind::Io, Errno::Io),
+            (Kind::Damaged, Errno::Io),
+            (Kind::Poisoned, Errno::Io),
+            (Kind::Privilege, Errno::Io),
+            (Kind::TimedOut, Errno::Io),
+        ];
+        for (kind, expected) in table {
+            assert_eq!(errno(kind, false), expected, "{kind:?}");
+        }
+        assert_eq!(errno(Kind::Unsupported, true), Errno::NotSup);
+    }
+
+    #[test]
+    fn what_a_request_may_hold_is_counted_before_it_is_held() {
+        assert_eq!(Op::Read { at: 0, len: 5000 }.cost(), 8192);
+        assert_eq!(Op::Flush.cost(), 0);
+        let status = |len, one| Op::Status(Status { at: 0, len, one, contexts: Selection::default() });
+        assert!(status(u64::MAX, false).cost() >= limits::EXTENTS_MAX * 24);
+        assert!(status(u64::MAX, false).cost() < limits::BYTES_IN_FLIGHT);
+        assert!(status(u64::MAX, true).cost() < 1024);
+        assert!(status(4096, false).cost() < 1024);
+    }
+}

@@ -438,3 +438,288 @@ pub fn flags(offer: &Offer, terms: &Terms) -> u16 {
     }
     flags
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OFFER: Offer = Offer {
+        name: "disk",
+        description: "the one",
+        size: 1 << 30,
+        read_only: false,
+        preferred: 65536,
+    };
+
+    /// A negotiation after the client flags.
+    fn begun() -> Handshake {
+        with_flags(hello::FIXED_NEWSTYLE | hello::NO_ZEROES)
+    }
+
+    fn with_flags(flags: u16) -> Handshake {
+        let mut handshake = Handshake::default();
+        let mut input = BytesMut::from(&u32::from(flags).to_be_bytes()[..]);
+        assert_eq!(handshake.advance(&OFFER, &mut input, &mut Vec::new()), Step::More);
+        handshake
+    }
+
+    fn message(option: u32, data: &[u8]) -> BytesMut {
+        let mut bytes = BytesMut::new();
+        bytes.put_u64(proto::IHAVEOPT);
+        bytes.put_u32(option);
+        bytes.put_u32(data.len() as u32);
+        bytes.put_slice(data);
+        bytes
+    }
+
+    /// Sends one option; the types of the replies, and what is next.
+    fn send(handshake: &mut Handshake, option: u32, data: &[u8]) -> (Vec<u32>, Step) {
+        let mut out = Vec::new();
+        let step = handshake.advance(&OFFER, &mut message(option, data), &mut out);
+        (replies(&out, option).into_iter().map(|(kind, _)| kind).collect(), step)
+    }
+
+    fn replies(out: &[u8], option: u32) -> Vec<(u32, Vec<u8>)> {
+        let mut fields = Fields(out);
+        let mut all = Vec::new();
+        while let Some(magic) = fields.u64() {
+            assert_eq!(magic, proto::OPTION_REPLY);
+            assert_eq!(fields.u32(), Some(option));
+            all.push((fields.u32().unwrap(), fields.counted().unwrap().to_vec()));
+        }
+        all
+    }
+
+    fn info_data(name: &str, wanted: &[u16]) -> Vec<u8> {
+        let mut data = Vec::new();
+        data.put_u32(name.len() as u32);
+        data.put_slice(name.as_bytes());
+        data.put_u16(wanted.len() as u16);
+        wanted.iter().for_each(|info| data.put_u16(*info));
+        data
+    }
+
+    fn query_data(name: &str, queries: &[&str]) -> Vec<u8> {
+        let mut data = Vec::new();
+        data.put_u32(name.len() as u32);
+        data.put_slice(name.as_bytes());
+        data.put_u32(queries.len() as u32);
+        for query in queries {
+            data.put_u32(query.len() as u32);
+            data.put_slice(query.as_bytes());
+        }
+        data
+    }
+
+    fn start(step: Step) -> Start {
+        match step {
+            Step::Start(start) => start,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn client_flags_that_were_not_offered_end_the_connection() {
+        for flags in [4u32, 0x8000, 0x1_0000, u32::MAX] {
+            let mut input = BytesMut::from(&flags.to_be_bytes()[..]);
+            let step = Handshake::default().advance(&OFFER, &mut input, &mut Vec::new());
+            assert!(matches!(step, Step::Drop(_)), "{flags:#x}");
+        }
+    }
+
+    #[test]
+    fn bytes_may_come_one_at_a_time_or_all_at_once() {
+        let mut all = 3u32.to_be_bytes().to_vec();
+        all.extend(message(option::LIST, b""));
+        all.extend(message(99, b"what is this"));
+        all.extend(message(option::GO, &info_data("disk", &[])));
+        all.extend(b"first request");
+        let once = {
+            let (mut handshake, mut out) = (Handshake::default(), Vec::new());
+            let mut input = BytesMut::from(&all[..]);
+            let start = start(handshake.advance(&OFFER, &mut input, &mut out));
+            handshake.accept(&OFFER, &start, &mut out);
+            assert_eq!(&input[..], b"first request");
+            out
+        };
+        let (mut handshake, mut out, mut input) = (Handshake::default(), Vec::new(), BytesMut::new());
+        for byte in all {
+            input.put_u8(byte);
+            match handshake.advance(&OFFER, &mut input, &mut out) {
+                Step::More => {}
+                step => {
+                    handshake.accept(&OFFER, &start(step), &mut out);
+                    break;
+                }
+            }
+        }
+        assert_eq!(out, once);
+    }
+
+    #[test]
+    fn every_option_is_answered_and_the_stream_stays_in_step() {
+        use reply::*;
+        let long = "n".repeat(4096);
+        let longer = "n".repeat(4097);
+        let table: &[(u32, Vec<u8>, &[u32])] = &[
+            (option::LIST, vec![], &[SERVER, ACK]),
+            (option::LIST, vec![1], &[ERR_INVALID]),
+            (4, vec![], &[ERR_UNSUP]),
+            (option::STARTTLS, vec![], &[ERR_UNSUP]),
+            (option::STARTTLS, vec![1], &[ERR_UNSUP]),
+            (0, vec![], &[ERR_UNSUP]),
+            (12, vec![7; 100], &[ERR_UNSUP]),
+            (u32::MAX, vec![7; 65536], &[ERR_UNSUP]),
+            (option::INFO, info_data("disk", &[]), &[INFO, INFO, ACK]),
+            (option::INFO, info_data("", &[1, 2, 3, 77]), &[INFO, INFO, INFO, INFO, ACK]),
+            (option::INFO, info_data("other", &[]), &[ERR_UNKNOWN]),
+            (option::INFO, info_data(&long, &[]), &[ERR_UNKNOWN]),
+            (option::INFO, info_data(&longer, &[]), &[ERR_TOO_BIG]),
+            (option::INFO, info_data("a\0b", &[]), &[ERR_INVALID]),
+            (option::INFO, vec![0, 0, 0, 1, 0xff, 0, 0], &[ERR_INVALID]),
+            (option::INFO, vec![], &[ERR_INVALID]),
+            (option::INFO, vec![0xff, 0xff, 0xff, 0xff, 0, 0], &[ERR_INVALID]),
+            (option::INFO, [info_data("", &[]), vec![0]].concat(), &[ERR_INVALID]),
+            (option::GO, info_data("other", &[]), &[ERR_UNKNOWN]),
+            (option::GO, vec![0, 0, 0, 0, 0, 1], &[ERR_INVALID]),
+            (option::LIST_META_CONTEXT, query_data("", &[]), &[ERR_INVALID]),
+            (option::SET_META_CONTEXT, query_data("", &["base:allocation"]), &[ERR_INVALID]),
+            (option::STRUCTURED_REPLY, vec![0], &[ERR_INVALID]),
+            (option::STRUCTURED_REPLY, vec![], &[ACK]),
+            (option::LIST_META_CONTEXT, query_data("", &[]), &[META_CONTEXT, META_CONTEXT, ACK]),
+            (option::LIST_META_CONTEXT, query_data("", &["x-a:b"]), &[ACK]),
+            (option::LIST_META_CONTEXT, query_data("other", &[]), &[ERR_UNKNOWN]),
+            (option::LIST_META_CONTEXT, query_data("", &[&longer]), &[ERR_TOO_BIG]),
+            (option::LIST_META_CONTEXT, vec![0, 0, 0, 0, 0, 0, 0, 1], &[ERR_INVALID]),
+            (option::LIST_META_CONTEXT, vec![0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[ERR_INVALID]),
+            (option::SET_META_CONTEXT, query_data("", &["base:"]), &[ACK]),
+            (option::EXTENDED_HEADERS, vec![0], &[ERR_INVALID]),
+            (option::EXTENDED_HEADERS, vec![], &[ACK]),
+            (option::STRUCTURED_REPLY, vec![], &[ERR_EXT_HEADER_REQD]),
+        ];
+        let mut handshake = begun();
+        for (number, data, expected) in table {
+            handshake.options = 0;
+            let (kinds, step) = send(&mut handshake, *number, data);
+            assert_eq!((&kinds[..], step), (*expected, Step::More), "option {number} {data:?}");
+        }
+        assert_eq!(send(&mut handshake, option::ABORT, b"bye"), (vec![ACK], Step::Abort));
+    }
+
+    #[test]
+    fn an_export_is_described_in_full() {
+        let mut out = Vec::new();
+        let mut handshake = begun();
+        let mut input = message(option::INFO, &info_data("", &[info::NAME, info::DESCRIPTION]));
+        handshake.advance(&OFFER, &mut input, &mut out);
+        let pieces: Vec<_> = replies(&out, option::INFO).into_iter().map(|(_, data)| data).collect();
+        let size = (1u64 << 30).to_be_bytes();
+        // HAS_FLAGS FLUSH FUA TRIM ZEROES MULTI_CONN CACHE FAST_ZERO, no DF.
+        let expected: [&[u8]; 5] = [
+            &[&[0, 0], &size[..], &[0x0d, 0x6d]].concat(),
+            &[0, 3, 0, 0, 0, 1, 0, 1, 0, 0, 2, 0, 0, 0],
+            b"\0\x01disk",
+            b"\0\x02the one",
+            b"",
+        ];
+        assert_eq!(pieces, expected);
+    }
+
+    #[test]
+    fn transmission_flags_follow_what_was_agreed() {
+        let flags = |style, contexts: &[Context], read_only| {
+            let terms = Terms { style, contexts: contexts.to_vec() };
+            flags(&Offer { read_only, ..OFFER }, &terms)
+        };
+        let simple = flags(Style::Simple, &[], false);
+        assert_eq!(flags(Style::Structured, &Context::ALL, false), simple | flag::SEND_DF);
+        assert_eq!(flags(Style::Extended, &[], false), simple | flag::SEND_DF);
+        let all = simple | flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD;
+        assert_eq!(flags(Style::Extended, &Context::ALL, false), all);
+        let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
+        assert_eq!(flags(Style::Simple, &[], true), simple & !changes | flag::READ_ONLY);
+    }
+
+    #[test]
+    fn contexts_count_only_for_their_name_and_the_last_selection_wins() {
+        let select = |name: &str, queries: &[&str], more: &[(u32, Vec<u8>)], go: &str| {
+            let mut handshake = begun();
+            send(&mut handshake, option::STRUCTURED_REPLY, b"");
+            send(&mut handshake, option::SET_META_CONTEXT, &query_data(name, queries));
+            for (number, data) in more {
+                send(&mut handshake, *number, data);
+            }
+            let (_, step) = send(&mut handshake, option::GO, &info_data(go, &[]));
+            start(step).terms.contexts
+        };
+        let set = option::SET_META_CONTEXT;
+        let base = ["base:allocation"];
+        assert_eq!(select("", &base, &[], ""), [Context::Allocation]);
+        assert_eq!(select("disk", &base, &[], ""), []);
+        assert_eq!(select("disk", &["qemu:allocation-depth"], &[], "disk"), [Context::Depth]);
+        assert_eq!(select("", &base, &[(set, query_data("", &[]))], ""), []);
+        assert_eq!(select("", &base, &[(set, query_data("other", &base))], ""), []);
+        assert_eq!(select("", &base, &[(set, vec![1])], ""), []);
+        let list = (option::LIST_META_CONTEXT, query_data("", &[]));
+        assert_eq!(select("", &base, &[list], ""), [Context::Allocation]);
+    }
+
+    #[test]
+    fn export_name_starts_without_a_word_of_error() {
+        let mut handshake = with_flags(0);
+        let begin = start(send(&mut handshake, option::EXPORT_NAME, b"disk").1);
+        let mut out = Vec::new();
+        handshake.accept(&OFFER, &begin, &mut out);
+        assert_eq!(out.len(), 8 + 2 + 124, "padded");
+        assert_eq!(out[..8], (1u64 << 30).to_be_bytes());
+        assert!(!handshake.refuse(&begin, "full", &mut out));
+        let mut handshake = begun();
+        let begin = start(send(&mut handshake, option::EXPORT_NAME, b"").1);
+        let mut out = Vec::new();
+        handshake.accept(&OFFER, &begin, &mut out);
+        assert_eq!(out.len(), 8 + 2);
+        for (extended, name) in [(false, &b"other"[..]), (false, &[b'n'; 4097]), (true, b"disk")] {
+            let mut handshake = begun();
+            if extended {
+                send(&mut handshake, option::EXTENDED_HEADERS, b"");
+            }
+            let step = send(&mut handshake, option::EXPORT_NAME, name).1;
+            assert!(matches!(step, Step::Drop(_)), "{step:?}");
+        }
+    }
+
+    #[test]
+    fn a_client_without_fixed_newstyle_has_export_name_only() {
+        let step = send(&mut with_flags(0), option::LIST, b"").1;
+        assert!(matches!(step, Step::Drop(_)));
+    }
+
+    #[test]
+    fn a_refused_client_is_told_why_and_may_go_on() {
+        let mut handshake = begun();
+        let (kinds, step) = send(&mut handshake, option::GO, &info_data("", &[]));
+        assert_eq!(kinds, [] as [u32; 0], "nothing before a place is sure");
+        let mut out = Vec::new();
+        assert!(handshake.refuse(&start(step), "full", &mut out));
+        assert_eq!(replies(&out, option::GO), [(reply::ERR_POLICY, b"full".to_vec())]);
+        assert_eq!(send(&mut handshake, option::ABORT, b"").1, Step::Abort);
+    }
+
+    #[test]
+    fn a_negotiation_is_bounded() {
+        let mut handshake = begun();
+        for _ in 0..limits::OPTIONS_MAX {
+            assert_eq!(send(&mut handshake, option::LIST, b"").1, Step::More);
+        }
+        assert!(matches!(send(&mut handshake, option::LIST, b"").1, Step::Drop(_)));
+
+        let mut head = message(option::LIST, b"");
+        head.truncate(12);
+        head.put_u32(limits::OPTION_DATA_MAX + 1);
+        let step = begun().advance(&OFFER, &mut head, &mut Vec::new());
+        assert!(matches!(step, Step::Drop(_)), "before the data is received");
+
+        let mut noise = BytesMut::from(&[0x55; 16][..]);
+        assert!(matches!(begun().advance(&OFFER, &mut noise, &mut Vec::new()), Step::Drop(_)));
+    }
+}

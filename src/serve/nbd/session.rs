@@ -103,10 +103,7 @@ fn patience<D: Device>(
     if !desk.closing.get() || desk.running.get() != 0 {
         return Poll::Pending;
     }
-    deadline
-        .get_or_insert_with(|| Box::pin(exec::sleep(limits::DRAIN_DEADLINE)))
-        .as_mut()
-        .poll(cx)
+    deadline.get_or_insert_with(|| Box::pin(exec::sleep(limits::DRAIN_DEADLINE))).as_mut().poll(cx)
 }
 
 /// Waits for what still runs. Answers have nowhere to go any more.
@@ -201,10 +198,7 @@ impl<D: Device> Desk<D> {
     }
 
     fn export(&self) -> Export {
-        Export {
-            size: self.device.size(),
-            read_only: self.device.read_only(),
-        }
+        Export { size: self.device.size(), read_only: self.device.read_only() }
     }
 
     /// Whether a request that holds `cost` bytes may start. One alone always may.
@@ -233,12 +227,7 @@ impl<D: Device> Desk<D> {
             return;
         }
         self.queued.set(self.queued.get() + weight(&answer));
-        let reply = Reply {
-            cookie: request.cookie,
-            offset: request.offset,
-            cost,
-            answer,
-        };
+        let reply = Reply { cookie: request.cookie, offset: request.offset, cost, answer };
         self.queue.borrow_mut().push_back(reply);
         self.notify();
     }
@@ -288,9 +277,7 @@ async fn take<D: Device + 'static>(
     let cost = plan.as_ref().map_or(0, Op::cost);
     if !desk.has_room(cost) {
         desk.starved.set(true);
-        intake
-            .unless_stopped(desk.until(|| desk.has_room(cost)))
-            .await?;
+        intake.unless_stopped(desk.until(|| desk.has_room(cost))).await?;
         desk.starved.set(false);
     }
     let op = match plan {
@@ -303,12 +290,7 @@ async fn take<D: Device + 'static>(
         }
     };
     let job = match gather(desk, intake, op).await? {
-        Ok((op, data)) => Job {
-            request,
-            cost,
-            op,
-            data,
-        },
+        Ok((op, data)) => Job { request, cost, op, data },
         Err(refusal) => {
             desk.admit(cost);
             desk.answer(&request, cost, Answer::Failed(refusal));
@@ -323,11 +305,8 @@ async fn take<D: Device + 'static>(
 /// Bytes that follow the header.
 fn payload_len<D: Device>(desk: &Desk<D>, request: &Request) -> Result<u64, End> {
     match request.payload(desk.terms.style) {
-        Some(len) if len <= limits::PAYLOAD_MAX => Ok(len),
-        Some(len) => Err(End::Violation(format!("a payload of {len} bytes"))),
-        None => Err(End::Violation(
-            "an extended write without its payload flag".into(),
-        )),
+        len if len <= limits::PAYLOAD_MAX => Ok(len),
+        len => Err(End::Violation(format!("a payload of {len} bytes"))),
     }
 }
 
@@ -367,12 +346,7 @@ async fn start<D: Device + 'static>(desk: &Rc<Desk<D>>, job: Job) {
 }
 
 async fn perform<D: Device + 'static>(desk: Rc<Desk<D>>, job: Job) {
-    let Job {
-        request,
-        cost,
-        op,
-        data,
-    } = job;
+    let Job { request, cost, op, data } = job;
     desk.running.set(desk.running.get() + 1);
     let written = match &data {
         Payload::Data(data) => data.clone(),
@@ -393,8 +367,7 @@ async fn write<D: Device + 'static>(desk: Rc<Desk<D>>, output: Arc<OwnedFd>) -> 
     let mut encoder = Encoder::new(desk.terms.style);
     let over = || desk.closing.get() && desk.running.get() == 0;
     loop {
-        desk.until(|| !desk.queue.borrow().is_empty() || over())
-            .await;
+        desk.until(|| !desk.queue.borrow().is_empty() || over()).await;
         let batch = encoder.batch(&mut desk.queue.borrow_mut());
         if batch.requests == 0 {
             return Ok(());

@@ -111,7 +111,8 @@ pub(super) struct Judge {
     device: u64,
     /// File clusters with an owner.
     pub(super) used: RoaringBitmap,
-    /// File clusters that misaligned data reaches into.
+    /// File clusters that misaligned data reaches into, past the end of the file too: what is put
+    /// there would become part of it.
     pub(super) overlapped: RoaringBitmap,
 }
 
@@ -149,11 +150,8 @@ impl Judge {
             return Verdict::InHeader(at);
         }
         if size.within(at) != 0 {
-            let next = cluster.saturating_add(1);
             self.overlapped.insert(cluster);
-            if size.start(next) < self.len {
-                self.overlapped.insert(next);
-            }
+            self.overlapped.insert(cluster.saturating_add(1));
             return Verdict::Misaligned(at);
         }
         if self.used.insert(cluster) {

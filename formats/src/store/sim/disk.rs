@@ -21,7 +21,7 @@ pub struct Rules {
     pub align: u64,
     /// Bytes below this are metadata, whose sectors are never torn.
     pub metadata_end: u64,
-    /// See [`crate::store::StoreInfo::fresh_zero`].
+    /// What [`crate::store::StoreInfo::fresh_zero`] says; the file itself does not change.
     pub fresh_zero: bool,
     /// Longer files find no space.
     pub max_len: u64,
@@ -227,9 +227,6 @@ impl Disk {
             }
         }
         let mut out = self.base(len);
-        if !self.rules.fresh_zero {
-            all().for_each(|(record, _)| self.unpromise(&mut out, record));
-        }
         for (record, flying) in all() {
             self.survive(&mut out, record, flying, &mut picker);
         }
@@ -246,18 +243,6 @@ impl Disk {
         }
         out.set_len(u64::MAX);
         out
-    }
-
-    /// Poisons holes that a pending write would have filled, where zeros are not promised.
-    fn unpromise(&self, out: &mut Pages, record: &Record) {
-        let Change::Write { at, data } = &record.change else {
-            return;
-        };
-        for sector in sectors(*at, data.len() as u64) {
-            if !self.durable.is_written(sector * SECTOR) {
-                out.fill(sector * SECTOR, SECTOR, POISON);
-            }
-        }
     }
 
     fn survive(&self, out: &mut Pages, record: &Record, flying: bool, picker: &mut Picker) {
