@@ -1,2 +1,12 @@
 //! Real storage and the executor that drives it.
+//!
+//! Together with the transports and the sandbox, the only place that makes system calls.
+pub mod beneath;
 pub mod exec;
+pub mod file;
+pub mod lock;
+pub mod memfd;
+
+mod direct;
+mod fate;
+mod space;

@@ -1,4 +1,5 @@
 //! Transports: how a kernel or a client reaches a device.
 pub mod fuse;
 pub mod loopdev;
+pub mod supervise;
 pub mod nbd;

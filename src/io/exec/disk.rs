@@ -35,7 +35,7 @@ impl Target<'_> {
     fn op(&self, memory: Memory) -> Op {
         let orphan = Orphan::Land(Some(Arc::clone(self.witness)));
         Op {
-            fd: Arc::clone(self.fd),
+            _fd: Arc::clone(self.fd),
             memory,
             orphan,
         }

@@ -21,7 +21,7 @@ pub(crate) trait Witness: Send + Sync {
 /// An operation in flight.
 pub(super) struct Op {
     /// Kept open, and its number unused by others, until the completion.
-    pub(super) fd: Arc<OwnedFd>,
+    pub(super) _fd: Arc<OwnedFd>,
     pub(super) memory: Memory,
     pub(super) orphan: Orphan,
 }

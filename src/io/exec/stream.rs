@@ -58,7 +58,7 @@ pub(super) async fn ready(fd: &Arc<OwnedFd>, events: PollFlags) -> io::Result<()
     }
     loop {
         let op = Op {
-            fd: Arc::clone(fd),
+            _fd: Arc::clone(fd),
             memory: Memory::None,
             orphan: Orphan::Cancel,
         };
@@ -111,7 +111,7 @@ async fn ring_read(
         .offset(NO_OFFSET)
         .build();
     let op = Op {
-        fd: Arc::clone(fd),
+        _fd: Arc::clone(fd),
         memory: Memory::Read(buf),
         orphan: Orphan::Cancel,
     };
@@ -210,7 +210,7 @@ async fn send_once(
         opcode::Writev::new(raw, iov, len).offset(NO_OFFSET).build()
     };
     let op = Op {
-        fd: Arc::clone(fd),
+        _fd: Arc::clone(fd),
         memory: Memory::Parts(memory),
         orphan: Orphan::Cancel,
     };
@@ -261,7 +261,7 @@ async fn ring_accept(core: &Rc<Core>, fd: &Arc<OwnedFd>) -> io::Result<OwnedFd> 
         .flags(libc::SOCK_CLOEXEC)
         .build();
     let op = Op {
-        fd: Arc::clone(fd),
+        _fd: Arc::clone(fd),
         memory: Memory::Accepted,
         orphan: Orphan::Cancel,
     };

@@ -1,0 +1,181 @@
+//! Words in memory that outlives the process that writes them: a memfd.
+//!
+//! The memory is sealed against any change of its size, so that no holder of the descriptor can
+//! make another's access fault. Words are only touched as atomics.
+
+use ploop_formats::ledger::Words;
+use ploop_formats::{Error, Result};
+use rustix::fs::{
+    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+};
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Bytes of a word.
+const WORD: usize = size_of::<u64>();
+/// No holder may change the size, or these seals.
+const SEALS: SealFlags = SealFlags::SHRINK
+    .union(SealFlags::GROW)
+    .union(SealFlags::SEAL);
+
+/// Words shared by all who hold the same memfd.
+pub struct SharedWords {
+    fd: OwnedFd,
+    words: NonNull<AtomicU64>,
+    count: usize,
+}
+
+// SAFETY: the mapping belongs to the value and is only accessed through atomics.
+unsafe impl Send for SharedWords {}
+// SAFETY: as above.
+unsafe impl Sync for SharedWords {}
+
+impl SharedWords {
+    /// `count` words, all 0, in new memory. At least one.
+    pub fn create(count: usize) -> Result<Self> {
+        let bytes = count.checked_mul(WORD).filter(|&bytes| bytes > 0);
+        let bytes = bytes.ok_or_else(|| Error::invalid("shared words: none, or too many"))?;
+        let made = || {
+            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+            let fd = memfd_create("ploop-words", flags)?;
+            ftruncate(&fd, bytes as u64)?;
+            fcntl_add_seals(&fd, SEALS)?;
+            Ok(fd)
+        };
+        Self::from_fd(made().map_err(failed)?)
+    }
+
+    /// The words behind a descriptor that [`SharedWords::create`] made, perhaps in another
+    /// process. Anything whose size could still change is refused.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let seals = fcntl_get_seals(&fd)
+            .map_err(|_| Error::invalid("shared words: the descriptor is no memfd"))?;
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(Error::invalid("shared words: the memfd may still shrink"));
+        }
+        let bytes = usize::try_from(fstat(&fd).map_err(failed)?.st_size).unwrap_or(0);
+        if bytes == 0 || bytes % WORD != 0 {
+            return Err(Error::invalid(format!(
+                "shared words: {bytes} bytes hold no whole words"
+            )));
+        }
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address that the kernel chooses; the memory behind it
+        // cannot shrink, so every access within `bytes` is valid until it is unmapped.
+        let map = unsafe { mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, &fd, 0) };
+        let map = map.map_err(failed)?;
+        let words = NonNull::new(map.cast()).expect("a mapping is never at address 0");
+        Ok(Self {
+            fd,
+            words,
+            count: bytes / WORD,
+        })
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is page aligned, holds `count` words and lives as long as `self`;
+        // every holder accesses it through atomics.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.count) }
+    }
+}
+
+impl Drop for SharedWords {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `from_fd` with this length, and no borrow is left.
+        let _ = unsafe { munmap(self.words.as_ptr().cast(), self.count * WORD) };
+    }
+}
+
+impl AsFd for SharedWords {
+    /// To be handed to whoever shall outlive this process.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl fmt::Debug for SharedWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SharedWords({})", self.count)
+    }
+}
+
+impl Words for SharedWords {
+    fn count(&self) -> usize {
+        self.count
+    }
+
+    fn load(&self, i: usize) -> u64 {
+        self.words()
+            .get(i)
+            .map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    fn store(&self, i: usize, value: u64) {
+        if let Some(word) = self.words().get(i) {
+            word.store(value, Ordering::Release);
+        }
+    }
+}
+
+fn failed(error: rustix::io::Errno) -> Error {
+    Error::from(io::Error::from(error)).at("shared words")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ploop_formats::ledger::Ledger;
+    use ploop_formats::units::VirtCluster;
+    use std::sync::Arc;
+
+    #[test]
+    fn what_one_holder_stores_another_finds_after_the_first_is_gone() {
+        let first = SharedWords::create(100).unwrap();
+        let kept = first.as_fd().try_clone_to_owned().unwrap();
+        let ledger = Ledger::new(Arc::new(first));
+        ledger.put(7, VirtCluster(3), 42);
+        ledger.poison();
+        drop(ledger);
+        let next = Ledger::new(Arc::new(SharedWords::from_fd(kept).unwrap()));
+        assert_eq!(next.slots(), 99);
+        assert_eq!(
+            next.entries().collect::<Vec<_>>(),
+            [(7, VirtCluster(3), 42)]
+        );
+        assert!(next.is_poisoned());
+    }
+
+    #[test]
+    fn words_that_are_not_there_read_zero_and_ignore_stores() {
+        let words = SharedWords::create(2).unwrap();
+        words.store(2, 9);
+        words.store(1, 5);
+        assert_eq!(
+            (words.count(), words.load(0), words.load(1), words.load(2)),
+            (2, 0, 5, 0)
+        );
+    }
+
+    #[test]
+    fn memory_that_could_shrink_or_is_none_is_refused() {
+        let fd = memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&fd, 64).unwrap();
+        assert!(SharedWords::from_fd(fd).is_err());
+        assert!(SharedWords::from_fd(tempfile::tempfile().unwrap().into()).is_err());
+        let odd = memfd_create("t", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+        ftruncate(&odd, 12).unwrap();
+        fcntl_add_seals(&odd, SEALS).unwrap();
+        assert!(SharedWords::from_fd(odd).is_err());
+        assert!(SharedWords::create(0).is_err() && SharedWords::create(usize::MAX).is_err());
+    }
+
+    #[test]
+    fn nobody_can_change_the_size_of_shared_words() {
+        let words = SharedWords::create(8).unwrap();
+        assert!(ftruncate(&words, 8).is_err() && ftruncate(&words, 8192).is_err());
+    }
+}
