@@ -4,7 +4,7 @@
 //! one, and keeps one bit for each file cluster in use. It finds what any ploop generation or QEMU
 //! finds, and more: they disagree on what to look for (ploop reference 1.11, 3.6, 8.1).
 //!
-//! [`repair`] mends what can be mended and never makes readable data unreadable. Its ordering is
+//! [`repair()`] mends what can be mended and never makes readable data unreadable. Its ordering is
 //! written down in `repair`.
 //!
 //! The caller keeps everyone else away from the file.
