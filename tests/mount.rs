@@ -294,7 +294,7 @@ fn four_neighbouring_direct_sectors_written_at_once_arrive_intact() {
     let rounds = 400u64;
     // First writes of new clusters, and neighbours in a cluster that exists.
     let at = |round: u64| {
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             round * 65536
         } else {
             60 * 4096 + round * 4096
