@@ -117,7 +117,7 @@ fn a_stack_is_a_flat_disk_whatever_is_done_to_it() {
             Version::V2
         };
         let unit = if seed % 3 == 0 { 100 } else { 512 };
-        let unit = if SIZE % unit == 0 { unit } else { 96 };
+        let unit = if SIZE.is_multiple_of(unit) { unit } else { 96 };
         let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
         let mut model = vec![0u8; SIZE as usize];
         let mut stores = vec![blank(version)];
