@@ -1,7 +1,17 @@
 //! ploop: a container's file system in a file.
+pub mod cow;
 pub mod device;
+pub mod disk;
+pub mod flight;
+pub mod flush;
+pub mod image;
 pub mod io;
+pub mod policy;
+pub mod rundir;
 pub mod serve;
+pub mod stack;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 
 pub use ploop_formats as formats;
 pub use ploop_formats::{Error, Kind, Result};

@@ -110,6 +110,14 @@ impl Error {
         Self::new(Kind::Unsupported, message)
     }
 
+    /// An earlier flush failed.
+    pub fn poisoned() -> Self {
+        Self::new(
+            Kind::Poisoned,
+            "an earlier flush failed: detach the disk and check it",
+        )
+    }
+
     /// Puts the place (a file, an operation) in front of the message.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {
@@ -120,6 +128,16 @@ impl Error {
     /// What went wrong, for a program.
     pub const fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// Makes a failure that must not be retried: whatever a failed flush says, what it covered
+    /// may be lost.
+    #[must_use]
+    pub fn into_final(mut self) -> Self {
+        if self.kind == Kind::NoSpace {
+            self.kind = Kind::Io;
+        }
+        self
     }
 
     /// A copy for a second waiter of the same failed work; the cause stays with the first.

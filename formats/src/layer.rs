@@ -64,6 +64,16 @@ pub enum Below {
     Data,
 }
 
+/// A cluster taken from a layer's free ones, not yet visible to anyone.
+pub trait Reservation {
+    /// File offset of the cluster's first byte. The whole cluster reads as zeros until written.
+    fn host(&self) -> u64;
+
+    /// Must be called before the first write to the cluster is submitted: from then on a dropped
+    /// reservation is not reused before that write can no longer land.
+    fn submitted(&mut self);
+}
+
 /// One delta image.
 #[allow(
     async_fn_in_trait,
@@ -73,7 +83,7 @@ pub trait Layer {
     /// Where this layer's bytes are.
     type Store: Store;
     /// A reserved cluster; dropping it gives the cluster back.
-    type Reservation;
+    type Reservation: Reservation;
 
     /// Virtual size and cluster.
     fn geometry(&self) -> Geometry;
@@ -84,6 +94,9 @@ pub trait Layer {
     /// The first extent of the guest range `guest .. guest + len`, at most `len` long and never
     /// empty. May read table pages. `len` is not 0 and the range is inside the virtual size.
     async fn map(&self, guest: u64, len: u64) -> Result<Extent>;
+
+    /// Whether the mapping of `cluster` would survive power loss as it is now.
+    fn is_durable(&self, cluster: VirtCluster) -> bool;
 
     /// Takes a free file cluster that reads as zeros. Fails with `NoSpace` when the storage is
     /// full and with `Pending` when a sync must come first.
@@ -96,7 +109,7 @@ pub trait Layer {
     /// Forgets the mapping of `cluster`, which then reads from below. Its space is reused only
     /// after a sync. Fails with `Pending` when a sync must come first. The caller knows that
     /// nothing is in flight on the cluster.
-    fn release(&self, cluster: VirtCluster) -> Result<()>;
+    async fn release(&self, cluster: VirtCluster) -> Result<()>;
 
     /// Makes everything answered before the call durable: data, barrier, index, barrier. Only
     /// one sync runs at a time; the caller sees to that. `NoSpace` may be retried; any other

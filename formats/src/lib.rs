@@ -30,6 +30,7 @@ pub mod guid;
 pub mod layer;
 pub mod ledger;
 pub mod limits;
+pub mod planted;
 pub mod ploop;
 pub mod raw;
 pub mod store;

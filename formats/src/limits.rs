@@ -18,3 +18,8 @@ pub const PAGE: u64 = 4096;
 pub const PAGES_CACHED: usize = 256;
 /// Largest transfer a guest may ask for at once (the NBD promise, and FUSE's maximum is below it).
 pub const TRANSFER_MAX: u64 = 32 << 20;
+/// Elements nested in a descriptor: ploop's own reach five levels.
+pub const DESCRIPTOR_NESTING_MAX: usize = 32;
+/// Nodes (elements, texts, comments) of a descriptor, which bounds the memory of its tree: an
+/// image and its shot take 24 with indentation, so 127 of them need about 3000.
+pub const DESCRIPTOR_NODES_MAX: usize = 65_536;

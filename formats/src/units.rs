@@ -8,6 +8,11 @@ use crate::{Error, Result, limits};
 /// Bytes in a sector, the unit of every size that ploop writes (reference: ploop header).
 pub const SECTOR: u64 = 512;
 
+/// The largest multiple of `unit`, a power of two, that is not above `n`.
+pub const fn floor_to(n: u64, unit: u64) -> u64 {
+    n & !unit.wrapping_sub(1)
+}
+
 /// A cluster size: a power of two, 32 KiB to 64 MiB for images (tests go down to 512 bytes).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClusterSize {
@@ -52,6 +57,11 @@ impl ClusterSize {
     /// The first byte of cluster `n`; cannot overflow: 2^32 clusters of 2^26 bytes.
     pub const fn start(self, n: u32) -> u64 {
         (n as u64).wrapping_shl(self.log2 as u32)
+    }
+
+    /// Whole clusters that fit in `bytes`.
+    pub const fn whole(self, bytes: u64) -> u64 {
+        bytes >> self.log2
     }
 
     /// Whole clusters needed for `bytes`.

@@ -5,8 +5,8 @@
 //! and a test deletes barrier number k, or moves a step across its barrier, and demands that
 //! something notices.
 
-use crate::Result;
 use crate::store::{Reach, Store};
+use crate::{Error, Result};
 use bytes::Bytes;
 
 /// One step of a metadata change.
@@ -66,13 +66,13 @@ impl Update {
     /// Applies the steps in order and stops at the first error.
     ///
     /// On an error the steps before it may or may not be durable, the failed one may be partly
-    /// done, and none after it has begun.
+    /// done, and none after it has begun. A failed barrier is final: never `NoSpace`.
     pub async fn apply<S: Store>(self, store: &S) -> Result<()> {
         for step in self.steps {
             match step {
                 Step::Write { at, data } => store.write_at(at, data, Reach::Cache).await?,
                 Step::Len(len) => store.set_len(len).await?,
-                Step::Barrier => store.flush().await?,
+                Step::Barrier => store.flush().await.map_err(Error::into_final)?,
             }
         }
         Ok(())

@@ -102,11 +102,11 @@ impl Header {
     /// format ends).
     pub fn new(version: Version, size: u64, cluster: ClusterSize) -> Result<Self> {
         let max = match version {
-            Version::V1 => limits::V1_SECTORS_MAX / cluster.sectors().max(1),
+            Version::V1 => cluster.whole(limits::V1_SECTORS_MAX * SECTOR),
             Version::V2 => limits::BAT_ENTRIES_MAX,
         };
         let wanted = cluster.count(size);
-        let fits_if_cut = size / cluster.bytes().max(1) <= max;
+        let fits_if_cut = cluster.whole(size) <= max;
         if size == 0 || (wanted > max && !fits_if_cut) {
             return Err(Error::invalid(format!(
                 "size {size} is not from 1 byte to {} bytes, the limit of ploop format {version:?} with {}-byte clusters",

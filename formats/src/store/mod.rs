@@ -9,6 +9,9 @@
 pub mod fault;
 pub mod mem;
 #[cfg(feature = "testkit")]
+pub mod mutate;
+pub mod pages;
+#[cfg(feature = "testkit")]
 pub mod record;
 #[cfg(feature = "testkit")]
 pub mod sim;

@@ -1,0 +1,359 @@
+//! An open ploop delta: the [`Layer`] over a store.
+//!
+//! Owns the index, the free clusters and sector 0 of its file. Never holds a lock across I/O.
+//! Opening and closing are in `open`, the flush pass in `sync`.
+
+use super::extension::Extension;
+use super::header::Header;
+use super::index::{Index, Lookup};
+use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
+use crate::ledger::Ledger;
+use crate::limits;
+use crate::planted::{self, Bug};
+use crate::store::{Space, Store};
+use crate::units::{HostCluster, SECTOR, VirtCluster};
+use crate::{Error, Kind, Result};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes of free clusters that are punched for reuse in one step.
+const REUSE_STEP: u64 = 64 << 20;
+/// The file is extended by an eighth of its size, within these bounds.
+const EXTEND_MIN: u64 = 4 << 20;
+const EXTEND_MAX: u64 = 256 << 20;
+
+/// The index, shared with outstanding reservations.
+pub(super) type Shared = Arc<Mutex<Index>>;
+
+/// Locks the index. A panic elsewhere cannot leave it half changed: no method of it panics.
+pub(super) fn lock(shared: &Shared) -> MutexGuard<'_, Index> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An open ploop delta.
+#[derive(Debug)]
+pub struct Ploop<S> {
+    pub(super) store: S,
+    pub(super) header: Header,
+    pub(super) index: Shared,
+    /// The index's ledger, to ask for poison without its lock.
+    pub(super) ledger: Ledger,
+    pub(super) writable: bool,
+    /// Features of the format extension that are written again at close.
+    pub(super) kept: Extension,
+    /// Held while free clusters are being made.
+    pub(super) supply: tokio::sync::Mutex<()>,
+}
+
+/// A cluster taken for one guest cluster, with its word in the ledger.
+#[derive(Debug)]
+#[must_use = "dropping a reservation gives its cluster back"]
+pub struct Reserved {
+    cluster: HostCluster,
+    host: u64,
+    slot: usize,
+    state: State,
+    index: Shared,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum State {
+    Untouched,
+    Submitted,
+    Published,
+}
+
+impl Reservation for Reserved {
+    fn host(&self) -> u64 {
+        self.host
+    }
+
+    fn submitted(&mut self) {
+        self.state = State::Submitted;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.state == State::Published {
+            return;
+        }
+        let mut index = lock(&self.index);
+        index.return_slot(self.slot);
+        match self.state {
+            _ if planted::is(Bug::ReuseQuarantined) => index.alloc.give_back(self.cluster.0),
+            State::Untouched => index.alloc.give_back(self.cluster.0),
+            _ => index.alloc.quarantine(self.cluster.0),
+        }
+    }
+}
+
+impl<S: Store> Ploop<S> {
+    /// The header as it was when the image was opened.
+    pub const fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Whether a failed flush or metadata write forbids further success.
+    pub fn is_poisoned(&self) -> bool {
+        self.ledger.is_poisoned()
+    }
+
+    /// Whether answered changes wait for a sync to become durable.
+    pub fn has_pending(&self) -> bool {
+        lock(&self.index).has_pending()
+    }
+
+    /// Fails when the image may not be written: read-only, or poisoned by an earlier failure.
+    fn may_write(&self) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(Kind::ReadOnly, "this delta is open read-only"));
+        }
+        if self.is_poisoned() {
+            return Err(Error::poisoned());
+        }
+        Ok(())
+    }
+
+    /// A table page as it is on disk, padded with zeros past the end of a short file.
+    pub(super) async fn read_page(&self, page: u32) -> Result<bytes::Bytes> {
+        let at = u64::from(page).saturating_mul(limits::PAGE);
+        let len = self.store.info().len.saturating_sub(at).min(limits::PAGE);
+        let mut buf = crate::buf::aligned(limits::PAGE as usize);
+        if len > 0 {
+            let rest = buf.split_off(len as usize);
+            buf = self.store.read_at(at, buf).await?;
+            buf.unsplit(rest);
+        }
+        Ok(buf.freeze())
+    }
+
+    /// Where `cluster` is; reads the table page when it is not in memory.
+    async fn find(&self, cluster: VirtCluster) -> Result<Option<HostCluster>> {
+        loop {
+            let looked = lock(&self.index).lookup(cluster)?;
+            match looked {
+                Lookup::At(host) => return Ok(Some(host)),
+                Lookup::Absent => return Ok(None),
+                Lookup::NeedsPage { page, epoch } => {
+                    let bytes = self.read_page(page).await?;
+                    lock(&self.index).keep_page(page, epoch, bytes);
+                }
+            }
+        }
+    }
+
+    /// How far the mapping that starts with `first` at `cluster` goes on evenly, in clusters, as
+    /// far as table pages in memory tell.
+    fn run(&self, cluster: u32, first: Option<HostCluster>, max: u64) -> u64 {
+        let mut index = lock(&self.index);
+        let mut n = 1u64;
+        while n < max {
+            let Some(next) = u32::try_from(n).ok().and_then(|n| cluster.checked_add(n)) else {
+                break;
+            };
+            let even = match (index.lookup(VirtCluster(next)), first) {
+                (Ok(Lookup::Absent), None) => true,
+                (Ok(Lookup::At(host)), Some(first)) => {
+                    u64::from(host.0) == u64::from(first.0).saturating_add(n)
+                }
+                _ => false,
+            };
+            if !even {
+                break;
+            }
+            n = n.saturating_add(1);
+        }
+        n
+    }
+
+    /// Sees to it that there is a fresh cluster to take.
+    async fn supply(&self) -> Result<()> {
+        let _one = self.supply.lock().await;
+        if lock(&self.index).alloc.has_fresh() {
+            return Ok(());
+        }
+        self.settle_quarantine().await;
+        if self.reuse().await? {
+            return Ok(());
+        }
+        self.extend().await
+    }
+
+    /// Turns clusters with abandoned writes into ordinary free ones.
+    async fn settle_quarantine(&self) {
+        let waiting = lock(&self.index).alloc.quarantined();
+        if !waiting.is_empty() {
+            self.store.settle().await;
+            lock(&self.index).alloc.release_quarantine(&waiting);
+        }
+    }
+
+    /// Punches a batch of free clusters and makes that durable; false when there are none.
+    async fn reuse(&self) -> Result<bool> {
+        let max = self.header.cluster.whole(REUSE_STEP).max(1) as u32;
+        let punched = self.punch_free(max).await?;
+        let ranges = lock(&self.index).alloc.take_punched();
+        if !punched && ranges.is_empty() {
+            return Ok(false);
+        }
+        self.barrier().await?;
+        lock(&self.index).alloc.now_fresh(ranges);
+        Ok(true)
+    }
+
+    /// Gives the space of up to `max` free clusters back to the host: they read as zeros, and are
+    /// reusable after a flush. False when there were none.
+    pub(super) async fn punch_free(&self, max: u32) -> Result<bool> {
+        let ranges = lock(&self.index).alloc.take_dirty(max);
+        let size = self.header.cluster;
+        for (i, range) in ranges.iter().enumerate() {
+            let len = size
+                .start(range.end)
+                .saturating_sub(size.start(range.start));
+            if planted::is(Bug::FreshForReused) {
+                lock(&self.index).alloc.now_fresh(range.clone().collect());
+                continue;
+            }
+            if let Err(e) = self
+                .store
+                .punch(size.start(range.start), len, Space::Free)
+                .await
+            {
+                let left = ranges.iter().skip(i).cloned().flatten();
+                lock(&self.index).alloc.dirty_again(left);
+                return Err(e);
+            }
+            lock(&self.index).alloc.punched(range.clone());
+        }
+        Ok(!ranges.is_empty())
+    }
+
+    /// Extends the file by a large durable step, or by the largest that finds space.
+    async fn extend(&self) -> Result<()> {
+        let size = self.header.cluster;
+        let end = lock(&self.index).alloc.end();
+        let wanted = size.whole((size.start(end) / 8).clamp(EXTEND_MIN, EXTEND_MAX));
+        let mut step = (wanted.max(1) as u32).min(self.last_cluster().saturating_sub(end));
+        if step == 0 {
+            return Err(Error::new(
+                Kind::NoSpace,
+                "the file has as many clusters as the format can name",
+            ));
+        }
+        loop {
+            let new_end = end.saturating_add(step);
+            match self.store.set_len(size.start(new_end)).await {
+                Ok(()) => {
+                    if !planted::is(Bug::FreshWithoutDurableLength) {
+                        self.barrier().await?;
+                    }
+                    lock(&self.index).alloc.extended(new_end);
+                    return Ok(());
+                }
+                Err(e) if e.kind() == Kind::NoSpace && step > 1 => step /= 2,
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// One past the last file cluster that a BAT entry can name.
+    pub(super) fn last_cluster(&self) -> u32 {
+        match self.header.version {
+            super::header::Version::V2 => u32::MAX,
+            super::header::Version::V1 => {
+                self.header.cluster.whole(limits::V1_SECTORS_MAX * SECTOR) as u32
+            }
+        }
+    }
+
+    /// A flush outside a pass. Its failure is as final as any.
+    async fn barrier(&self) -> Result<()> {
+        self.store
+            .flush()
+            .await
+            .inspect_err(|_| lock(&self.index).ledger.poison())
+    }
+}
+
+impl<S: Store> Layer for Ploop<S> {
+    type Store = S;
+    type Reservation = Reserved;
+
+    fn geometry(&self) -> Geometry {
+        self.header.geometry()
+    }
+
+    fn store(&self) -> &S {
+        &self.store
+    }
+
+    async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
+        let size = self.header.cluster;
+        let within = size.within(guest);
+        let cluster = size
+            .cluster_of(guest)
+            .ok_or_else(|| Error::invalid("offset past the table"))?;
+        let first = self.find(VirtCluster(cluster)).await?;
+        let max = size.count(within.saturating_add(len));
+        let clusters = self.run(cluster, first, max);
+        let len = clusters
+            .saturating_mul(size.bytes())
+            .saturating_sub(within)
+            .min(len);
+        Ok(match first {
+            None => Extent::Absent { len },
+            Some(host) => Extent::Data {
+                at: size.start(host.0).saturating_add(within),
+                len,
+            },
+        })
+    }
+
+    fn is_durable(&self, cluster: VirtCluster) -> bool {
+        lock(&self.index).is_durable(cluster)
+    }
+
+    async fn reserve(&self) -> Result<Reserved> {
+        self.may_write()?;
+        let slot = lock(&self.index).take_slot()?;
+        loop {
+            let taken = lock(&self.index).alloc.take();
+            if let Some(cluster) = taken {
+                return Ok(Reserved {
+                    cluster: HostCluster(cluster),
+                    host: self.header.cluster.start(cluster),
+                    slot,
+                    state: State::Untouched,
+                    index: Arc::clone(&self.index),
+                });
+            }
+            if let Err(e) = self.supply().await {
+                lock(&self.index).return_slot(slot);
+                return Err(e);
+            }
+        }
+    }
+
+    fn publish(&self, cluster: VirtCluster, mut reserved: Reserved, below: Below) {
+        let fresh = below == Below::Zeros && self.store.info().fresh_zero;
+        reserved.state = State::Published;
+        lock(&self.index).publish(cluster, reserved.cluster, reserved.slot, fresh);
+    }
+
+    async fn release(&self, cluster: VirtCluster) -> Result<()> {
+        self.may_write()?;
+        match self.find(cluster).await? {
+            Some(from) => lock(&self.index).drop_mapping(cluster, from),
+            None => Ok(()),
+        }
+    }
+
+    async fn sync(&self) -> Result<()> {
+        self.may_write()?;
+        self.pass().await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.shut().await
+    }
+}

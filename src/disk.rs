@@ -1,0 +1,491 @@
+//! Disk: the device over a stack of layers. The life of every request is here.
+//!
+//! A request is admitted to its clusters ([`crate::flight`]), resolved, carried out, answered.
+//! Requests that change where a cluster is have it to themselves. No lock is held across I/O.
+
+use crate::cow::{self, Piece};
+use crate::device::{Device, GuestExtent, Zero};
+use crate::flight::{Admitted, Flight, Mode};
+use crate::flush::Flush;
+use crate::stack::{AnyLayer, Segment, Stack};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
+use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::planted::{self, Bug};
+use ploop_formats::store::{Reach, Space, Store};
+use ploop_formats::units::{ClusterSize, VirtCluster};
+use ploop_formats::{Error, Kind, Result, buf, limits};
+
+/// Clusters that one step of a long zero or discard has to itself.
+const ZERO_STEP: u64 = 1024;
+
+/// A virtual disk.
+#[derive(Debug)]
+pub struct Disk<S> {
+    stack: Stack<S>,
+    flight: Flight,
+    flush: Flush,
+    read_only: bool,
+}
+
+/// What becomes of a range that shall not hold its data any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wipe {
+    /// Reads as zeros, space given back where possible.
+    Free,
+    /// Reads as zeros, space taken.
+    Keep,
+    /// Contents do not matter: never worth a copy or a new cluster.
+    Advise,
+}
+
+impl<S: Store> Disk<S> {
+    /// A disk over layers, base first. The top is written unless `read_only`.
+    pub fn new(layers: Vec<AnyLayer<S>>, read_only: bool) -> Result<Self> {
+        let stack = Stack::new(layers)?;
+        Ok(Self {
+            stack,
+            flight: Flight::default(),
+            flush: Flush::default(),
+            read_only,
+        })
+    }
+
+    /// The layers.
+    pub const fn stack(&self) -> &Stack<S> {
+        &self.stack
+    }
+
+    /// Makes everything durable and marks the top clean. No request runs or comes any more.
+    pub async fn close(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.stack.top().close().await
+    }
+
+    /// Makes durable what waits for a flush that nobody asked for; nothing when nothing waits.
+    /// Called now and then, it bounds what power loss can take and returns discarded space.
+    pub async fn write_back(&self) -> Result<()> {
+        if self.read_only || !self.stack.has_pending() {
+            return Ok(());
+        }
+        self.flush_once().await
+    }
+
+    fn cluster(&self) -> ClusterSize {
+        self.stack.top().geometry().cluster
+    }
+
+    /// Refuses a range outside the disk.
+    fn check(&self, at: u64, len: u64) -> Result<()> {
+        match at.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(Error::invalid(format!(
+                "{len} bytes at {at} reach past the end of the disk ({} bytes)",
+                self.size()
+            ))),
+        }
+    }
+
+    fn check_write(&self, at: u64, len: u64) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
+        }
+        if self.stack.is_poisoned() {
+            return Err(Error::poisoned());
+        }
+        self.check(at, len)
+    }
+
+    /// Admits a request to the clusters of a byte range, which is not empty.
+    async fn admit(&self, at: u64, len: u64, mode: Mode) -> Admitted {
+        let size = self.cluster().bytes();
+        self.flight
+            .admit(at / size, (at + len - 1) / size, mode)
+            .await
+    }
+
+    fn is_aligned(&self, at: u64, data: &[u8]) -> bool {
+        let align = self.stack.align();
+        at.is_multiple_of(align)
+            && (data.len() as u64).is_multiple_of(align)
+            && buf::is_aligned(data, align as usize)
+    }
+
+    /// Repeats `step` after a flush as long as the table of pending changes is full.
+    async fn with_room<T, F: Future<Output = Result<T>>>(&self, step: impl Fn() -> F) -> Result<T> {
+        loop {
+            match step().await {
+                Err(e) if e.kind() == Kind::Pending => self.flush_once().await?,
+                done => return done,
+            }
+        }
+    }
+
+    async fn flush_once(&self) -> Result<()> {
+        self.flush.join(|| self.stack.top().sync()).await
+    }
+
+    /// Whether a write to this range is durable as soon as its bytes are.
+    fn is_durable(&self, at: u64, len: u64) -> bool {
+        let size = self.cluster();
+        let (Some(first), Some(last)) = (size.cluster_of(at), size.cluster_of(at + len - 1)) else {
+            return false;
+        };
+        (first..=last).all(|n| self.stack.top().is_durable(VirtCluster(n)))
+    }
+
+    /// Writes where every cluster has its place and the request is aligned; gives the request
+    /// back otherwise.
+    async fn write_in_place(&self, at: u64, data: &Bytes, fua: bool) -> Result<bool> {
+        let _shared = self.admit(at, data.len() as u64, Mode::Shared).await;
+        let mut parts = Vec::new();
+        let mut done = 0;
+        while done < data.len() {
+            let left = (data.len() - done) as u64;
+            let Extent::Data { at: host, len } =
+                self.stack.top().map(at + done as u64, left).await?
+            else {
+                return Ok(false);
+            };
+            parts.push((host, data.slice(done..done + len as usize)));
+            done += len as usize;
+        }
+        let durable =
+            fua && (planted::is(Bug::FuaIgnoresIndex) || self.is_durable(at, data.len() as u64));
+        let reach = if durable {
+            Reach::Durable
+        } else {
+            Reach::Cache
+        };
+        let writes = parts
+            .into_iter()
+            .map(|(host, bytes)| self.stack.write_data(host, bytes, reach));
+        all(writes).await?;
+        drop(_shared);
+        if fua && !durable {
+            self.flush_once().await?;
+        }
+        Ok(true)
+    }
+
+    /// Writes with the clusters to itself: new clusters, and blocks written in part.
+    async fn write_exclusive(&self, at: u64, data: &Bytes) -> Result<()> {
+        let mode = match planted::is(Bug::CopyUpUnderShared) {
+            true => Mode::Shared,
+            false => Mode::Exclusive,
+        };
+        let _exclusive = self.admit(at, data.len() as u64, mode).await;
+        let mut old = Vec::new();
+        let mut new = Vec::new();
+        let mut done = 0;
+        while done < data.len() {
+            let guest = at + done as u64;
+            let extent = self
+                .stack
+                .top()
+                .map(guest, (data.len() - done) as u64)
+                .await?;
+            let len = match extent {
+                Extent::Data { at: host, len } => {
+                    old.push(self.overwrite(host, data.slice(done..done + len as usize)));
+                    len
+                }
+                Extent::Zero { len } | Extent::Absent { len } => {
+                    let within = self.cluster().within(guest);
+                    let len = len.min(self.cluster().bytes() - within);
+                    new.push(self.write_new(guest, data.slice(done..done + len as usize)));
+                    len
+                }
+            };
+            done += len as usize;
+        }
+        let (old, new) = futures_util::future::join(all(old), all(new)).await;
+        old.and(new)
+    }
+
+    async fn write_new(&self, guest: u64, bytes: Bytes) -> Result<()> {
+        let cluster = self.table_index(guest)?;
+        let piece = Piece::Data { at: guest, bytes };
+        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone()))
+            .await
+    }
+
+    fn table_index(&self, guest: u64) -> Result<u32> {
+        self.cluster()
+            .cluster_of(guest)
+            .ok_or_else(|| Error::invalid("offset past the table"))
+    }
+
+    /// Writes to a place in the top's file, any alignment: whole blocks around it are read first.
+    async fn overwrite(&self, host: u64, bytes: Bytes) -> Result<()> {
+        if self.is_aligned(host, &bytes) {
+            return self.stack.write_data(host, bytes, Reach::Cache).await;
+        }
+        let align = self.stack.align();
+        let from = host / align * align;
+        let to = (host + bytes.len() as u64).next_multiple_of(align);
+        let block = buf::aligned((to - from) as usize);
+        let mut whole = self.stack.top().store().read_at(from, block).await?;
+        whole[(host - from) as usize..][..bytes.len()].copy_from_slice(&bytes);
+        self.stack
+            .write_data(from, whole.freeze(), Reach::Cache)
+            .await
+    }
+
+    /// Wipes a range in steps, each with its clusters to itself.
+    async fn wipe(&self, at: u64, len: u64, how: Wipe) -> Result<()> {
+        let step = ZERO_STEP * self.cluster().bytes();
+        let end = at + len;
+        let mut at = at;
+        while at < end {
+            let to = end.min((at / step + 1) * step);
+            let _exclusive = self.admit(at, to - at, Mode::Exclusive).await;
+            self.wipe_step(at, to, how).await?;
+            at = to;
+        }
+        Ok(())
+    }
+
+    async fn wipe_step(&self, from: u64, to: u64, how: Wipe) -> Result<()> {
+        let mut at = from;
+        while at < to {
+            let extent = self.stack.top().map(at, to - at).await?;
+            at += match extent {
+                Extent::Data { at: host, len } => self.wipe_present(at, host, len, how).await?,
+                Extent::Zero { len } | Extent::Absent { len } => {
+                    self.wipe_absent(at, len, how).await?
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Wipes the start of a range that the top has; how much of it was done.
+    async fn wipe_present(&self, guest: u64, host: u64, len: u64, how: Wipe) -> Result<u64> {
+        let size = self.cluster();
+        let len = len.min(size.bytes() - size.within(guest));
+        let end = (guest - size.within(guest) + size.bytes()).min(self.size());
+        let whole = size.within(guest) == 0 && guest + len == end;
+        let top = self.stack.top();
+        let releasable = whole && how != Wipe::Keep && top.allocates();
+        if releasable
+            && (planted::is(Bug::DiscardExposesParent)
+                || self
+                    .stack
+                    .reads_zero(guest, end, self.stack.depth() - 1)
+                    .await?)
+        {
+            let cluster = VirtCluster(self.table_index(guest)?);
+            self.with_room(|| top.release(cluster)).await?;
+            return Ok(len);
+        }
+        let space = if how == Wipe::Keep {
+            Space::Keep
+        } else {
+            Space::Free
+        };
+        self.stack.punch_data(host, len, space).await?;
+        Ok(len)
+    }
+
+    /// Wipes the start of a range that the top does not have; how much of it was done.
+    async fn wipe_absent(&self, guest: u64, len: u64, how: Wipe) -> Result<u64> {
+        if how == Wipe::Advise {
+            return Ok(len);
+        }
+        let below = self
+            .stack
+            .resolve(guest, len, self.stack.depth() - 1)
+            .await?;
+        if below.at.is_none() && how == Wipe::Free {
+            return Ok(below.len);
+        }
+        let len = below
+            .len
+            .min(self.cluster().bytes() - self.cluster().within(guest));
+        let cluster = self.table_index(guest)?;
+        let piece = Piece::Zero {
+            from: guest,
+            to: guest + len,
+            keep: how == Wipe::Keep,
+        };
+        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone()))
+            .await?;
+        Ok(len)
+    }
+
+    /// Whether wiping the range needs no copy of parent data: its partial clusters have a place
+    /// in the top, or zeros below.
+    async fn wipes_fast(&self, at: u64, len: u64) -> Result<bool> {
+        let size = self.cluster();
+        for edge in [at, at + len - 1] {
+            let start = edge - size.within(edge);
+            let end = (start + size.bytes()).min(self.size());
+            let partial = at > start || at + len < end;
+            let absent = matches!(self.stack.top().map(edge, 1).await?, Extent::Absent { .. });
+            if partial
+                && absent
+                && !self
+                    .stack
+                    .reads_zero(start, end, self.stack.depth() - 1)
+                    .await?
+            {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// How a segment is stored; holes in the file of a layer read as zeros.
+    async fn extent_of(&self, segment: Segment) -> Result<GuestExtent> {
+        let depth = segment.layer.map_or(0, |i| (self.stack.depth() - i) as u32);
+        let hole = GuestExtent {
+            len: segment.len,
+            zero: true,
+            hole: true,
+            depth,
+        };
+        let (Some(layer), Some(at)) = (
+            segment.layer.and_then(|i| self.stack.layers().get(i)),
+            segment.at,
+        ) else {
+            return Ok(hole);
+        };
+        let (data, until) = layer.store().extent(at).await?;
+        let len = segment.len.min(until.saturating_sub(at).max(1));
+        Ok(if data {
+            GuestExtent {
+                len,
+                zero: false,
+                hole: false,
+                depth,
+            }
+        } else {
+            GuestExtent { len, ..hole }
+        })
+    }
+}
+
+/// Runs all to their end, whatever happens to any, and gives the first failure.
+async fn all<F: Future<Output = Result<()>>>(work: impl IntoIterator<Item = F>) -> Result<()> {
+    let mut work: Vec<F> = work.into_iter().collect();
+    match work.len() {
+        0 => Ok(()),
+        1 => work.remove(0).await,
+        _ => join_all(work).await.into_iter().collect(),
+    }
+}
+
+impl<S: Store> Device for Disk<S> {
+    fn size(&self) -> u64 {
+        self.stack.top().geometry().size
+    }
+
+    fn read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn preferred_block(&self) -> u64 {
+        self.cluster().bytes()
+    }
+
+    async fn read(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
+        self.check(at, buf.len() as u64)?;
+        if buf.is_empty() {
+            return Ok(buf);
+        }
+        let _shared = self.admit(at, buf.len() as u64, Mode::Shared).await;
+        if self.is_aligned(at, &buf) {
+            return self.stack.read(at, buf, self.stack.depth()).await;
+        }
+        let mut buf = buf;
+        let bytes = self
+            .stack
+            .read_unaligned(at, buf.len(), self.stack.depth())
+            .await?;
+        buf.copy_from_slice(&bytes);
+        Ok(buf)
+    }
+
+    async fn write(&self, at: u64, data: Bytes, fua: bool) -> Result<()> {
+        self.check_write(at, data.len() as u64)?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        if self.is_aligned(at, &data) && self.write_in_place(at, &data, fua).await? {
+            return Ok(());
+        }
+        self.write_exclusive(at, &data).await?;
+        if fua { self.flush_once().await } else { Ok(()) }
+    }
+
+    async fn zero(&self, at: u64, len: u64, how: Zero, fua: bool) -> Result<()> {
+        self.check_write(at, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        if how == Zero::Fast && !self.wipes_fast(at, len).await? {
+            return Err(Error::unsupported(
+                "zeroing part of a cluster over a parent is no faster",
+            ));
+        }
+        self.wipe(
+            at,
+            len,
+            if how == Zero::Allocate {
+                Wipe::Keep
+            } else {
+                Wipe::Free
+            },
+        )
+        .await?;
+        if fua { self.flush_once().await } else { Ok(()) }
+    }
+
+    async fn discard(&self, at: u64, len: u64) -> Result<()> {
+        self.check_write(at, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        self.wipe(at, len, Wipe::Advise).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.flush_once().await
+    }
+
+    async fn extents(&self, at: u64, len: u64, max: usize) -> Result<Vec<GuestExtent>> {
+        self.check(at, len)?;
+        let mut out: Vec<GuestExtent> = Vec::new();
+        let end = at + len;
+        let mut at = at;
+        while at < end {
+            let _shared = self.admit(at, 1, Mode::Shared).await;
+            let segment = self
+                .stack
+                .resolve(at, (end - at).min(limits::TRANSFER_MAX), self.stack.depth())
+                .await?;
+            let extent = self.extent_of(segment).await?;
+            at += extent.len;
+            let full = out.len() == max;
+            match out.last_mut() {
+                Some(last)
+                    if GuestExtent {
+                        len: last.len,
+                        ..extent
+                    } == *last =>
+                {
+                    last.len += extent.len;
+                }
+                _ if full => break,
+                _ => out.push(extent),
+            }
+        }
+        Ok(out)
+    }
+}

@@ -1,0 +1,156 @@
+//! Chain: which files make up a disk, in which order, and in which format each is.
+//!
+//! Reads the descriptor and nothing else. Every name that comes out of it has passed the policy.
+
+use super::target::{DESCRIPTOR, Format, Source};
+use crate::io::beneath;
+use crate::policy;
+use ploop_formats::descriptor::{Descriptor, LayerFormat};
+use ploop_formats::guid::Guid;
+use ploop_formats::units::ClusterSize;
+use ploop_formats::{Error, Kind, Result, limits};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+/// Unit of a raw image that stands alone: nothing in the file says one.
+const RAW_CLUSTER: u64 = 64 << 10;
+
+/// One layer, as a file beneath the disk's directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerFile {
+    /// Its name in the directory.
+    pub name: OsString,
+    /// Stated format.
+    pub format: Format,
+    /// Its name in the descriptor; none for a bare file.
+    pub guid: Option<Guid>,
+}
+
+impl LayerFile {
+    /// Its name, for messages.
+    pub fn display(&self) -> std::path::Display<'_> {
+        Path::new(&self.name).display()
+    }
+}
+
+/// The files of a disk.
+#[derive(Debug, Clone)]
+pub struct Chain {
+    /// Base first; never empty.
+    pub layers: Vec<LayerFile>,
+    /// Unit of allocation that the descriptor states, or a raw image gets.
+    pub cluster: ClusterSize,
+    /// The descriptor; none for a bare file.
+    pub descriptor: Option<Descriptor>,
+}
+
+impl Chain {
+    /// Reads which files make up the disk in `dir`.
+    pub fn read(dir: impl AsFd, source: &Source) -> Result<Self> {
+        match source {
+            Source::Bundle => {
+                let descriptor = read_descriptor(&dir)?;
+                Self::of(descriptor).map_err(|e| e.at(DESCRIPTOR))
+            }
+            Source::Bare { name, format } => {
+                refuse_member(&dir, name)?;
+                let layer = LayerFile {
+                    name: name.clone(),
+                    format: *format,
+                    guid: None,
+                };
+                let cluster = ClusterSize::new(RAW_CLUSTER)?;
+                Ok(Self {
+                    layers: vec![layer],
+                    cluster,
+                    descriptor: None,
+                })
+            }
+        }
+    }
+
+    fn of(descriptor: Descriptor) -> Result<Self> {
+        let mut layers = Vec::new();
+        for image in descriptor.chain(descriptor.top())? {
+            policy::allow(&image.file)?;
+            let format = match image.format {
+                LayerFormat::Ploop => Format::Ploop,
+                LayerFormat::Raw => Format::Raw,
+                LayerFormat::Qcow2 => {
+                    return Err(Error::unsupported(format!(
+                        "{}: layers of type QCow2 are not served yet",
+                        image.file
+                    )));
+                }
+            };
+            layers.push(LayerFile {
+                name: image.file.into(),
+                format,
+                guid: Some(image.guid),
+            });
+        }
+        if layers.len() > limits::DEPTH_MAX {
+            return Err(Error::unsupported(format!(
+                "{} layers, more than {}",
+                layers.len(),
+                limits::DEPTH_MAX
+            )));
+        }
+        Ok(Self {
+            layers,
+            cluster: descriptor.cluster(),
+            descriptor: Some(descriptor),
+        })
+    }
+
+    /// The lowest layer.
+    pub fn base(&self) -> &LayerFile {
+        self.layers.first().expect("a chain has layers")
+    }
+
+    /// The writable layer.
+    pub fn top(&self) -> &LayerFile {
+        self.layers.last().expect("a chain has layers")
+    }
+}
+
+/// Reads and parses the descriptor beneath `dir`.
+pub fn read_descriptor(dir: impl AsFd) -> Result<Descriptor> {
+    let fd = beneath::open_file(&dir, Path::new(DESCRIPTOR), beneath::Access::Read)?;
+    let mut bytes = Vec::new();
+    File::from(fd)
+        // One more than is read at all, so that a longer file is seen and refused.
+        .take(limits::DESCRIPTOR_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| Error::from(e).at(DESCRIPTOR))?;
+    Descriptor::parse(&bytes).map_err(|e| e.at(DESCRIPTOR))
+}
+
+/// Refuses a bare file that belongs to the disk beside it: opened alone it would be changed behind
+/// the back of its stack.
+fn refuse_member(dir: impl AsFd, name: &OsStr) -> Result<()> {
+    let descriptor = match read_descriptor(dir) {
+        Ok(descriptor) => descriptor,
+        Err(e) if e.kind() == Kind::NotFound => return Ok(()),
+        Err(e) => {
+            tracing::warn!(
+                "not known whether {:?} belongs to a disk: {e}",
+                Path::new(name)
+            );
+            return Ok(());
+        }
+    };
+    match descriptor
+        .images()
+        .iter()
+        .any(|i| OsStr::new(&i.file) == name)
+    {
+        false => Ok(()),
+        true => Err(Error::invalid(format!(
+            "the {DESCRIPTOR} beside it names this file; use the directory as DISK"
+        ))),
+    }
+}

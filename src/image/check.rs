@@ -1,0 +1,66 @@
+//! Check: every layer of an unattached disk, each by its own format.
+//!
+//! A repair opens a layer behind the same fence as a writer does. A layer that other disks share
+//! (more than one link) is never written, whatever is wrong with it.
+
+use super::chain::{Chain, LayerFile};
+use super::open::Top;
+use super::target::Format;
+use crate::io::beneath::{self, Access};
+use crate::io::file::{Cache, FileStore};
+use ploop_formats::ploop::check::{Repair, Report, check, repair};
+use ploop_formats::store::Store;
+use ploop_formats::{Error, Kind, Result};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::Duration;
+
+/// How long a repair waits for a dead process's last writes.
+const FENCE: Duration = Duration::from_secs(30);
+
+/// Checks each layer, base first; a raw one has nothing that could be wrong.
+pub async fn layers(dir: impl AsFd, chain: &Chain) -> Result<Vec<Report>> {
+    let mut reports = Vec::new();
+    for layer in &chain.layers {
+        reports.push(one(&dir, layer).await.map_err(|e| e.at(layer.display()))?);
+    }
+    Ok(reports)
+}
+
+async fn one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
+    let path = Path::new(&layer.name);
+    let fd = beneath::open_file(dir, path, Access::Read)?;
+    match layer.format {
+        Format::Raw => Ok(Report::default()),
+        Format::Ploop => check(&FileStore::new(fd, path, Cache::Writeback)?).await,
+    }
+}
+
+/// Checks each layer and mends what is wrong, base first. The caller holds the locks for writing.
+pub async fn mend(dir: impl AsFd, chain: &Chain) -> Result<Vec<Report>> {
+    let mut reports = layers(&dir, chain).await?;
+    for (layer, report) in chain.layers.iter().zip(&mut reports) {
+        if report.is_clean() {
+            continue;
+        }
+        *report = mend_one(&dir, layer)
+            .await
+            .map_err(|e| e.at(layer.display()))?;
+    }
+    Ok(reports)
+}
+
+async fn mend_one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
+    let file = Top::fenced(dir, layer, FENCE)?;
+    let links = file.links()?;
+    if links > 1 {
+        return Err(Error::new(
+            Kind::Unsupported,
+            format!("{links} links: other disks share this layer, and it is not written"),
+        ));
+    }
+    let store = file.store(layer, Cache::Writeback)?;
+    let report = repair(&store, &Repair::default()).await?;
+    store.settle().await;
+    Ok(report)
+}

@@ -1,0 +1,206 @@
+//! Init: a new disk appears whole or not at all.
+//!
+//! In order: the directory, the image and its fsync, whatever the caller puts into it, then the
+//! descriptor aside, its fsync, its rename, the directory's fsync. A directory without a
+//! descriptor is no disk to anyone, so a cut before the rename leaves nothing that could be
+//! mistaken for one.
+
+use super::target::DESCRIPTOR;
+use crate::io::exec::{self, Engine};
+use crate::io::file::{Cache, FileStore};
+use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
+use ploop_formats::ploop::create;
+use ploop_formats::ploop::header::{Header, Version, chs};
+use ploop_formats::store::Store;
+use ploop_formats::units::{ClusterSize, SECTOR};
+use ploop_formats::{Error, Kind, Result};
+use rustix::fs::{FallocateFlags, fallocate};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+/// Name of a new disk's base image (ploop's own).
+pub const IMAGE: &str = "root.hds";
+
+/// What to make.
+#[derive(Debug, Clone, Copy)]
+pub struct New<'a> {
+    /// The directory: absent, or empty.
+    pub dir: &'a Path,
+    /// Virtual size in bytes; rounded up to a cluster.
+    pub size: u64,
+    /// Unit of allocation.
+    pub cluster: ClusterSize,
+    /// Format version of the image.
+    pub version: Version,
+    /// Reserve all space now.
+    pub preallocate: bool,
+}
+
+/// A disk that lacks its descriptor. Dropping it removes what was made.
+#[derive(Debug)]
+#[must_use = "without finish() the disk is removed"]
+pub struct Draft {
+    dir: PathBuf,
+    made_dir: bool,
+    descriptor: Descriptor,
+    finished: bool,
+}
+
+/// A disk that was made.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// Its directory, absolute.
+    pub dir: PathBuf,
+    /// Virtual size in bytes.
+    pub size: u64,
+}
+
+/// Makes the directory and the image.
+pub fn begin(new: &New<'_>) -> Result<Draft> {
+    let header = Header::new(new.version, new.size, new.cluster)?;
+    let descriptor = describe(new, &header)?;
+    let made_dir = make_dir(new.dir)?;
+    let dir = new
+        .dir
+        .canonicalize()
+        .map_err(|e| Error::from(e).at(new.dir.display()))?;
+    let draft = Draft {
+        dir,
+        made_dir,
+        descriptor,
+        finished: false,
+    };
+    let image = draft.image();
+    make_image(&image, &header, new.preallocate).map_err(|e| e.at(image.display()))?;
+    Ok(draft)
+}
+
+fn describe(new: &New<'_>, header: &Header) -> Result<Descriptor> {
+    let (heads, sectors, cylinders) = chs(header.sectors);
+    Descriptor::new_disk(&NewDisk {
+        sectors: header.sectors,
+        cluster: new.cluster,
+        kind: ImageType::Compressed,
+        file: IMAGE,
+        preallocated: new.preallocate,
+        chs: Chs {
+            cylinders: u64::from(cylinders),
+            heads: u64::from(heads),
+            sectors: u64::from(sectors),
+        },
+    })
+}
+
+/// Makes the directory; whether it was made, and not empty already.
+fn make_dir(dir: &Path) -> Result<bool> {
+    let at = |e: io::Error| Error::from(e).at(dir.display());
+    match DirBuilder::new().mode(0o700).create(dir) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(at(e)),
+        Err(_) => {
+            if !fs::metadata(dir).map_err(at)?.is_dir() {
+                let what = format!("{}: exists and is not a directory", dir.display());
+                return Err(Error::new(Kind::Exists, what));
+            }
+            if fs::read_dir(dir).map_err(at)?.next().is_some() {
+                let what = format!("{}: not empty; a new disk needs a new place", dir.display());
+                return Err(Error::new(Kind::Exists, what));
+            }
+            fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(at)?;
+            Ok(false)
+        }
+    }
+}
+
+fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    let reserve = file.try_clone()?;
+    let store = FileStore::new(file.into(), path, Cache::Writeback)?;
+    exec::run(Engine::Poll, async {
+        match preallocate {
+            true => create::create_preallocated(&store, header).await,
+            false => create::create(&store, header).await,
+        }?;
+        store.settle().await;
+        Ok::<(), Error>(())
+    })??;
+    // The table has its space from the start: a full host disk must never stop an index write.
+    let len = reserve.metadata()?.len();
+    match fallocate(&reserve, FallocateFlags::empty(), 0, len) {
+        Err(e) if preallocate || e == rustix::io::Errno::NOSPC => {
+            return Err(Error::from(io::Error::from(e)).at("reserving space"));
+        }
+        _ => reserve.sync_all()?,
+    }
+    Ok(())
+}
+
+impl Draft {
+    /// The image file.
+    pub fn image(&self) -> PathBuf {
+        self.dir.join(IMAGE)
+    }
+
+    /// Writes the descriptor: from now on it is a disk.
+    pub fn finish(mut self) -> Result<Made> {
+        write_descriptor(&self.dir, &self.descriptor)?;
+        self.finished = true;
+        let size = self.descriptor.sectors().saturating_mul(SECTOR);
+        Ok(Made {
+            dir: self.dir.clone(),
+            size,
+        })
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        for name in [IMAGE.to_string(), aside()] {
+            let _ = fs::remove_file(self.dir.join(name));
+        }
+        if self.made_dir {
+            let _ = fs::remove_dir(&self.dir);
+        }
+    }
+}
+
+fn aside() -> String {
+    format!("{DESCRIPTOR}.tmp")
+}
+
+/// Replaces the descriptor of `dir`: old or new at any cut, and durably new when it returns.
+fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
+    let aside = dir.join(aside());
+    let at = |e: io::Error| Error::from(e).at(aside.display());
+    let mut file = OpenOptions::new();
+    let mut file = file
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&aside)
+        .map_err(at)?;
+    file.write_all(&descriptor.encode()).map_err(at)?;
+    file.sync_all().map_err(at)?;
+    fs::rename(&aside, dir.join(DESCRIPTOR)).map_err(at)?;
+    sync_dir(dir)?;
+    // The directory's own name, when it is new.
+    match dir.parent() {
+        Some(parent) => sync_dir(parent),
+        None => Ok(()),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    let synced = File::open(dir).and_then(|d| d.sync_all());
+    synced.map_err(|e| Error::from(e).at(dir.display()))
+}

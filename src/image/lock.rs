@@ -1,0 +1,95 @@
+//! Lock: keeps every other program's hands off the files of an open disk.
+//!
+//! Which bytes belong to whom is written down in [`crate::io::lock`]; here it is decided which of
+//! them an open disk needs. The locks live as long as this value, on descriptors of its own that
+//! do no I/O. A base is never locked exclusively: other disks may stand on it.
+
+use super::chain::Chain;
+use super::target::Source;
+use crate::io::beneath::{self, Access as Open};
+use crate::io::lock::{self, DISK_LOCK, Held, Hold};
+use ploop_formats::{Error, Kind, Result};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::Instant;
+
+/// What the disk is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Others may read, too.
+    Read,
+    /// Nobody else.
+    Write,
+}
+
+/// Locks of one open disk.
+#[derive(Debug)]
+pub struct DiskLocks {
+    _directory: Option<OwnedFd>,
+    _disk: Option<lock::DiskLock>,
+    _base: Option<OwnedFd>,
+    _top: Held,
+}
+
+impl DiskLocks {
+    /// Takes every lock, or says `Busy` and whose lock is in the way. Never waits.
+    pub fn take(dir: impl AsFd, source: &Source, access: Access) -> Result<Self> {
+        match access {
+            Access::Read => Self::to_read(dir, source),
+            Access::Write => Self::to_write(dir, source),
+        }
+    }
+
+    fn to_write(dir: impl AsFd, source: &Source) -> Result<Self> {
+        let chain = Chain::read(&dir, source)?;
+        let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
+        let (disk, base) = match source {
+            Source::Bundle => (Some(lock::lock_disk(&dir, base, Instant::now())?), None),
+            Source::Bare { .. } => {
+                lock::range(&base, lock::PLOOP_MOUNTED, Hold::Shared)?;
+                (None, Some(base))
+            }
+        };
+        // Whoever had the lock until now may have changed which file is the top.
+        let chain = Chain::read(&dir, source)?;
+        let top = beneath::open_file(&dir, Path::new(&chain.top().name), Open::Write)?;
+        let top = lock::own_top(top)?;
+        Ok(Self {
+            _directory: None,
+            _disk: disk,
+            _base: base,
+            _top: top,
+        })
+    }
+
+    fn to_read(dir: impl AsFd, source: &Source) -> Result<Self> {
+        let directory = match source {
+            Source::Bundle => lock_directory_shared(&dir)?,
+            Source::Bare { .. } => None,
+        };
+        let chain = Chain::read(&dir, source)?;
+        let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
+        lock::range(&base, lock::PLOOP_MOUNTED, Hold::Shared)?;
+        let top = beneath::open_file(&dir, Path::new(&chain.top().name), Open::Read)?;
+        let top = lock::share_top(top)?;
+        Ok(Self {
+            _directory: directory,
+            _disk: None,
+            _base: Some(base),
+            _top: top,
+        })
+    }
+}
+
+/// A reader makes no lock file: the medium may be read-only, and without the file no ploop 1.x has
+/// the disk.
+fn lock_directory_shared(dir: impl AsFd) -> Result<Option<OwnedFd>> {
+    match beneath::open_file(dir, Path::new(DISK_LOCK), Open::Read) {
+        Err(e) if e.kind() == Kind::NotFound => Ok(None),
+        Err(e) => Err(e),
+        Ok(fd) => {
+            lock::whole(&fd, Hold::Shared, Instant::now())?;
+            Ok::<_, Error>(Some(fd))
+        }
+    }
+}

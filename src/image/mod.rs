@@ -1,0 +1,13 @@
+//! Image directories: what DISK means, which files make it up, and opening them as one device.
+//!
+//! [`target`] turns what a user typed into a disk, [`chain`] says which file is which layer,
+//! [`lock`] keeps other programs out, [`open`] builds the device, [`init`] makes a new disk,
+//! [`survey`] looks without opening, [`check`] looks closely. Nothing here knows who serves the disk or who asked for it.
+
+pub mod chain;
+pub mod check;
+pub mod init;
+pub mod lock;
+pub mod open;
+pub mod survey;
+pub mod target;

@@ -1,0 +1,121 @@
+//! Open: from files to a device.
+//!
+//! To write, in order: the top is opened, the fence is taken on that very description, and only
+//! then is anything of it read. The fence is what makes a dead predecessor's last writes the past:
+//! the kernel keeps a flock until the last operation on its description has landed. It is
+//! taken by every writer, because who came before us may have died a second ago.
+
+use super::chain::{Chain, LayerFile};
+use super::target::Format;
+use crate::disk::Disk;
+use crate::io::beneath::{self, Access};
+use crate::io::file::{Cache, FileStore};
+use crate::io::lock;
+use crate::stack::AnyLayer;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::Ploop;
+use ploop_formats::ploop::header::IN_USE;
+use ploop_formats::raw::Raw;
+use ploop_formats::{Error, Kind, Result};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A top layer's file that nobody else writes any more.
+#[derive(Debug)]
+pub struct Top {
+    fd: OwnedFd,
+}
+
+impl Top {
+    /// Opens the top for writing and takes the fence. `Busy` when the predecessor's writes have
+    /// not landed within `patience`. Blocks.
+    pub fn fenced(dir: impl AsFd, layer: &LayerFile, patience: Duration) -> Result<Self> {
+        let fd = beneath::open_file(dir, Path::new(&layer.name), Access::Write)?;
+        lock::fence(&fd, Instant::now() + patience).map_err(|e| match e.kind() {
+            Kind::Busy => Error::new(
+                Kind::TimedOut,
+                format!(
+                    "{}: the last writes of another process have not landed after {} s ({e})",
+                    layer.display(),
+                    patience.as_secs()
+                ),
+            ),
+            _ => e,
+        })?;
+        Ok(Self { fd })
+    }
+
+    /// Its store; the fence lasts as long as that.
+    pub fn store(self, layer: &LayerFile, cache: Cache) -> Result<FileStore> {
+        FileStore::new(self.fd, Path::new(&layer.name), cache)
+    }
+
+    /// Links to the file: above one means that several disks share it.
+    pub fn links(&self) -> Result<u64> {
+        let stat = rustix::fs::fstat(&self.fd).map_err(io::Error::from)?;
+        Ok(stat.st_nlink)
+    }
+}
+
+/// Opens a disk for writing. `top` is the fenced top, `ledger` outlives this process.
+pub async fn open_write(
+    dir: impl AsFd,
+    chain: &Chain,
+    top: FileStore,
+    ledger: Ledger,
+) -> Result<Disk<FileStore>> {
+    let mut layers = lower(&dir, chain).await?;
+    for (layer, file) in layers.iter().zip(&chain.layers) {
+        refuse_dirty(layer, file)?;
+    }
+    let place = |e: Error| e.at(chain.top().display());
+    layers.push(match chain.top().format {
+        Format::Ploop => AnyLayer::Ploop(Ploop::open_write(top, ledger).await.map_err(place)?),
+        Format::Raw => AnyLayer::Raw(Raw::open_write(top, chain.cluster, ledger).map_err(place)?),
+    });
+    Disk::new(layers, false)
+}
+
+/// Opens a disk for reading; nothing is written, not even a mark.
+pub async fn open_read(dir: impl AsFd, chain: &Chain, cache: Cache) -> Result<Disk<FileStore>> {
+    let mut layers = lower(&dir, chain).await?;
+    layers.push(read_layer(&dir, chain.top(), chain, cache).await?);
+    Disk::new(layers, true)
+}
+
+/// Every layer but the top, through the page cache: several disks may share them.
+async fn lower(dir: impl AsFd, chain: &Chain) -> Result<Vec<AnyLayer<FileStore>>> {
+    let mut layers = Vec::new();
+    for layer in chain.layers.iter().take(chain.layers.len() - 1) {
+        layers.push(read_layer(&dir, layer, chain, Cache::Writeback).await?);
+    }
+    Ok(layers)
+}
+
+async fn read_layer(
+    dir: impl AsFd,
+    file: &LayerFile,
+    chain: &Chain,
+    cache: Cache,
+) -> Result<AnyLayer<FileStore>> {
+    let place = |e: Error| e.at(file.display());
+    let fd = beneath::open_file(dir, Path::new(&file.name), Access::Read)?;
+    let store = FileStore::new(fd, Path::new(&file.name), cache)?;
+    Ok(match file.format {
+        Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await.map_err(place)?),
+        Format::Raw => AnyLayer::Raw(Raw::open_read(store, chain.cluster).map_err(place)?),
+    })
+}
+
+/// A lower layer that was not closed may lack what the layers above were written over.
+fn refuse_dirty(layer: &AnyLayer<FileStore>, file: &LayerFile) -> Result<()> {
+    match layer {
+        AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(format!(
+            "{}: this lower layer was not closed; check it before anything is written above it",
+            file.display()
+        ))),
+        _ => Ok(()),
+    }
+}

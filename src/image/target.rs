@@ -1,0 +1,246 @@
+//! Target: what DISK means on a command line.
+//!
+//! A directory with a `DiskDescriptor.xml`, that file itself, or a bare image file whose format is
+//! stated. Formats are never guessed: a guest can write any signature into its own disk.
+
+use super::chain::Chain;
+use crate::io::beneath;
+use ploop_formats::{Error, Kind, Result};
+use serde::{Deserialize, Serialize};
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Name of the descriptor in an image directory (ploop's own).
+pub const DESCRIPTOR: &str = "DiskDescriptor.xml";
+
+/// Stated format of a bare image file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// One ploop delta, version 1 or 2.
+    Ploop,
+    /// A flat file.
+    Raw,
+}
+
+/// One disk, as files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// An image directory.
+    Bundle {
+        /// The directory, absolute.
+        dir: PathBuf,
+    },
+    /// A single image file.
+    Bare {
+        /// The file, absolute.
+        file: PathBuf,
+        /// Its stated format.
+        format: Format,
+    },
+}
+
+/// What names a disk while it is attached: device and inode of its directory, or of the file when
+/// it is bare. No format stores an identity, and a path has many spellings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Identity {
+    /// `st_dev`.
+    pub dev: u64,
+    /// `st_ino`.
+    pub ino: u64,
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.dev, self.ino)
+    }
+}
+
+impl Identity {
+    /// Name space of the UUIDs below; any constant does, this one is this project's.
+    const SPACE: uuid::Uuid = uuid::Uuid::from_u128(0x8d6b_1f0c_2a57_4c0e_9e3d_7b41_5a90_c2f6);
+
+    /// The disk's `uuid` in output: UUIDv5 of `<dev>-<inode>`, never stored.
+    pub fn uuid(&self) -> String {
+        uuid::Uuid::new_v5(&Self::SPACE, self.to_string().as_bytes()).to_string()
+    }
+
+    /// The identity of whatever `path` leads to: the directory of a descriptor, else the thing.
+    pub fn of(path: &Path) -> Result<Self> {
+        let path = if path.file_name() == Some(OsStr::new(DESCRIPTOR)) && path.is_file() {
+            parent(path)
+        } else {
+            path.to_path_buf()
+        };
+        let meta = std::fs::metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
+        Ok(Self {
+            dev: meta.dev(),
+            ino: meta.ino(),
+        })
+    }
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+impl Target {
+    /// Understands DISK. `format` is what `--format` said.
+    ///
+    /// `NotFound` when nothing is there, `Invalid` when a format is missing, superfluous, or
+    /// contradicts a descriptor that names the same file.
+    pub fn resolve(disk: &Path, format: Option<Format>) -> Result<Self> {
+        let path = disk
+            .canonicalize()
+            .map_err(|e| Error::from(e).at(disk.display()))?;
+        let meta = std::fs::metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
+        let is_descriptor = path.file_name() == Some(OsStr::new(DESCRIPTOR));
+        if meta.is_dir() || is_descriptor {
+            let dir = if meta.is_dir() { path } else { parent(&path) };
+            return Self::bundle(dir, format);
+        }
+        Self::bare(path, &meta, format)
+    }
+
+    fn bundle(dir: PathBuf, format: Option<Format>) -> Result<Self> {
+        if format.is_some() {
+            return Err(Error::invalid(format!(
+                "{}: the descriptor states every layer's format; leave --format out",
+                dir.display()
+            )));
+        }
+        if !dir.join(DESCRIPTOR).is_file() {
+            return Err(Error::new(
+                Kind::NotFound,
+                format!(
+                    "{}: no {DESCRIPTOR} here, so this is not a disk",
+                    dir.display()
+                ),
+            ));
+        }
+        Ok(Self::Bundle { dir })
+    }
+
+    fn bare(file: PathBuf, meta: &std::fs::Metadata, format: Option<Format>) -> Result<Self> {
+        if !meta.is_file() {
+            return Err(Error::unsupported(format!(
+                "{}: neither a directory nor a regular file",
+                file.display()
+            )));
+        }
+        let format = format.ok_or_else(|| {
+            Error::invalid(format!(
+                "{}: a bare image file needs --format ploop or --format raw; formats are never \
+                 guessed",
+                file.display()
+            ))
+        })?;
+        Ok(Self::Bare { file, format })
+    }
+
+    /// What the user means by the disk: the directory, or the bare file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Target::Bundle { dir } => dir,
+            Target::Bare { file, .. } => file,
+        }
+    }
+
+    /// The directory that everything is opened beneath.
+    pub fn dir(&self) -> PathBuf {
+        match self {
+            Target::Bundle { dir } => dir.clone(),
+            Target::Bare { file, .. } => parent(file),
+        }
+    }
+
+    /// Opens that directory.
+    pub fn open_dir(&self) -> Result<OwnedFd> {
+        beneath::directory(&self.dir())
+    }
+
+    /// Which files make up the disk. `dir` is [`Target::open_dir`].
+    pub fn chain(&self, dir: impl AsFd) -> Result<Chain> {
+        Chain::read(dir, &self.source()).map_err(|e| e.at(self.path().display()))
+    }
+
+    /// The bare file's name and format; `None` for an image directory.
+    pub fn source(&self) -> Source {
+        match self {
+            Target::Bundle { .. } => Source::Bundle,
+            Target::Bare { file, format } => Source::Bare {
+                name: file
+                    .file_name()
+                    .map(OsStr::to_os_string)
+                    .unwrap_or_default(),
+                format: *format,
+            },
+        }
+    }
+
+    /// What names this disk while it is attached.
+    pub fn identity(&self) -> Result<Identity> {
+        Identity::of(self.path())
+    }
+}
+
+/// A target once its directory is open: what to look for beneath it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// The descriptor names the layers.
+    Bundle,
+    /// One file.
+    Bare {
+        /// Its name in the directory.
+        name: OsString,
+        /// Its stated format.
+        format: Format,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(r: Result<Target>) -> Option<Kind> {
+        r.err().map(|e| e.kind())
+    }
+
+    #[test]
+    fn a_directory_and_its_descriptor_are_the_same_disk() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        std::fs::write(dir.path().join(DESCRIPTOR), "<x/>").expect("write");
+        let a = Target::resolve(dir.path(), None).expect("directory");
+        let b = Target::resolve(&dir.path().join(DESCRIPTOR), None).expect("descriptor");
+        assert_eq!(a, b);
+        assert_eq!(
+            a.identity().ok(),
+            Identity::of(&dir.path().join(DESCRIPTOR)).ok()
+        );
+    }
+
+    #[test]
+    fn a_format_is_never_guessed_and_never_contradicts_a_descriptor() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        assert_eq!(
+            kind(Target::resolve(dir.path(), None)),
+            Some(Kind::NotFound)
+        );
+        let file = dir.path().join("x.img");
+        assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::NotFound));
+        std::fs::write(&file, "WithoutFreeSpace").expect("write");
+        assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::Invalid));
+        assert_eq!(kind(Target::resolve(&file, Some(Format::Raw))), None);
+        std::fs::write(dir.path().join(DESCRIPTOR), "<x/>").expect("write");
+        assert_eq!(
+            kind(Target::resolve(dir.path(), Some(Format::Raw))),
+            Some(Kind::Invalid)
+        );
+    }
+}

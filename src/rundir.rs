@@ -1,0 +1,362 @@
+//! Run directory: where an attached disk is registered while it is attached.
+//!
+//! `/run/ploop/<dev>-<inode>/` (without root `$XDG_RUNTIME_DIR/ploop`, else `/tmp/ploop-<uid>`)
+//! holds `lock`, `state.json`, `disk` (the FUSE mount point) and `log`. The keeper holds an
+//! exclusive flock on `lock` for life, so a directory whose lock is free is a leftover. The last
+//! thing a keeper writes is its [`Outcome`], into the lock file: who waits for the lock on an
+//! open descriptor can read it even after the directory is gone.
+//!
+//! Nothing here mounts, unmounts or kills; it must never follow a link that another user made.
+
+use crate::image::target::Identity;
+use crate::serve::supervise::message::Failure;
+use ploop_formats::{Error, Kind, Result};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What an attached disk is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Not usable yet.
+    Starting,
+    /// In use.
+    Serving,
+    /// Its worker died; another is taking over and requests wait.
+    Recovering,
+    /// Being detached.
+    Stopping,
+    /// Gave up: every request fails with EIO until it is detached.
+    Failed,
+}
+
+/// One attached disk, as `state.json` and `list -o json` show it. Field names are stable.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Version of this object: 1.
+    pub schema: u32,
+    /// The image directory, or the bare image file.
+    pub path: String,
+    /// UUIDv5 of the disk's device and inode; valid while it is attached, never stored in it.
+    pub uuid: String,
+    /// Block device (`/dev/loopN`), when there is one.
+    pub device: Option<String>,
+    /// Where the device is mounted.
+    pub mountpoint: Option<String>,
+    /// `fuse+loop` or `nbd`.
+    pub transport: String,
+    /// Where NBD clients connect.
+    pub uri: Option<String>,
+    /// The unix socket of that, when it is one that we made.
+    pub socket: Option<String>,
+    /// The process that does the work; absent while one is being replaced.
+    pub worker_pid: Option<u32>,
+    /// The process that keeps the disk.
+    pub keeper_pid: u32,
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// What it is doing.
+    pub state: Phase,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// `none` or `writeback`.
+    pub cache: String,
+    /// What drives its I/O: `io_uring` or `poll`.
+    pub engine: Option<String>,
+    /// How many times a worker died and was replaced.
+    pub restarts: u32,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// How a keeper ended: nothing, or what went wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Why the image was not closed cleanly.
+    pub failure: Option<Failure>,
+}
+
+/// A claimed run directory. Only [`RunDir::finish`] removes it.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    lock: File,
+}
+
+/// How long a claim waits for somebody who is just cleaning up.
+const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The directory of run directories, made on demand with mode 0700.
+///
+/// Fails with `Privilege` when somebody else owns it: a run directory tells us which devices to
+/// unmount.
+pub fn root() -> Result<PathBuf> {
+    let uid = rustix::process::geteuid();
+    let path = if uid.is_root() {
+        PathBuf::from("/run/ploop")
+    } else if let Some(dir) = std::env::var_os("XDG_RUNTIME_DIR").filter(|d| !d.is_empty()) {
+        PathBuf::from(dir).join("ploop")
+    } else {
+        PathBuf::from(format!("/tmp/ploop-{}", uid.as_raw()))
+    };
+    make_dir(&path)?;
+    let meta = std::fs::symlink_metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
+    if !meta.is_dir() || meta.uid() != uid.as_raw() || meta.mode() & 0o077 != 0 {
+        return Err(Error::new(
+            Kind::Privilege,
+            format!(
+                "{}: not a directory of mode 0700 that user {} owns; remove it",
+                path.display(),
+                uid.as_raw()
+            ),
+        ));
+    }
+    Ok(path)
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    match DirBuilder::new().mode(0o700).create(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(Error::from(e).at(path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Opens and locks `<dir>/lock`; `None` when it is held, or when the directory went away.
+fn try_lock(dir: &Path, create: bool) -> Result<Option<File>> {
+    let path = dir.join("lock");
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(create).mode(0o600);
+    let file = match options.open(&path) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::from(e).at(path.display())),
+    };
+    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(None);
+    }
+    // Whoever held it before may have removed the file that we opened.
+    let ours = file
+        .metadata()
+        .map_err(|e| Error::from(e).at(path.display()))?;
+    let there = std::fs::symlink_metadata(&path).ok();
+    Ok(there
+        .filter(|m| m.ino() == ours.ino() && m.dev() == ours.dev())
+        .map(|_| file))
+}
+
+impl RunDir {
+    /// Claims the run directory of a disk, or says `Busy`. `leftover` is called when a dead
+    /// keeper's remains are in it and must leave the directory usable.
+    pub fn claim(id: &Identity, leftover: impl Fn(&RunDir)) -> Result<Self> {
+        let path = root()?.join(id.to_string());
+        let start = Instant::now();
+        loop {
+            make_dir(&path)?;
+            if let Some(lock) = try_lock(&path, true)? {
+                let claimed = Self { path, lock };
+                claimed
+                    .lock
+                    .set_len(0)
+                    .map_err(|e| Error::from(e).at("lock"))?;
+                if claimed.path.join("state.json").exists() {
+                    leftover(&claimed);
+                    claimed.forget();
+                }
+                return Ok(claimed);
+            }
+            // Held without a living keeper: somebody is cleaning up, which is soon over.
+            let kept = state_in(&path).is_some_and(|s| alive(s.keeper_pid));
+            if kept || start.elapsed() > CLAIM_PATIENCE {
+                return Err(busy(&path));
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it says about itself.
+    pub fn state(&self) -> Option<State> {
+        state_in(&self.path)
+    }
+
+    /// Where the FUSE file system is mounted.
+    pub fn disk(&self) -> PathBuf {
+        self.path.join("disk")
+    }
+
+    /// Replaces `state.json` in one step.
+    pub fn publish(&self, state: &State) -> Result<()> {
+        let tmp = self.path.join("state.json.tmp");
+        let at = |e: std::io::Error| Error::from(e).at(tmp.display());
+        let text = serde_json::to_vec_pretty(state).map_err(|e| at(e.into()))?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&tmp)
+            .map_err(at)?;
+        file.write_all(&text).map_err(at)?;
+        std::fs::rename(&tmp, self.path.join("state.json")).map_err(at)
+    }
+
+    /// Leaves the outcome to whoever waits, and removes the directory. Files only: what is
+    /// mounted on `disk` was unmounted before.
+    pub fn finish(mut self, outcome: &Outcome) {
+        let text = serde_json::to_vec(outcome).unwrap_or_default();
+        let written = self
+            .lock
+            .set_len(0)
+            .and_then(|()| self.lock.write_all(&text));
+        if let Err(e) = written {
+            tracing::warn!("{}: cannot leave the outcome: {e}", self.path.display());
+        }
+        self.forget();
+        let _ = std::fs::remove_file(self.path.join("log"));
+        let _ = std::fs::remove_file(self.path.join("log.1"));
+        // The lock goes last: until then a newcomer waits instead of moving in.
+        let _ = std::fs::remove_file(self.path.join("lock"));
+        if let Err(e) = std::fs::remove_dir(&self.path) {
+            tracing::warn!("{}: not removed: {e}", self.path.display());
+        }
+    }
+
+    /// Removes the files of a former keeper, so that a new one starts from nothing.
+    fn forget(&self) {
+        for name in ["state.json", "state.json.tmp"] {
+            let _ = std::fs::remove_file(self.path.join(name));
+        }
+        let disk = self.disk();
+        let _ = std::fs::remove_file(&disk).or_else(|_| std::fs::remove_dir(&disk));
+    }
+}
+
+/// Whether a process runs. One that is dead but not reaped yet does not.
+fn alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
+    state.flatten().is_some_and(|c| !matches!(c, 'Z' | 'X'))
+}
+
+fn busy(dir: &Path) -> Error {
+    let what = match state_in(dir) {
+        Some(s) => format!("{}: attached already (keeper {})", s.path, s.keeper_pid),
+        None => format!("{}: another command is working on this disk", dir.display()),
+    };
+    Error::new(Kind::Busy, what)
+}
+
+fn state_in(dir: &Path) -> Option<State> {
+    serde_json::from_slice(&std::fs::read(dir.join("state.json")).ok()?).ok()
+}
+
+/// A run directory that exists.
+#[derive(Debug)]
+pub enum Entry {
+    /// A keeper holds it. Without a state it is only just starting.
+    Attached {
+        /// The run directory.
+        path: PathBuf,
+        /// What it says about itself.
+        state: Option<State>,
+    },
+    /// Its keeper is dead; it is locked here until it is finished or dropped.
+    Leftover(RunDir),
+}
+
+/// Every run directory, leftovers locked for cleaning.
+pub fn entries() -> Result<Vec<Entry>> {
+    let root = root()?;
+    let listing = std::fs::read_dir(&root).map_err(|e| Error::from(e).at(root.display()))?;
+    let mut found = Vec::new();
+    for item in listing.flatten() {
+        let path = item.path();
+        if !path.join("lock").exists() {
+            // Between making the directory and its lock, or between removing both.
+            let _ = std::fs::remove_dir(&path);
+            continue;
+        }
+        found.extend(look(path)?);
+    }
+    Ok(found)
+}
+
+/// What a run directory is; nothing when it goes away while we look.
+fn look(path: PathBuf) -> Result<Option<Entry>> {
+    let start = Instant::now();
+    loop {
+        if let Some(lock) = try_lock(&path, false)? {
+            return Ok(Some(Entry::Leftover(RunDir { path, lock })));
+        }
+        if !path.join("lock").exists() {
+            return Ok(None);
+        }
+        let state = state_in(&path);
+        // Locked although its keeper is dead: another command is cleaning it up, or a new keeper
+        // is about to register. Either is over soon.
+        let settled = state.as_ref().is_none_or(|s| alive(s.keeper_pid));
+        if settled || start.elapsed() > CLAIM_PATIENCE {
+            return Ok(Some(Entry::Attached { path, state }));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Waits until a keeper is gone.
+#[derive(Debug)]
+pub struct Departure {
+    lock: File,
+    path: PathBuf,
+}
+
+impl Departure {
+    /// Prepares to wait for the keeper of `dir`; call before telling it to go. `None` when it is
+    /// gone already.
+    pub fn of(dir: &Path) -> Option<Self> {
+        let lock = File::open(dir.join("lock")).ok()?;
+        match flock(&lock, FlockOperation::NonBlockingLockShared) {
+            Ok(()) => None,
+            Err(_) => Some(Self {
+                lock,
+                path: dir.to_path_buf(),
+            }),
+        }
+    }
+
+    /// Waits up to `patience` for the end. `Ok(None)` means that the time was up; a keeper that
+    /// died without a word is an `Io` error.
+    pub fn wait(&mut self, patience: Duration) -> Result<Option<Outcome>> {
+        let start = Instant::now();
+        while flock(&self.lock, FlockOperation::NonBlockingLockShared).is_err() {
+            if start.elapsed() > patience {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let mut text = Vec::new();
+        let _ = self
+            .lock
+            .rewind()
+            .and_then(|()| self.lock.read_to_end(&mut text));
+        serde_json::from_slice(&text).map(Some).map_err(|_| {
+            Error::new(
+                Kind::Io,
+                format!(
+                    "{}: the keeper died before it closed the image",
+                    self.path.display()
+                ),
+            )
+        })
+    }
+}

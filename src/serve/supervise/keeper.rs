@@ -1,0 +1,675 @@
+//! Keeper: owns what must outlive a worker, and decides what happens next.
+//!
+//! One thread, one poll loop, no image access, and never a touch of a path on its own disk.
+//! What it holds is released in one order: loop device, worker (which closes the image), FUSE
+//! mount, sockets, locks, run directory.
+
+use super::announce::Announcer;
+use super::child::{Baggage, Worker};
+use super::errand::{Errand, Task};
+use super::listen::Sockets;
+use super::log::Log;
+use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode};
+use super::restart::Restarts;
+use super::{inherit, leftover};
+use crate::image::lock::{Access, DiskLocks};
+use crate::image::target::{Source, Target};
+use crate::io::memfd::SharedWords;
+use crate::rundir::{Outcome, Phase, RunDir, State};
+use crate::serve::fuse;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::{Error, Kind, Result};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use std::fs::OpenOptions;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// How long a new worker may wait for the last writes of the old one.
+const FENCE: Duration = Duration::from_secs(30);
+/// Pause between attempts to detach a device that somebody still holds.
+const DETACH_AGAIN: Duration = Duration::from_millis(500);
+
+/// What the kernel or clients are connected to.
+enum Endpoint {
+    Fuse {
+        fds: Vec<OwnedFd>,
+        session: fuse::Session,
+    },
+    Nbd(Sockets),
+}
+
+/// What is held for the disk as long as it is attached.
+struct Holdings {
+    dir: OwnedFd,
+    source: Source,
+    ledger: Option<SharedWords>,
+    endpoint: Endpoint,
+    _locks: DiskLocks,
+}
+
+/// One attached disk.
+struct Keeper {
+    config: KeeperConfig,
+    run: RunDir,
+    state: State,
+    held: Holdings,
+    signals: UnixStream,
+    log: Option<Log>,
+    announcer: Announcer,
+    worker: Option<Worker>,
+    errand: Option<Errand>,
+    restarts: Restarts,
+    /// When to start the next worker.
+    next_start: Option<Instant>,
+    /// When to try to detach the device again.
+    next_detach: Option<Instant>,
+    /// A worker has served: from now on a death is survived.
+    served: bool,
+    stopping: bool,
+    /// Nothing is left to ask of a worker: the image is closed, or given up.
+    settled: bool,
+    /// What the current worker said before it went.
+    last_words: Option<Event>,
+    failure: Option<Failure>,
+}
+
+/// What poll(2) found.
+#[derive(Debug, Default)]
+struct Ready {
+    signal: bool,
+    output: bool,
+    spoke: bool,
+    ended: bool,
+    errand: bool,
+}
+
+/// Attaches a disk and keeps it until it is told to stop, or cannot. `logging` is called once
+/// with the log file to use (none: standard error).
+///
+/// Returns after everything is released; an error says why the disk was not served, or not
+/// closed cleanly.
+pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<()> {
+    let mut announcer = Announcer::new(config.announce, config.json)?;
+    let opened = signals().and_then(|signals| {
+        let target = Target::resolve(&config.disk, config.format)?;
+        let run = RunDir::claim(&target.identity()?, leftover::clean)?;
+        Ok((signals, target, run))
+    });
+    let (signals, target, run) = opened.inspect_err(|e| announcer.failed(&Failure::from(e)))?;
+    let prepared = open_log(&config, &run, logging)
+        .and_then(|log| Ok((log, Holdings::take(&config, &target, &run)?)));
+    let (log, held) = match prepared {
+        Ok(prepared) => prepared,
+        Err(e) => {
+            let failure = Failure::from(&e);
+            run.finish(&Outcome {
+                failure: Some(failure.clone()),
+            });
+            announcer.failed(&failure);
+            return Err(e);
+        }
+    };
+    let state = first_state(&config, &target, &held)?;
+    let keeper = Keeper {
+        config,
+        run,
+        state,
+        held,
+        signals,
+        log,
+        announcer,
+        worker: None,
+        errand: None,
+        restarts: Restarts::default(),
+        next_start: Some(Instant::now()),
+        next_detach: None,
+        served: false,
+        stopping: false,
+        settled: false,
+        last_words: None,
+        failure: None,
+    };
+    keeper.serve()
+}
+
+/// A socket that becomes readable when we are asked to stop.
+fn signals() -> Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    for signal in [SIGTERM, SIGINT, SIGHUP] {
+        signal_hook::low_level::pipe::register(signal, theirs.try_clone()?)?;
+    }
+    Ok(ours)
+}
+
+fn open_log(
+    config: &KeeperConfig,
+    run: &RunDir,
+    logging: impl FnOnce(Option<&Log>),
+) -> Result<Option<Log>> {
+    let path = run.path().join("log");
+    let log = match config.detached {
+        true => Some(Log::open(&path).map_err(|e| Error::from(e).at(path.display()))?),
+        false => None,
+    };
+    logging(log.as_ref());
+    Ok(log)
+}
+
+fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Result<State> {
+    let (transport, uri, socket) = match (&held.endpoint, &config.mode) {
+        (Endpoint::Nbd(sockets), Mode::Nbd { export, .. }) => (
+            "nbd",
+            sockets.uri.as_ref().map(|u| u.of(export)),
+            sockets.path(),
+        ),
+        _ => ("fuse+loop", None, None),
+    };
+    Ok(State {
+        schema: 1,
+        path: target.path().display().to_string(),
+        uuid: target.identity()?.uuid(),
+        device: None,
+        mountpoint: None,
+        transport: transport.into(),
+        uri,
+        socket: socket.map(|p| p.display().to_string()),
+        worker_pid: None,
+        keeper_pid: std::process::id(),
+        size: 0,
+        state: Phase::Starting,
+        read_only: config.read_only,
+        cache: config.cache.name().into(),
+        engine: None,
+        restarts: 0,
+        error: None,
+    })
+}
+
+impl Holdings {
+    fn take(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Self> {
+        let dir = target.open_dir()?;
+        let source = target.source();
+        let access = if config.read_only {
+            Access::Read
+        } else {
+            Access::Write
+        };
+        let locks =
+            DiskLocks::take(&dir, &source, access).map_err(|e| e.at(target.path().display()))?;
+        let ledger = match config.read_only {
+            true => None,
+            false => Some(SharedWords::create(Ledger::WORDS)?),
+        };
+        let endpoint = match &config.mode {
+            Mode::Device => mount(config, target, run)?,
+            Mode::Nbd { listen, .. } => Endpoint::Nbd(Sockets::open(listen, inherit::take)?),
+        };
+        Ok(Self {
+            dir,
+            source,
+            ledger,
+            endpoint,
+            _locks: locks,
+        })
+    }
+
+    /// Packs what a worker needs.
+    fn pack(&mut self, config: &KeeperConfig, takeover: bool) -> Result<(WorkerConfig, Baggage)> {
+        let mut bag = Baggage::default();
+        let dir_fd = bag.pack(&self.dir)?;
+        let ledger_fd = match &self.ledger {
+            Some(words) => Some(bag.pack(words)?),
+            None => None,
+        };
+        let mode = match (&mut self.endpoint, &config.mode) {
+            (Endpoint::Nbd(sockets), Mode::Nbd { listen, export }) => {
+                let listeners = sockets.listeners.iter().map(|fd| bag.pack(fd));
+                let listeners = listeners.collect::<Result<_>>()?;
+                // A connection is passed on and not kept: its client must see the worker's end.
+                let connection = match sockets.connection.take() {
+                    Some((input, output)) => Some((bag.pack(input)?, bag.pack(output)?)),
+                    None => None,
+                };
+                let until_idle = Sockets::ends_with_clients(listen);
+                WorkerMode::Nbd {
+                    listeners,
+                    connection,
+                    export: export.clone(),
+                    until_idle,
+                }
+            }
+            (Endpoint::Fuse { fds, session }, _) => {
+                let fds = fds.iter().map(|fd| bag.pack(fd)).collect::<Result<_>>()?;
+                WorkerMode::Fuse {
+                    fds,
+                    session: session.clone(),
+                }
+            }
+            (Endpoint::Nbd(_), Mode::Device) => return Err(Error::invalid("no such mode")),
+        };
+        let config = WorkerConfig {
+            dir_fd,
+            source: self.source.clone(),
+            ledger_fd,
+            takeover,
+            fence_ms: FENCE.as_millis() as u64,
+            cache: config.cache,
+            mode,
+        };
+        Ok((config, bag))
+    }
+
+    /// Whether requests wait for a new worker, or are lost with the old one.
+    fn survives(&self) -> bool {
+        match &self.endpoint {
+            Endpoint::Fuse { session, .. } => session.resends(),
+            Endpoint::Nbd(sockets) => !sockets.listeners.is_empty(),
+        }
+    }
+}
+
+fn mount(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Endpoint> {
+    let disk = run.disk();
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&disk)
+        .map_err(|e| Error::from(e).at(disk.display()))?;
+    let source = target.path().display().to_string();
+    let how = fuse::Mount {
+        target: &disk,
+        source: &source,
+        read_only: config.read_only,
+    };
+    let fd = fuse::mount(&how)?;
+    match fuse::Session::handshake(&fd) {
+        Ok(session) => Ok(Endpoint::Fuse {
+            fds: vec![fd],
+            session,
+        }),
+        Err(e) => {
+            drop(fd);
+            fuse::unmount(&disk, true)?;
+            Err(e)
+        }
+    }
+}
+
+impl Keeper {
+    fn serve(mut self) -> Result<()> {
+        self.publish();
+        loop {
+            self.advance();
+            if self.is_finished() {
+                return self.wind_down();
+            }
+            match self.wait() {
+                Ok(ready) => self.react(&ready),
+                Err(e) => self.give_up(Failure::from(&e)),
+            }
+        }
+    }
+
+    /// Sleeps until something happens or is due.
+    fn wait(&self) -> Result<Ready> {
+        let due = [self.next_start, self.next_detach]
+            .into_iter()
+            .flatten()
+            .min();
+        let timeout = due.map(|t| t.saturating_duration_since(Instant::now()));
+        let timeout = timeout.map(|d| Timespec {
+            tv_sec: d.as_secs() as i64,
+            // Rounded up, or a nearly due time would be waited for in a busy loop.
+            tv_nsec: (i64::from(d.subsec_micros()) + 1) * 1000 % 1_000_000_000,
+        });
+        let worker = self.worker.as_ref();
+        let sources = [
+            Some(self.signals.as_fd()),
+            worker.and_then(|w| w.output.as_ref()).map(AsFd::as_fd),
+            worker.and_then(Worker::spoke),
+            worker.map(Worker::ended),
+            self.errand.as_ref().map(Errand::back),
+        ];
+        let mut polled: Vec<PollFd<'_>> = sources
+            .iter()
+            .flatten()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        match poll(&mut polled, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::from(io::Error::from(e)).at("poll")),
+        }
+        let mut hit = polled.iter().map(|p| !p.revents().is_empty());
+        let [signal, output, spoke, ended, errand] =
+            sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
+        Ok(Ready {
+            signal,
+            output,
+            spoke,
+            ended,
+            errand,
+        })
+    }
+
+    fn react(&mut self, ready: &Ready) {
+        if ready.signal {
+            let mut buf = [0u8; 64];
+            while matches!((&self.signals).read(&mut buf), Ok(n) if n > 0) {}
+            tracing::info!("asked to stop");
+            self.stop();
+        }
+        if ready.output || ready.ended {
+            self.copy_output();
+        }
+        if ready.spoke || ready.ended {
+            self.hear();
+        }
+        if ready.ended {
+            self.on_exit();
+        }
+        if ready.errand {
+            self.on_errand();
+        }
+    }
+
+    /// Starts whatever the present state calls for. Idempotent.
+    fn advance(&mut self) {
+        let due = |t: Option<Instant>| t.is_some_and(|t| t <= Instant::now());
+        if due(self.next_start) && self.worker.is_none() {
+            self.next_start = None;
+            self.start_worker();
+        }
+        if self.errand.is_some() {
+            return;
+        }
+        match (self.stopping, self.is_device(), &self.state.device) {
+            (false, true, None) if self.served => self.attach(),
+            (false, _, _) if self.served => self.announce(),
+            (true, _, Some(device)) => {
+                if self.next_detach.is_none() || due(self.next_detach) {
+                    self.next_detach = None;
+                    let device = PathBuf::from(device);
+                    self.send(Task::Detach {
+                        device,
+                        file: self.run.disk(),
+                    });
+                }
+            }
+            (true, _, None) => {
+                if let Some(worker) = self.worker.as_mut().filter(|w| w.ready) {
+                    worker.order_stop();
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn is_device(&self) -> bool {
+        self.config.mode == Mode::Device
+    }
+
+    fn is_finished(&self) -> bool {
+        let idle = self.worker.is_none() && self.errand.is_none() && self.state.device.is_none();
+        self.stopping && self.settled && idle
+    }
+
+    fn stop(&mut self) {
+        self.stopping = true;
+        if self.state.state != Phase::Failed {
+            self.state.state = Phase::Stopping;
+        }
+        self.publish();
+    }
+
+    fn publish(&mut self) {
+        self.state.restarts = self.restarts.total();
+        self.state.worker_pid = self.worker.as_ref().map(Worker::pid);
+        if let Err(e) = self.run.publish(&self.state) {
+            tracing::warn!("{e}");
+        }
+    }
+
+    fn announce(&mut self) {
+        if self.announcer.is_done() || self.state.state != Phase::Serving {
+            return;
+        }
+        if let Err(e) = self.announcer.ready(&self.state) {
+            tracing::warn!("nobody waits for this disk any more ({e})");
+            self.stop();
+        }
+    }
+
+    fn start_worker(&mut self) {
+        let capture = self.log.is_some();
+        let started = self
+            .held
+            .pack(&self.config, self.served)
+            .and_then(|(config, bag)| Worker::start(&config, bag, capture));
+        self.last_words = None;
+        match started {
+            Ok(worker) => self.worker = Some(worker),
+            Err(e) if self.served => self.survive(&format!("no worker could be started: {e}")),
+            Err(e) => self.give_up(Failure::from(&e)),
+        }
+        self.publish();
+    }
+
+    fn attach(&mut self) {
+        let read_only = self.config.read_only;
+        self.send(Task::Attach {
+            file: self.run.disk(),
+            read_only,
+        });
+    }
+
+    fn send(&mut self, task: Task) {
+        match Errand::start(task) {
+            Ok(errand) => self.errand = Some(errand),
+            Err(e) if self.stopping => {
+                tracing::warn!("{e}");
+                self.next_detach = Some(Instant::now() + DETACH_AGAIN);
+            }
+            Err(e) => self.fail(Failure::from(&e)),
+        }
+    }
+
+    fn on_errand(&mut self) {
+        let Some(errand) = self.errand.take() else {
+            return;
+        };
+        let attaching = matches!(errand.task, Task::Attach { .. });
+        match errand.result() {
+            Ok(device) if attaching => {
+                tracing::info!("attached as {}", device.display());
+                self.state.device = Some(device.display().to_string());
+            }
+            Ok(_) => self.state.device = None,
+            Err(failure) if attaching => self.fail(failure),
+            Err(failure) => {
+                tracing::warn!("detaching: {}", failure.message);
+                self.next_detach = Some(Instant::now() + DETACH_AGAIN);
+            }
+        }
+        self.publish();
+    }
+
+    /// Copies what the worker printed into the log.
+    fn copy_output(&mut self) {
+        let output = self.worker.as_ref().and_then(|w| w.output.as_ref());
+        let (Some(output), Some(log)) = (output, self.log.as_mut()) else {
+            return;
+        };
+        let mut buf = [0u8; 16 << 10];
+        let again = |fd: &OwnedFd| {
+            let mut fds = [PollFd::new(fd, PollFlags::IN)];
+            let none = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
+            poll(&mut fds, Some(&none)).is_ok_and(|n| n > 0)
+        };
+        let mut ended = false;
+        while !ended && again(output) {
+            match rustix::io::read(output, &mut buf) {
+                Ok(n) if n > 0 => {
+                    let _ = log.write_all(buf.get(..n).unwrap_or_default());
+                }
+                Err(rustix::io::Errno::INTR) => {}
+                _ => ended = true,
+            }
+        }
+        if let Some(worker) = self.worker.as_mut().filter(|_| ended) {
+            worker.output = None;
+        }
+    }
+
+    /// Hears what the worker has to say.
+    fn hear(&mut self) {
+        while let Some(event) = self.worker.as_mut().and_then(Worker::event) {
+            match event {
+                Event::Ready {
+                    size,
+                    engine,
+                    cache,
+                } => {
+                    if let Some(worker) = self.worker.as_mut() {
+                        worker.ready = true;
+                    }
+                    self.served = true;
+                    self.state.size = size;
+                    self.state.engine = Some(engine);
+                    self.state.cache = cache.name().into();
+                    if !self.stopping {
+                        self.state.state = Phase::Serving;
+                    }
+                    self.publish();
+                }
+                words => self.last_words = Some(words),
+            }
+        }
+    }
+
+    fn on_exit(&mut self) {
+        let Some(mut worker) = self.worker.take() else {
+            return;
+        };
+        let how = worker
+            .reap()
+            .map_or_else(|e| e.to_string(), |s| s.to_string());
+        match self.last_words.take() {
+            Some(Event::Closed) => {
+                self.settled = true;
+                self.stop();
+            }
+            Some(Event::Failed(failure)) if self.is_final(&failure) => self.give_up(failure),
+            Some(Event::Failed(failure)) => self.survive(&failure.message),
+            _ if !self.served => {
+                let what = format!("the worker died before it served ({how}); see the log");
+                self.give_up(Failure::from(&Error::new(Kind::Io, what)));
+            }
+            _ => self.survive(&format!("the worker died ({how})")),
+        }
+        self.publish();
+    }
+
+    /// Whether another worker would only say the same.
+    fn is_final(&self, failure: &Failure) -> bool {
+        let passing = [Kind::Busy, Kind::NoSpace, Kind::Privilege];
+        let kind = Error::from(failure.clone()).kind();
+        !self.served || self.stopping || !passing.contains(&kind)
+    }
+
+    /// Replaces the worker, unless that is hopeless.
+    fn survive(&mut self, why: &str) {
+        let pause = match self.held.survives() {
+            true => self.restarts.died(Instant::now()),
+            false => None,
+        };
+        let Some(pause) = pause else {
+            let what = format!("{why}, and the disk is given up; detach it and check it");
+            return self.give_up(Failure::from(&Error::new(Kind::Io, what)));
+        };
+        tracing::error!("{why}; starting another in {} ms", pause.as_millis());
+        self.next_start = Some(Instant::now() + pause);
+        if !self.stopping {
+            self.state.state = Phase::Recovering;
+        }
+    }
+
+    /// Says which disk it was: a worker knows only the names beneath its directory.
+    fn name(&self, failure: Failure) -> Failure {
+        let path = &self.state.path;
+        let message = match failure.message.starts_with(path.as_str()) {
+            true => failure.message,
+            false => format!("{path}: {}", failure.message),
+        };
+        Failure { message, ..failure }
+    }
+
+    /// Something failed on the way up: closes what is open in the ordinary order.
+    fn fail(&mut self, failure: Failure) {
+        let failure = self.name(failure);
+        tracing::error!("{}", failure.message);
+        self.failure.get_or_insert(failure);
+        self.stop();
+    }
+
+    /// No worker can serve this disk any more: every request from now on fails with EIO, until
+    /// the disk is detached.
+    fn give_up(&mut self, failure: Failure) {
+        let failure = self.name(failure);
+        tracing::error!("giving up: {}", failure.message);
+        self.settled = true;
+        self.next_start = None;
+        self.state.state = Phase::Failed;
+        self.state.error = Some(failure.message.clone());
+        self.failure.get_or_insert(failure);
+        let attached = self.state.device.is_some() || self.errand.is_some();
+        if let Endpoint::Fuse { fds, .. } = &mut self.held.endpoint {
+            // Nobody else holds one: the kernel ends the session and fails what waits.
+            fds.clear();
+        }
+        if !attached {
+            self.stopping = true;
+        }
+        self.publish();
+    }
+
+    /// Releases everything, in order, and says how it went.
+    fn wind_down(self) -> Result<()> {
+        let Self {
+            run,
+            held,
+            mut announcer,
+            failure,
+            ..
+        } = self;
+        if let Endpoint::Fuse { fds, .. } = held.endpoint {
+            let disk = run.disk();
+            let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
+            if let Err(e) = unmounted {
+                tracing::warn!("{e}");
+            }
+            drop(fds);
+        }
+        tracing::info!("detached");
+        drop(held._locks);
+        run.finish(&Outcome {
+            failure: failure.clone(),
+        });
+        let Some(failure) = failure else {
+            return Ok(());
+        };
+        if !announcer.is_done() {
+            announcer.failed(&failure);
+        }
+        Err(failure.into())
+    }
+}

@@ -1,0 +1,64 @@
+//! Leftover: what a dead keeper leaves behind, and its removal by the next command.
+//!
+//! Keeper and worker die together, the FUSE session dies with them, and everything on top answers
+//! EIO. The image itself is as after a crash and needs nothing: the next open recovers it.
+
+use super::message::Failure;
+use super::mounts;
+use crate::rundir::{self, Entry, Outcome, RunDir};
+use crate::serve::{fuse, loopdev};
+use ploop_formats::{Error, Kind, Result};
+use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+/// Cleans up after every dead keeper of this user, and says in the log what it removed.
+pub fn sweep() -> Result<()> {
+    for entry in rundir::entries()? {
+        if let Entry::Leftover(run) = entry {
+            clean(&run);
+            let died = Error::new(Kind::Io, "the keeper died; its leftovers were removed");
+            run.finish(&Outcome {
+                failure: Some(Failure::from(&died)),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Undoes everything that stands on a dead keeper's run directory.
+pub fn clean(run: &RunDir) {
+    tracing::info!("{}: cleaning up after a dead keeper", run.path().display());
+    let disk = run.disk();
+    for device in loopdev::attached_under(&disk).unwrap_or_default() {
+        let path = PathBuf::from(format!("/dev/loop{}", device.number));
+        let points = mounts::of_device(&path).unwrap_or_default();
+        for point in points.iter().rev() {
+            warn(mounts::detach(point, true));
+        }
+        warn(loopdev::detach(device.number));
+    }
+    let mounted = mounts::all().unwrap_or_default();
+    for _ in mounted.iter().filter(|m| m.point == disk) {
+        warn(fuse::unmount(&disk, true));
+    }
+    if let Some(socket) = run.state().and_then(|s| s.socket) {
+        remove_socket(Path::new(&socket));
+    }
+}
+
+fn warn(done: Result<()>) {
+    if let Err(e) = done {
+        tracing::warn!("{e}");
+    }
+}
+
+fn remove_socket(path: &Path) {
+    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    let dead =
+        || UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
+    if is_socket && dead() {
+        let _ = std::fs::remove_file(path);
+    }
+}

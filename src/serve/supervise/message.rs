@@ -1,0 +1,251 @@
+//! What ploopctl, keeper and worker say to each other: one JSON value each, over argv, a pipe and
+//! a socket pair. Nothing here is kept on disk, except [`Failure`] in a run directory.
+
+use crate::image::target::{Format, Source};
+use crate::io::file;
+use ploop_formats::{Error, Kind};
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+/// Whether guest writes go through the page cache of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// The top is opened with O_DIRECT.
+    None,
+    /// The top goes through the page cache.
+    Writeback,
+}
+
+impl Cache {
+    /// Its name in options and output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Cache::None => "none",
+            Cache::Writeback => "writeback",
+        }
+    }
+}
+
+impl From<Cache> for file::Cache {
+    fn from(cache: Cache) -> Self {
+        match cache {
+            Cache::None => Self::None,
+            Cache::Writeback => Self::Writeback,
+        }
+    }
+}
+
+impl From<file::Cache> for Cache {
+    fn from(cache: file::Cache) -> Self {
+        match cache {
+            file::Cache::None => Self::None,
+            file::Cache::Writeback => Self::Writeback,
+        }
+    }
+}
+
+/// Where NBD clients come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Listen {
+    /// A unix socket at this path.
+    Unix(PathBuf),
+    /// A loopback address.
+    Tcp(SocketAddr),
+    /// One client, on standard input and output; the server ends with it.
+    Stdio,
+    /// So many listening sockets inherited from descriptor 3 on; the server ends with the last
+    /// client.
+    Inherited(u32),
+}
+
+/// How the disk is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// As a block device: FUSE and a loop device.
+    Device,
+    /// Over NBD.
+    Nbd {
+        /// Where clients come from.
+        listen: Listen,
+        /// The export's name.
+        export: String,
+    },
+}
+
+/// What a keeper is started with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeeperConfig {
+    /// DISK, absolute.
+    pub disk: PathBuf,
+    /// Stated format, when it is a bare file.
+    pub format: Option<Format>,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Cache mode of the top layer.
+    pub cache: Cache,
+    /// How the disk is reached.
+    pub mode: Mode,
+    /// Whether to run in a session of its own and log into the run directory.
+    pub detached: bool,
+    /// Who is told once the disk can be used.
+    pub announce: Announce,
+    /// Whether output and errors of this process are JSON.
+    pub json: bool,
+}
+
+/// Who is told once the disk can be used, or that it cannot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Announce {
+    /// One [`Report`] on this inherited descriptor, then end of file.
+    Pipe(RawFd),
+    /// Where clients connect, on standard output.
+    Stdout,
+    /// Nobody: standard output belongs to a client, or the caller knows.
+    Nobody,
+}
+
+/// A failure on its way to another process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// Kind, by the name that output uses.
+    pub kind: String,
+    /// A sentence.
+    pub message: String,
+}
+
+/// Every kind with its stable name.
+const KINDS: [(Kind, &str); 14] = [
+    (Kind::Io, "io"),
+    (Kind::NoSpace, "no-space"),
+    (Kind::Pending, "pending"),
+    (Kind::Damaged, "damaged"),
+    (Kind::Unsupported, "unsupported"),
+    (Kind::Invalid, "invalid"),
+    (Kind::ReadOnly, "read-only"),
+    (Kind::Busy, "busy"),
+    (Kind::NotFound, "not-found"),
+    (Kind::Exists, "exists"),
+    (Kind::Privilege, "privilege"),
+    (Kind::TimedOut, "timed-out"),
+    (Kind::Cancelled, "cancelled"),
+    (Kind::Poisoned, "poisoned"),
+];
+
+/// The stable name of a kind, as JSON output shows it.
+pub fn kind_name(kind: Kind) -> &'static str {
+    KINDS
+        .iter()
+        .find(|(k, _)| *k == kind)
+        .map_or("io", |(_, name)| name)
+}
+
+impl From<&Error> for Failure {
+    fn from(e: &Error) -> Self {
+        Self {
+            kind: kind_name(e.kind()).into(),
+            message: e.to_string(),
+        }
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(f: Failure) -> Self {
+        let kind = KINDS
+            .iter()
+            .find(|(_, name)| *name == f.kind)
+            .map_or(Kind::Io, |(k, _)| *k);
+        Error::new(kind, f.message)
+    }
+}
+
+/// The keeper's first and only report to who started it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Report {
+    /// The disk can be used.
+    Ready(Box<crate::rundir::State>),
+    /// It cannot, and nothing is left behind.
+    Failed(Failure),
+}
+
+/// How a worker reaches its clients; numbers are inherited descriptors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WorkerMode {
+    /// Serve `/dev/fuse` descriptors of one connection.
+    Fuse {
+        /// The descriptors.
+        fds: Vec<RawFd>,
+        /// The INIT handshake's result.
+        session: crate::serve::fuse::Session,
+    },
+    /// Serve NBD.
+    Nbd {
+        /// Listening sockets.
+        listeners: Vec<RawFd>,
+        /// One established connection: requests come from the first, replies go to the second.
+        connection: Option<(RawFd, RawFd)>,
+        /// The export's name.
+        export: String,
+        /// End with the last client.
+        until_idle: bool,
+    },
+}
+
+/// The first message to a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerConfig {
+    /// The directory that everything is opened beneath, inherited.
+    pub dir_fd: RawFd,
+    /// What to open in it.
+    pub source: Source,
+    /// The ledger's memfd, inherited. A read-only disk has none.
+    pub ledger_fd: Option<RawFd>,
+    /// Whether another worker may have written before: fence, overlay, resend.
+    pub takeover: bool,
+    /// How long the fence may take, in milliseconds.
+    pub fence_ms: u64,
+    /// Cache mode of the top layer.
+    pub cache: Cache,
+    /// How clients are reached.
+    pub mode: WorkerMode,
+}
+
+/// Later messages to a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// Answer what was asked, close the image, go.
+    Stop,
+}
+
+/// What a worker says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Event {
+    /// The disk is open and being served.
+    Ready {
+        /// Virtual size in bytes.
+        size: u64,
+        /// `io_uring` or `poll`.
+        engine: String,
+        /// The cache mode in effect.
+        cache: Cache,
+    },
+    /// The image is closed and clean.
+    Closed,
+    /// It could not open, serve or close the image.
+    Failed(Failure),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_keeps_its_kind_across_processes() {
+        for (kind, _) in KINDS {
+            let there = Failure::from(&Error::new(kind, "x"));
+            assert_eq!(Error::from(there).kind(), kind);
+        }
+    }
+}

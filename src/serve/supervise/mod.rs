@@ -1,0 +1,26 @@
+//! Keeper and worker: why a dead server is a pause and not an error.
+//!
+//! One attached disk is two processes. The [`keeper`] is tiny and touches no image: it owns what
+//! must outlive a crash, that is the FUSE descriptor, listening sockets, disk locks, the ledger of
+//! what was answered but is not durable, and the run directory. The [`worker`] opens the files
+//! and serves. When it dies, the keeper starts another one, which waits for the fence, overlays
+//! the ledger and asks the kernel to send the unanswered requests again.
+//!
+//! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
+//! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
+//! [`leftover`] what a dead keeper leaves behind.
+
+mod announce;
+mod child;
+mod errand;
+pub mod inherit;
+pub mod keeper;
+pub mod leftover;
+mod listen;
+pub mod log;
+pub mod message;
+pub mod mounts;
+mod restart;
+pub mod worker;
+
+pub use errand::{Task, run as run_errand};

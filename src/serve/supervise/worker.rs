@@ -1,0 +1,279 @@
+//! Worker: opens the image and serves it. It may die at any moment; everything it has answered is
+//! in the files or in the ledger.
+//!
+//! In order: the files, the fence, the ledger, the stack, "ready", the resend, service. The fence
+//! comes before the first byte of the top is looked at: a dead predecessor's last writes may still
+//! be landing.
+
+use super::child::{CONTROL_FD, MESSAGE_MAX};
+use super::inherit;
+use super::message::{Event, Failure, Order, WorkerConfig, WorkerMode};
+use crate::device::Device;
+use crate::disk::Disk;
+use crate::image::chain::Chain;
+use crate::image::open::{self, Top};
+use crate::io::exec::{self, Engine};
+use crate::io::file::FileStore;
+use crate::io::memfd::SharedWords;
+use crate::serve::{fuse, nbd};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::{Either, select};
+use ploop_formats::layer::Layer;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::{Error, Result};
+use rustix::net::RecvFlags;
+use rustix::process::Signal;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+
+/// Pause between looks for changes that nobody flushes.
+const WRITE_BACK: Duration = Duration::from_secs(5);
+
+/// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
+pub fn run() -> Result<()> {
+    // The end of the socket pair says the same, for a keeper that died before this call.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(io::Error::from)?;
+    let control = Arc::new(inherit::take(CONTROL_FD)?);
+    let config = first_message(&control)?;
+    if let WorkerMode::Fuse { .. } = config.mode {
+        keep_out_of_reclaim();
+    }
+    let (engine, why) = Engine::detect();
+    tracing::info!(
+        "I/O engine: {}{}",
+        name(engine),
+        why.map_or(String::new(), |w| format!(" ({w})"))
+    );
+    let ended = exec::run(engine, async {
+        let done = serve(&control, config, engine).await;
+        let words = match &done {
+            Ok(()) => Event::Closed,
+            Err(e) => Event::Failed(Failure::from(e)),
+        };
+        say(&control, &words).await?;
+        done
+    });
+    ended.map_err(|e| Error::from(e).at("the I/O engine"))?
+}
+
+fn name(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Ring => "io_uring",
+        Engine::Poll => "poll",
+    }
+}
+
+fn first_message(control: &OwnedFd) -> Result<WorkerConfig> {
+    let mut buf = vec![0u8; MESSAGE_MAX];
+    let (_, len) = rustix::net::recv(control, buf.as_mut_slice(), RecvFlags::empty())
+        .map_err(io::Error::from)?;
+    let text = buf.get(..len).unwrap_or_default();
+    serde_json::from_slice(text).map_err(|e| Error::invalid(format!("worker configuration: {e}")))
+}
+
+/// Memory that this process asks for while it serves a disk must not wait for that disk.
+fn keep_out_of_reclaim() {
+    if let Err(e) = rustix::process::configure_io_flusher_behavior(true) {
+        tracing::info!("not marked as an I/O flusher ({e}): CAP_SYS_RESOURCE is missing");
+    }
+}
+
+async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
+    let text = serde_json::to_vec(event).map_err(io::Error::from)?;
+    Ok(exec::send_all(control, vec![Bytes::from(text)]).await?)
+}
+
+/// Opens the disk, serves it, and closes it.
+async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> Result<()> {
+    let dir = inherit::take(config.dir_fd)?;
+    let ledger = ledger(&config)?;
+    let chain = Chain::read(&dir, &config.source)?;
+    let disk = match ledger {
+        Some(ledger) => {
+            let patience = Duration::from_millis(config.fence_ms);
+            let top = Top::fenced(&dir, chain.top(), patience)?;
+            let store = top.store(chain.top(), config.cache.into())?;
+            open::open_write(&dir, &chain, store, ledger).await?
+        }
+        None => open::open_read(&dir, &chain, config.cache.into()).await?,
+    };
+    let cache = disk.stack().top().store().cache();
+    let disk = Arc::new(disk);
+    let transport = Transport::take(config.mode, &disk, engine)?;
+    if let (true, Transport::Fuse { fds, session }) = (config.takeover, &transport) {
+        fds.first().map_or(Ok(()), |fd| fuse::resend(fd, session))?;
+    }
+    let ready = Event::Ready {
+        size: disk.size(),
+        engine: name(engine).into(),
+        cache: cache.into(),
+    };
+    say(control, &ready).await?;
+    let (stop, stopped) = watch::channel(false);
+    exec::spawn(hear(Arc::clone(control), stop));
+    let (quit, quitted) = watch::channel(false);
+    let (last, ended) = oneshot::channel();
+    let background = write_back(Arc::clone(&disk), quitted);
+    exec::spawn(async move {
+        background.await;
+        let _ = last.send(());
+    });
+    let served = transport.serve(&disk, stopped).await;
+    // Closing wants the disk to itself.
+    quit.send_replace(true);
+    let _ = ended.await;
+    served?;
+    disk.close().await
+}
+
+/// The ledger of everything answered; without it a predecessor's answers would be lost silently.
+fn ledger(config: &WorkerConfig) -> Result<Option<Ledger>> {
+    match config.ledger_fd {
+        Some(fd) => Ok(Some(Ledger::new(Arc::new(SharedWords::from_fd(
+            inherit::take(fd)?,
+        )?)))),
+        None => Ok(None),
+    }
+}
+
+/// Waits for the order to stop. A keeper that is gone ends everything at once: nobody could
+/// replace us, and nobody holds the locks.
+async fn hear(control: Arc<OwnedFd>, stop: watch::Sender<bool>) {
+    loop {
+        let (buf, got) = exec::recv(&control, BytesMut::zeroed(1024)).await;
+        let len = match got {
+            Ok(0) | Err(_) => std::process::exit(1),
+            Ok(len) => len,
+        };
+        if let Ok(Order::Stop) = serde_json::from_slice(buf.get(..len).unwrap_or_default()) {
+            stop.send_replace(true);
+        }
+    }
+}
+
+/// Bounds what a power cut can take from a guest that never flushes.
+async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) {
+    let mut quit = pin!(wait(quitted));
+    loop {
+        let pause = pin!(exec::sleep(WRITE_BACK));
+        if let Either::Left(_) = select(quit.as_mut(), pause).await {
+            return;
+        }
+        if let Err(e) = disk.write_back().await {
+            tracing::warn!("writing back: {e}");
+        }
+    }
+}
+
+/// A way to clients, ready to be used.
+enum Transport {
+    Fuse {
+        fds: Vec<Arc<OwnedFd>>,
+        session: fuse::Session,
+    },
+    Nbd {
+        server: nbd::Server<Disk<FileStore>>,
+        listeners: Vec<OwnedFd>,
+    },
+    Connection {
+        server: nbd::Server<Disk<FileStore>>,
+        input: OwnedFd,
+        output: OwnedFd,
+    },
+}
+
+impl Transport {
+    fn take(mode: WorkerMode, disk: &Arc<Disk<FileStore>>, engine: Engine) -> Result<Self> {
+        let all = |fds: Vec<RawFd>| {
+            fds.into_iter()
+                .map(inherit::take)
+                .collect::<Result<Vec<_>>>()
+        };
+        match mode {
+            WorkerMode::Fuse { fds, session } => Ok(Self::Fuse {
+                fds: all(fds)?.into_iter().map(Arc::new).collect(),
+                session,
+            }),
+            WorkerMode::Nbd {
+                listeners,
+                connection,
+                export,
+                until_idle,
+            } => {
+                let options = nbd::Options {
+                    export: nbd::Export {
+                        name: export,
+                        ..Default::default()
+                    },
+                    end_with_last_client: until_idle,
+                    ..Default::default()
+                };
+                let server = nbd::Server::new(Arc::clone(disk), options, engine)?;
+                match connection {
+                    None => Ok(Self::Nbd {
+                        server,
+                        listeners: all(listeners)?,
+                    }),
+                    Some((input, output)) => {
+                        let (input, output) = (inherit::take(input)?, inherit::take(output)?);
+                        Ok(Self::Connection {
+                            server,
+                            input,
+                            output,
+                        })
+                    }
+                }
+            }
+        }
+    }
+
+    /// Serves until told to stop, or until the last client left.
+    async fn serve(
+        self,
+        disk: &Arc<Disk<FileStore>>,
+        stopped: watch::Receiver<bool>,
+    ) -> Result<()> {
+        match self {
+            Self::Fuse { fds, session } => {
+                let fd = fds.into_iter().next();
+                let fd = fd.ok_or_else(|| Error::invalid("no FUSE descriptor"))?;
+                let stop = wait(stopped);
+                fuse::serve(fd, &session, Arc::clone(disk), stop)
+                    .await
+                    .map(|_| ())
+            }
+            Self::Nbd { server, listeners } => {
+                exec::spawn(stop_server(server.clone(), stopped));
+                server.serve(listeners).await
+            }
+            Self::Connection {
+                server,
+                input,
+                output,
+            } => {
+                exec::spawn(stop_server(server.clone(), stopped));
+                let served = server
+                    .serve_connection(Arc::new(input), Arc::new(output))
+                    .await;
+                // A client that breaks off is no reason to leave the image unclosed.
+                served.unwrap_or_else(|e| tracing::warn!("{e}"));
+                Ok(())
+            }
+        }
+    }
+}
+
+async fn wait(mut stopped: watch::Receiver<bool>) {
+    // An error means that the sender is gone, which ends the process anyway.
+    let _ = stopped.wait_for(|stop| *stop).await;
+}
+
+async fn stop_server(server: nbd::Server<Disk<FileStore>>, stopped: watch::Receiver<bool>) {
+    wait(stopped).await;
+    server.stop();
+}

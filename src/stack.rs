@@ -1,0 +1,323 @@
+//! Stack: ordered layers. Resolves a guest range, newest layer first, and reads through all.
+//!
+//! Every layer has the same cluster size; an upper one is never smaller than a lower one. Only the
+//! top is ever written, and not by this file.
+
+use bytes::{Bytes, BytesMut};
+use futures_util::future::join_all;
+use ploop_formats::layer::{Below, Extent, Geometry, Layer};
+use ploop_formats::ploop::{Ploop, Reserved};
+use ploop_formats::raw::Raw;
+use ploop_formats::store::{Reach, Space, Store};
+use ploop_formats::units::VirtCluster;
+use ploop_formats::{Error, Result, buf, limits};
+
+/// A layer of any format.
+#[derive(Debug)]
+pub enum AnyLayer<S> {
+    /// A ploop delta.
+    Ploop(Ploop<S>),
+    /// A flat file, lowest only.
+    Raw(Raw<S>),
+}
+
+/// Calls the same method on whichever layer it is.
+macro_rules! each {
+    ($any:expr, $layer:ident => $call:expr) => {
+        match $any {
+            AnyLayer::Ploop($layer) => $call,
+            AnyLayer::Raw($layer) => $call,
+        }
+    };
+}
+
+impl<S: Store> AnyLayer<S> {
+    /// Whether clusters come and go in it; a raw image has all of them always.
+    pub const fn allocates(&self) -> bool {
+        matches!(self, AnyLayer::Ploop(_))
+    }
+
+    /// File offset below which no guest data may ever be written: header and table.
+    fn data_floor(&self) -> u64 {
+        match self {
+            AnyLayer::Ploop(layer) => {
+                let header = layer.header();
+                header.cluster.start(header.data_start)
+            }
+            AnyLayer::Raw(_) => 0,
+        }
+    }
+
+    /// Whether a failed flush forbids further success until the disk is closed and checked.
+    fn is_poisoned(&self) -> bool {
+        each!(self, layer => layer.is_poisoned())
+    }
+
+    /// Whether answered changes wait for a flush to become durable.
+    fn has_pending(&self) -> bool {
+        match self {
+            AnyLayer::Ploop(layer) => layer.has_pending(),
+            AnyLayer::Raw(_) => false,
+        }
+    }
+}
+
+impl<S: Store> Layer for AnyLayer<S> {
+    type Store = S;
+    type Reservation = Reserved;
+
+    fn geometry(&self) -> Geometry {
+        each!(self, layer => layer.geometry())
+    }
+
+    fn store(&self) -> &S {
+        each!(self, layer => layer.store())
+    }
+
+    async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
+        each!(self, layer => layer.map(guest, len).await)
+    }
+
+    fn is_durable(&self, cluster: VirtCluster) -> bool {
+        each!(self, layer => layer.is_durable(cluster))
+    }
+
+    async fn reserve(&self) -> Result<Reserved> {
+        match self {
+            AnyLayer::Ploop(layer) => layer.reserve().await,
+            AnyLayer::Raw(_) => Err(Error::invalid("a raw image has every cluster")),
+        }
+    }
+
+    fn publish(&self, cluster: VirtCluster, reserved: Reserved, below: Below) {
+        if let AnyLayer::Ploop(layer) = self {
+            layer.publish(cluster, reserved, below);
+        }
+    }
+
+    async fn release(&self, cluster: VirtCluster) -> Result<()> {
+        each!(self, layer => layer.release(cluster).await)
+    }
+
+    async fn sync(&self) -> Result<()> {
+        each!(self, layer => layer.sync().await)
+    }
+
+    async fn close(&self) -> Result<()> {
+        each!(self, layer => layer.close().await)
+    }
+}
+
+/// Where a guest range comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// The layer that answers, counted from the base; none when no layer knows the range.
+    pub layer: Option<usize>,
+    /// File offset in that layer, or none when the range reads as zeros.
+    pub at: Option<u64>,
+}
+
+/// The layers of one disk, base first.
+#[derive(Debug)]
+pub struct Stack<S> {
+    layers: Vec<AnyLayer<S>>,
+    align: u64,
+}
+
+impl<S: Store> Stack<S> {
+    /// Stacks layers, base first, and refuses what does not fit together.
+    pub fn new(layers: Vec<AnyLayer<S>>) -> Result<Self> {
+        let top = layers
+            .last()
+            .ok_or_else(|| Error::invalid("a stack without layers"))?
+            .geometry();
+        if layers.len() > limits::DEPTH_MAX {
+            return Err(Error::damaged(format!(
+                "{} layers, more than {}",
+                layers.len(),
+                limits::DEPTH_MAX
+            )));
+        }
+        for (i, layer) in layers.iter().enumerate() {
+            let geometry = layer.geometry();
+            if geometry.cluster != top.cluster {
+                return Err(Error::damaged(format!(
+                    "layer {i} has clusters of {} bytes, the top of {}",
+                    geometry.cluster.bytes(),
+                    top.cluster.bytes()
+                )));
+            }
+            if i > 0 && !layer.allocates() {
+                return Err(Error::damaged(format!(
+                    "layer {i} is raw; only the lowest may be"
+                )));
+            }
+        }
+        let smaller = layers
+            .windows(2)
+            .position(|w| w[1].geometry().size < w[0].geometry().size);
+        if let Some(i) = smaller {
+            return Err(Error::damaged(format!(
+                "layer {} is smaller than the one below it",
+                i + 1
+            )));
+        }
+        let align = layers
+            .iter()
+            .map(|l| l.store().info().align)
+            .max()
+            .unwrap_or(1);
+        Ok(Self { layers, align })
+    }
+
+    /// The layers, base first.
+    pub fn layers(&self) -> &[AnyLayer<S>] {
+        &self.layers
+    }
+
+    /// The writable layer.
+    pub fn top(&self) -> &AnyLayer<S> {
+        self.layers.last().expect("a stack has layers")
+    }
+
+    /// Writes guest data to a place in the top's file. Every guest write passes here.
+    ///
+    /// # Panics
+    /// When the place is in the header or the table: a panic costs an export, that write a disk.
+    pub async fn write_data(&self, host: u64, bytes: Bytes, reach: Reach) -> Result<()> {
+        let top = self.top();
+        assert!(
+            host >= top.data_floor(),
+            "guest data at {host}, inside header and table"
+        );
+        top.store().write_at(host, bytes, reach).await
+    }
+
+    /// Zeroes guest data at a place in the top's file.
+    ///
+    /// # Panics
+    /// As [`Stack::write_data`].
+    pub async fn punch_data(&self, host: u64, len: u64, space: Space) -> Result<()> {
+        let top = self.top();
+        assert!(
+            host >= top.data_floor(),
+            "a hole at {host}, inside header and table"
+        );
+        top.store().punch(host, len, space).await
+    }
+
+    /// Whether a failed flush forbids further success until the disk is closed and checked.
+    pub fn is_poisoned(&self) -> bool {
+        self.top().is_poisoned()
+    }
+
+    /// Whether the top has answered changes that wait for a flush.
+    pub fn has_pending(&self) -> bool {
+        self.top().has_pending()
+    }
+
+    /// How many layers there are.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Offsets, lengths and buffers of every I/O are multiples of this.
+    pub const fn align(&self) -> u64 {
+        self.align
+    }
+
+    /// The first segment of a guest range, as the lowest `depth` layers tell it.
+    pub async fn resolve(&self, guest: u64, len: u64, depth: usize) -> Result<Segment> {
+        let mut len = len;
+        for (i, layer) in self.layers.iter().enumerate().take(depth).rev() {
+            let size = layer.geometry().size;
+            if guest >= size {
+                continue;
+            }
+            let extent = layer.map(guest, len.min(size - guest)).await?;
+            len = extent.len();
+            match extent {
+                Extent::Data { at, .. } => {
+                    return Ok(Segment {
+                        len,
+                        layer: Some(i),
+                        at: Some(at),
+                    });
+                }
+                Extent::Zero { .. } => {
+                    return Ok(Segment {
+                        len,
+                        layer: Some(i),
+                        at: None,
+                    });
+                }
+                Extent::Absent { .. } => {}
+            }
+        }
+        Ok(Segment {
+            len,
+            layer: None,
+            at: None,
+        })
+    }
+
+    /// Whether the lowest `depth` layers read as zeros in `from .. to` for all that their tables
+    /// say.
+    pub async fn reads_zero(&self, from: u64, to: u64, depth: usize) -> Result<bool> {
+        let mut at = from;
+        while at < to {
+            let segment = self.resolve(at, to - at, depth).await?;
+            if segment.at.is_some() {
+                return Ok(false);
+            }
+            at += segment.len;
+        }
+        Ok(true)
+    }
+
+    /// Fills `buf` from guest offset `guest`, as the lowest `depth` layers have it. Aligned.
+    pub async fn read(&self, guest: u64, mut buf: BytesMut, depth: usize) -> Result<BytesMut> {
+        let mut parts = Vec::new();
+        let mut at = guest;
+        while !buf.is_empty() {
+            let segment = self.resolve(at, buf.len() as u64, depth).await?;
+            parts.push(self.read_segment(segment, buf.split_to(segment.len as usize)));
+            at += segment.len;
+        }
+        if parts.len() == 1 {
+            return parts.remove(0).await;
+        }
+        let mut whole: Option<BytesMut> = None;
+        for part in join_all(parts).await {
+            match whole.as_mut() {
+                Some(whole) => whole.unsplit(part?),
+                None => whole = Some(part?),
+            }
+        }
+        Ok(whole.unwrap_or(buf))
+    }
+
+    async fn read_segment(&self, segment: Segment, mut buf: BytesMut) -> Result<BytesMut> {
+        match (segment.layer.and_then(|i| self.layers.get(i)), segment.at) {
+            (Some(layer), Some(at)) => layer.store().read_at(at, buf).await,
+            _ => {
+                buf.fill(0);
+                Ok(buf)
+            }
+        }
+    }
+
+    /// As [`Stack::read`], of any alignment: reads whole blocks and copies.
+    pub async fn read_unaligned(&self, guest: u64, len: usize, depth: usize) -> Result<BytesMut> {
+        let from = guest / self.align * self.align;
+        let to = (guest + len as u64).next_multiple_of(self.align);
+        let mut wide = self
+            .read(from, buf::aligned((to - from) as usize), depth)
+            .await?;
+        let mut inner = wide.split_off((guest - from) as usize);
+        inner.truncate(len);
+        Ok(inner)
+    }
+}

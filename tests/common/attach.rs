@@ -1,0 +1,250 @@
+//! A disk mounted by `ploopctl mount`, and the search for what a mount might leave behind.
+
+use super::process::{self, eventually, ok, ok_within, run};
+use super::programs::{ploopctl, tool};
+use super::serve::Disk;
+use serde_json::Value;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Whether this machine lets a test mount through FUSE and loop; otherwise it is skipped, visibly.
+pub fn can_mount(test: &str) -> bool {
+    let reason = if !rustix::process::geteuid().is_root() {
+        "needs root"
+    } else if !Path::new("/dev/fuse").exists() {
+        "no /dev/fuse"
+    } else if !Path::new("/dev/loop-control").exists() {
+        "no /dev/loop-control"
+    } else {
+        return true;
+    };
+    super::skip(test, reason);
+    false
+}
+
+/// An attached disk. Dropping it detaches it, however the test ended.
+#[derive(Debug)]
+pub struct Attached {
+    /// The block device.
+    pub device: PathBuf,
+    /// Where it is mounted, if it is.
+    pub mountpoint: Option<PathBuf>,
+    /// The process that holds the kernel's descriptors.
+    pub keeper: u32,
+    disk: PathBuf,
+}
+
+impl Attached {
+    /// `ploopctl mount DISK`: a block device and nothing more.
+    pub fn device_of(disk: &Disk) -> Self {
+        Self::attach(disk, None, &[])
+    }
+
+    /// `ploopctl mount DISK MOUNTPOINT ARGS`, on a folder beside the disk.
+    pub fn mounted(disk: &Disk, args: &[&str]) -> Self {
+        let mountpoint = disk.beside("mnt");
+        fs::create_dir_all(&mountpoint).unwrap();
+        Self::attach(disk, Some(mountpoint), args)
+    }
+
+    fn attach(disk: &Disk, mountpoint: Option<PathBuf>, args: &[&str]) -> Self {
+        let mut command = ploopctl();
+        command
+            .arg("mount")
+            .arg(disk.path())
+            .args(&mountpoint)
+            .args(["-o", "json"])
+            .args(args);
+        let object: Value = serde_json::from_str(&ok(&mut command)).expect("mount -o json");
+        assert_eq!(object["path"].as_str(), disk.path().to_str(), "{object}");
+        let device = object["device"].as_str().expect("a device").into();
+        let keeper = pid(&object, "keeper_pid").expect("a keeper");
+        let there = object["mountpoint"].as_str().map(PathBuf::from);
+        assert_eq!(there, mountpoint, "{object}");
+        Self {
+            device,
+            mountpoint,
+            keeper,
+            disk: disk.path(),
+        }
+    }
+
+    /// The folder where its files are.
+    pub fn folder(&self) -> &Path {
+        self.mountpoint.as_deref().expect("this disk is mounted")
+    }
+
+    /// The worker that serves the disk now, as `list` says; `None` between two workers.
+    pub fn worker(&self) -> Option<u32> {
+        pid(&listed(&self.disk)?, "worker_pid")
+    }
+
+    /// Kills the worker with SIGKILL and returns once another one serves the disk.
+    pub fn kill_worker(&self) {
+        let wait = Duration::from_secs(60);
+        let old = eventually("a worker", wait, || self.worker());
+        kill(old);
+        eventually("another worker", wait, || {
+            self.worker().filter(|new| *new != old)
+        });
+    }
+
+    /// `ploopctl umount DISK`, which must leave nothing.
+    pub fn detach(self) {
+        ok_within(ploopctl().arg("umount").arg(&self.disk), process::DEADLINE);
+        let (disk, keeper) = (self.disk.clone(), self.keeper);
+        drop(self);
+        assert_nothing_left(&disk, &[keeper]);
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        if listed(&self.disk).is_none() {
+            return;
+        }
+        if !run(ploopctl().arg("umount").arg(&self.disk))
+            .status
+            .success()
+        {
+            if let Some(folder) = &self.mountpoint {
+                let _ = run(tool("umount").arg("--lazy").arg(folder));
+            }
+            kill(self.keeper);
+            let _ = run(ploopctl().args(["list", "-o", "json"]));
+        }
+    }
+}
+
+/// SIGKILL, to a process of this test's disk; it may be gone already.
+pub fn kill(pid: u32) {
+    use rustix::process::{Pid, Signal, kill_process};
+    let pid = Pid::from_raw(pid.try_into().unwrap()).expect("not process 0");
+    let _ = kill_process(pid, Signal::KILL);
+}
+
+/// The object of an attached disk in `ploopctl list -o json`.
+pub fn listed(disk: &Path) -> Option<Value> {
+    let all: Value =
+        serde_json::from_str(&ok(ploopctl().args(["list", "-o", "json"]))).expect("list -o json");
+    assert!(
+        all["schema"].is_number() || all["schema"].is_string(),
+        "no schema: {all}"
+    );
+    let disks = all["disks"].as_array().expect("a list of disks");
+    disks
+        .iter()
+        .find(|d| d["path"].as_str() == disk.to_str())
+        .cloned()
+}
+
+fn pid(object: &Value, field: &str) -> Option<u32> {
+    object[field]
+        .as_u64()
+        .filter(|pid| *pid > 0)
+        .map(|pid| pid as u32)
+}
+
+/// Demands that no loop device, mount, process or run directory of the disk is left.
+/// `processes` are those that were seen to serve it.
+pub fn assert_nothing_left(disk: &Path, processes: &[u32]) {
+    let folder = disk.parent().unwrap_or(disk).to_str().unwrap().to_owned();
+    let inode = fs::metadata(disk).unwrap().ino();
+    eventually(
+        "the end of every process of the disk",
+        Duration::from_secs(20),
+        || remains_in_proc(&folder, processes).is_empty().then_some(()),
+    );
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mine: Vec<&str> = mounts
+        .lines()
+        .filter(|l| of_disk(l, &folder, inode))
+        .collect();
+    assert!(mine.is_empty(), "mounts are left: {mine:?}");
+    let loops = ok(tool("losetup").args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"]));
+    let mine: Vec<&str> = loops
+        .lines()
+        .filter(|l| of_disk(l, &folder, inode))
+        .collect();
+    assert!(mine.is_empty(), "loop devices are left: {mine:?}");
+    let runs = run_directories(inode);
+    assert!(runs.is_empty(), "run directories are left: {runs:?}");
+}
+
+/// A run directory is named DEVICE-INODE of the disk's folder.
+fn of_disk(line: &str, folder: &str, inode: u64) -> bool {
+    let run_directory = format!("-{inode}");
+    let mut parts = line.split(|c: char| c == '/' || c.is_whitespace());
+    line.contains(folder) || parts.any(|part| part.ends_with(&run_directory))
+}
+
+/// The run directories of an inode.
+pub fn run_directories(inode: u64) -> Vec<PathBuf> {
+    let all = fs::read_dir("/run/ploop")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path());
+    let ends = format!("-{inode}");
+    all.filter(|p| p.to_str().is_some_and(|p| p.ends_with(&ends)))
+        .collect()
+}
+
+fn remains_in_proc(folder: &str, processes: &[u32]) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+            continue;
+        };
+        let Ok(words) = fs::read(entry.path().join("cmdline")) else {
+            continue;
+        };
+        let words = String::from_utf8_lossy(&words).replace('\0', " ");
+        // A zombie has no command line: it is dead, whoever has yet to notice.
+        let named = words.contains("ploopd") && words.contains(folder);
+        if named || (processes.contains(&pid) && words.contains("ploopd")) {
+            found.push(format!("{pid}: {words}"));
+        }
+    }
+    found
+}
+
+/// Lines of the kernel's log that tell of failed I/O on a device since the mark.
+pub fn kernel_complaints(device: &Path, since: &KernelMark) -> Vec<String> {
+    let name = device.file_name().unwrap().to_str().unwrap().to_owned();
+    let bad = [
+        "I/O error",
+        "critical",
+        "Buffer I/O",
+        "shutdown",
+        "Corruption",
+        "EXT4-fs error",
+    ];
+    let lines = ok(&mut tool("dmesg"));
+    let new = lines
+        .rsplit_once(&since.0)
+        .map_or(lines.as_str(), |(_, new)| new)
+        .lines();
+    let whole_name = |line: &str| {
+        line.split(|c: char| !c.is_ascii_alphanumeric())
+            .any(|word| word == name)
+    };
+    new.filter(|l| whole_name(l) && bad.iter().any(|b| l.contains(b)))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// A line of our own in the kernel's log: what follows it happened afterwards.
+#[derive(Debug)]
+pub struct KernelMark(String);
+
+impl KernelMark {
+    /// Writes the mark.
+    pub fn new(test: &str) -> Self {
+        let text = format!("ploop test {test} {}", std::process::id());
+        let _ = fs::write("/dev/kmsg", &text);
+        Self(text)
+    }
+}

@@ -1,0 +1,254 @@
+//! The engine over memory, one request at a time: every request means what a flat disk means, with
+//! and without a parent, across reopening, and QEMU agrees with the file.
+
+use bytes::{Bytes, BytesMut};
+use ploop::device::{Device, Zero};
+use ploop::disk::Disk;
+use ploop::stack::AnyLayer;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::extension::{Extension, Feature, NECESSARY, TRANSIT};
+use ploop_formats::ploop::header::CLOSED_V21;
+use ploop_formats::ploop::{Header, Ploop, Version};
+use ploop_formats::store::Store;
+use ploop_formats::store::mem::MemStore;
+use ploop_formats::units::ClusterSize;
+use ploop_formats::{buf, store::Reach};
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+const CLUSTER: u64 = 32 << 10;
+const SIZE: u64 = 24 * CLUSTER;
+
+/// Memory never waits, so one poll runs a request to its end.
+fn now<F: Future>(future: F) -> F::Output {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(out) => out,
+        Poll::Pending => panic!("a request over memory waits for something"),
+    }
+}
+
+fn blank(version: Version) -> MemStore {
+    let store = MemStore::new(0);
+    let header = Header::new(version, SIZE, ClusterSize::new(CLUSTER).unwrap()).unwrap();
+    now(async {
+        store
+            .set_len(header.cluster.start(header.data_start))
+            .await
+            .unwrap();
+        let mut page = buf::aligned(4096);
+        page[..64].copy_from_slice(&header.encode());
+        store
+            .write_at(0, page.freeze(), Reach::Cache)
+            .await
+            .unwrap();
+    });
+    store
+}
+
+fn open(stores: &[MemStore]) -> Disk<MemStore> {
+    let (top, lower) = stores.split_last().unwrap();
+    let mut layers: Vec<_> = lower
+        .iter()
+        .map(|s| AnyLayer::Ploop(now(Ploop::open_read(s.clone())).unwrap()))
+        .collect();
+    layers.push(AnyLayer::Ploop(
+        now(Ploop::open_write(top.clone(), Ledger::local())).unwrap(),
+    ));
+    Disk::new(layers, false).unwrap()
+}
+
+struct Rng(u64);
+
+impl Rng {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+fn read(disk: &Disk<MemStore>, at: u64, len: usize) -> BytesMut {
+    now(disk.read(at, buf::aligned(len))).unwrap()
+}
+
+fn step(disk: &Disk<MemStore>, model: &mut [u8], rng: &mut Rng, unit: u64) {
+    let at = rng.below(SIZE / unit) * unit;
+    let len = (1 + rng.below(3 * CLUSTER / unit)).min((SIZE - at) / unit) * unit;
+    let range = at as usize..(at + len) as usize;
+    match rng.below(8) {
+        0..=3 => {
+            let fill = rng.below(255) as u8 + 1;
+            let mut data = buf::aligned(len as usize);
+            data.fill(fill);
+            now(disk.write(at, data.freeze(), rng.below(4) == 0)).unwrap();
+            model[range].fill(fill);
+        }
+        4 => {
+            let how = [Zero::MayFree, Zero::Allocate][rng.below(2) as usize];
+            now(disk.zero(at, len, how, false)).unwrap();
+            model[range].fill(0);
+        }
+        5 => {
+            now(disk.discard(at, len)).unwrap();
+            let after = read(disk, at, len as usize);
+            for (now, old) in after.iter().zip(&mut model[range]) {
+                assert!(
+                    *now == *old || *now == 0,
+                    "a discard shows neither old bytes nor zeros"
+                );
+                *old = *now;
+            }
+        }
+        6 => now(disk.flush()).unwrap(),
+        _ => assert_eq!(&read(disk, at, len as usize)[..], &model[range]),
+    }
+}
+
+#[test]
+fn a_stack_is_a_flat_disk_whatever_is_done_to_it() {
+    for seed in 1..=60u64 {
+        let version = if seed % 2 == 0 {
+            Version::V1
+        } else {
+            Version::V2
+        };
+        let unit = if seed % 3 == 0 { 100 } else { 512 };
+        let unit = if SIZE % unit == 0 { unit } else { 96 };
+        let mut rng = Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        let mut model = vec![0u8; SIZE as usize];
+        let mut stores = vec![blank(version)];
+        for depth in 0..4 {
+            for _ in 0..3 {
+                let disk = open(&stores);
+                for _ in 0..60 {
+                    step(&disk, &mut model, &mut rng, unit);
+                }
+                now(disk.close()).unwrap();
+            }
+            let disk = open(&stores);
+            assert_eq!(
+                &read(&disk, 0, SIZE as usize)[..],
+                &model[..],
+                "seed {seed} depth {depth}"
+            );
+            now(disk.close()).unwrap();
+            stores.push(blank(version));
+        }
+    }
+}
+
+#[test]
+fn steady_overwrite_does_not_grow_the_file() {
+    let store = blank(Version::V2);
+    let disk = open(std::slice::from_ref(&store));
+    let whole = || Bytes::from(vec![7u8; SIZE as usize]);
+    now(disk.write(0, whole(), false)).unwrap();
+    now(disk.flush()).unwrap();
+    let len = store.info().len;
+    for _ in 0..10 {
+        now(disk.write(0, whole(), false)).unwrap();
+        now(disk.flush()).unwrap();
+        assert_eq!(store.info().len, len);
+    }
+    now(disk.close()).unwrap();
+    assert_eq!(
+        store.info().len,
+        CLUSTER + SIZE,
+        "a clean close leaves no unused tail"
+    );
+}
+
+#[test]
+fn discarded_space_is_used_again_and_reads_as_zeros() {
+    let store = blank(Version::V2);
+    let disk = open(std::slice::from_ref(&store));
+    for round in 0..20u8 {
+        let data = Bytes::from(vec![round + 1; SIZE as usize]);
+        now(disk.write(0, data, false)).unwrap();
+        now(disk.flush()).unwrap();
+        now(disk.discard(0, SIZE)).unwrap();
+        now(disk.flush()).unwrap();
+        now(disk.flush()).unwrap();
+        now(disk.write(CLUSTER + 512, Bytes::from(vec![9u8; 512]), false)).unwrap();
+        assert!(read(&disk, CLUSTER, 512).iter().all(|b| *b == 0));
+    }
+    now(disk.close()).unwrap();
+    assert_eq!(store.info().len, 2 * CLUSTER, "one cluster of data is left");
+}
+
+#[test]
+#[should_panic(expected = "inside header and table")]
+fn no_guest_write_reaches_header_or_table() {
+    let store = blank(Version::V2);
+    let disk = open(std::slice::from_ref(&store));
+    let _ = now(disk
+        .stack()
+        .write_data(CLUSTER - 512, Bytes::from(vec![1u8; 512]), Reach::Cache));
+}
+
+/// A blank image whose format extension holds one feature.
+fn with_feature(magic: u64, flags: u64) -> MemStore {
+    let store = blank(Version::V2);
+    let feature = Feature {
+        magic,
+        flags,
+        data: vec![5; 16],
+    };
+    let size = ClusterSize::new(CLUSTER).unwrap();
+    let cluster = Extension {
+        features: vec![feature],
+    }
+    .build(size)
+    .unwrap();
+    now(async {
+        let page = store.read_at(0, buf::aligned(4096)).await.unwrap();
+        let mut header = Header::parse(&page).unwrap();
+        header.in_use = CLOSED_V21;
+        header.extension = CLUSTER / 512;
+        let mut page = page;
+        page[..64].copy_from_slice(&header.encode());
+        store.set_len(2 * CLUSTER).await.unwrap();
+        store
+            .write_at(0, page.freeze(), Reach::Cache)
+            .await
+            .unwrap();
+        store
+            .write_at(CLUSTER, cluster.into(), Reach::Cache)
+            .await
+            .unwrap();
+    });
+    store
+}
+
+#[test]
+fn an_unknown_feature_is_kept_dropped_or_refused_as_its_flags_say() {
+    for (flags, kept) in [(0, false), (TRANSIT, true)] {
+        let store = with_feature(0x1234, flags);
+        let disk = open(std::slice::from_ref(&store));
+        now(disk.write(0, Bytes::from(vec![1u8; 512]), false)).unwrap();
+        now(disk.close()).unwrap();
+        let page = now(store.read_at(0, buf::aligned(4096))).unwrap();
+        let header = Header::parse(&page).unwrap();
+        assert_eq!(
+            (header.in_use == CLOSED_V21, header.extension != 0),
+            (kept, kept)
+        );
+        if kept {
+            let at = header.extension * 512;
+            let cluster = now(store.read_at(at, buf::aligned(CLUSTER as usize))).unwrap();
+            assert_eq!(
+                Extension::parse(&cluster).unwrap().features[0].data,
+                vec![5; 16]
+            );
+        }
+        let disk = open(std::slice::from_ref(&store));
+        assert_eq!(read(&disk, 0, 512)[..], [1u8; 512]);
+    }
+    let store = with_feature(0x1234, NECESSARY);
+    let before = store.to_vec();
+    assert!(now(Ploop::open_write(store.clone(), Ledger::local())).is_err());
+    assert!(now(Ploop::open_read(store.clone())).is_err());
+    assert_eq!(store.to_vec(), before, "a refused image is untouched");
+}

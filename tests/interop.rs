@@ -1,0 +1,438 @@
+//! QEMU as a second opinion: what this engine writes, QEMU checks clean and reads alike; what
+//! QEMU writes, this engine checks clean, reads alike and goes on writing.
+//!
+//! Every legal cluster size in both format versions is driven with random requests beside a flat
+//! model. QEMU cannot create v1 images; it reads and checks them. Without qemu-img and qemu-io the
+//! tests say that they are skipped.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use bytes::Bytes;
+use ploop::device::{Device, Zero};
+use ploop::disk::Disk;
+use ploop::stack::AnyLayer;
+use ploop_formats::buf;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::check::check;
+use ploop_formats::ploop::create::{create, create_preallocated};
+use ploop_formats::ploop::{Header, Ploop, Version};
+use ploop_formats::store::mem::MemStore;
+use ploop_formats::store::pages::Pages;
+use ploop_formats::testkit::exec::now;
+use ploop_formats::testkit::rng::Rng;
+use ploop_formats::units::ClusterSize;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use tempfile::TempDir;
+
+/// All cluster sizes of the format: 32 KiB to 64 MiB.
+fn cluster_sizes() -> impl Iterator<Item = u64> {
+    (15..=26).map(|log2| 1 << log2)
+}
+
+/// Says that a test does nothing, unless QEMU's tools are here.
+fn qemu_is_here(test: &str) -> bool {
+    let works = |tool| {
+        Command::new(tool)
+            .arg("--version")
+            .output()
+            .is_ok_and(|o| o.status.success())
+    };
+    let here = works("qemu-img") && works("qemu-io");
+    if !here {
+        eprintln!("SKIPPED {test}: qemu-img and qemu-io are not installed");
+    }
+    here
+}
+
+/// Runs one of QEMU's tools: what it said, as an error when it failed.
+fn try_qemu(tool: &str, args: &[&str]) -> Result<String, String> {
+    let out = Command::new(tool).args(args).output().unwrap();
+    let said = String::from_utf8_lossy(&[out.stdout, out.stderr].concat()).into_owned();
+    if out.status.success() {
+        return Ok(said);
+    }
+    Err(format!("{tool} {args:?} gave {:?}: {said}", out.status))
+}
+
+/// Runs one of QEMU's tools, which must succeed.
+fn qemu(tool: &str, args: &[&str], context: &str) -> String {
+    try_qemu(tool, args).unwrap_or_else(|e| panic!("{context}: {e}"))
+}
+
+/// A disk beside a model of its content.
+struct Twin {
+    store: MemStore,
+    disk: Disk<MemStore>,
+    model: Pages,
+    rng: Rng,
+}
+
+impl Twin {
+    fn new(store: MemStore, model: Pages, seed: u64) -> Self {
+        let disk = open(&store);
+        assert_eq!(disk.size(), model.len());
+        Self {
+            store,
+            disk,
+            model,
+            rng: Rng::new(seed),
+        }
+    }
+
+    /// Some sectors: mostly few, often across the edge of a cluster, at most 2 MiB.
+    fn range(&mut self) -> (u64, u64) {
+        let (size, cluster) = (self.disk.size(), self.disk.preferred_block());
+        let longest = (2 * cluster).min(2 << 20).min(size);
+        let len = match self.rng.below(4) {
+            0 => self.rng.range(1, longest / 512) * 512,
+            _ => self.rng.range(1, 64.min(longest / 512)) * 512,
+        };
+        let at = self.rng.below((size - len) / 512 + 1) * 512;
+        let edge = (at / cluster * cluster).saturating_sub(self.rng.below(8) * 512);
+        (
+            if self.rng.one_in(3) {
+                edge.min(size - len)
+            } else {
+                at
+            },
+            len,
+        )
+    }
+
+    fn step(&mut self) {
+        let (at, len) = self.range();
+        match self.rng.below(10) {
+            0..=5 => {
+                let mut data = buf::aligned(len as usize);
+                let mut word = self.rng.next();
+                for to in data.chunks_exact_mut(8) {
+                    word = word
+                        .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+                        .wrapping_add(at | 1);
+                    to.copy_from_slice(&word.to_le_bytes());
+                }
+                self.model.write(at, &data);
+                now(self.disk.write(at, data.freeze(), self.rng.one_in(8))).unwrap();
+            }
+            6 => {
+                let how = *self.rng.pick(&[Zero::MayFree, Zero::Allocate]);
+                now(self.disk.zero(at, len, how, false)).unwrap();
+                self.model.zero(at, len);
+            }
+            7 => self.discard(),
+            8 => now(self.disk.flush()).unwrap(),
+            _ => self.reopen(),
+        }
+    }
+
+    /// Whole clusters, of which the old content may stay.
+    fn discard(&mut self) {
+        let cluster = self.disk.preferred_block();
+        let at = self.rng.below(self.disk.size() / cluster) * cluster;
+        now(self.disk.discard(at, cluster)).unwrap();
+        let bytes = now(self.disk.read(at, buf::aligned(cluster as usize))).unwrap();
+        if bytes.iter().all(|b| *b == 0) {
+            self.model.zero(at, cluster);
+        }
+    }
+
+    fn reopen(&mut self) {
+        now(self.disk.close()).unwrap();
+        self.disk = open(&self.store);
+    }
+
+    /// Closes the disk; the image and its content.
+    fn close(self) -> (Pages, Pages) {
+        now(self.disk.close()).unwrap();
+        (self.store.pages(), self.model)
+    }
+}
+
+fn open(store: &MemStore) -> Disk<MemStore> {
+    let top = now(Ploop::open_write(store.clone(), Ledger::local())).unwrap();
+    Disk::new(vec![AnyLayer::Ploop(top)], false).unwrap()
+}
+
+/// Writes a sparse file.
+fn save(pages: &Pages, path: &Path) {
+    let file = File::create(path).unwrap();
+    file.set_len(pages.len()).unwrap();
+    let mut at = 0;
+    while at < pages.len() {
+        let (data, until) = pages.extent(at);
+        if data {
+            let mut bytes = vec![0; (until - at) as usize];
+            pages.read(at, &mut bytes);
+            file.write_all_at(&bytes, at).unwrap();
+        }
+        at = until;
+    }
+}
+
+/// Reads a file, zero pages left out.
+fn load(path: &Path) -> Pages {
+    let file = File::open(path).unwrap();
+    let len = file.metadata().unwrap().len();
+    let mut pages = Pages::new(len);
+    let mut at = 0;
+    while at < len {
+        let mut bytes = vec![0; (len - at).min(1 << 20) as usize];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        for (i, page) in bytes.chunks(4096).enumerate() {
+            if page.iter().any(|b| *b != 0) {
+                pages.write(at + i as u64 * 4096, page);
+            }
+        }
+        at += bytes.len() as u64;
+    }
+    pages
+}
+
+/// Files of one comparison.
+struct Bench {
+    _dir: TempDir,
+    image: PathBuf,
+    flat: PathBuf,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, flat) = (dir.path().join("image"), dir.path().join("flat"));
+        Self {
+            _dir: dir,
+            image,
+            flat,
+        }
+    }
+
+    fn image(&self) -> &str {
+        self.image.to_str().unwrap()
+    }
+
+    fn flat(&self) -> &str {
+        self.flat.to_str().unwrap()
+    }
+
+    /// Whether QEMU finds nothing wrong and reads what the model holds.
+    fn verdict(&self, image: &Pages, model: &Pages) -> Result<(), String> {
+        save(image, &self.image);
+        save(model, &self.flat);
+        try_qemu("qemu-img", &["check", "-f", "parallels", self.image()])?;
+        let compare = [
+            "compare",
+            "-f",
+            "parallels",
+            "-F",
+            "raw",
+            self.image(),
+            self.flat(),
+        ];
+        let said = try_qemu("qemu-img", &compare)?;
+        // A difference in size alone is only a warning.
+        if said.contains("mismatch") {
+            Err(said)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn qemu_agrees(&self, image: &Pages, model: &Pages, context: &str) {
+        self.verdict(image, model)
+            .unwrap_or_else(|e| panic!("{context}: {e}"));
+    }
+
+    /// What QEMU reads from the image.
+    fn as_qemu_reads(&self, context: &str) -> Pages {
+        let convert = [
+            "convert",
+            "-f",
+            "parallels",
+            "-O",
+            "raw",
+            self.image(),
+            self.flat(),
+        ];
+        qemu("qemu-img", &convert, context);
+        load(&self.flat)
+    }
+
+    /// Has QEMU write patterns; the image must be closed afterwards.
+    fn qemu_writes(&self, rng: &mut Rng, size: u64, context: &str) {
+        let mut args = vec!["-f".to_string(), "parallels".to_string()];
+        for _ in 0..rng.range(3, 12) {
+            let len = rng.range(1, (size / 512).min(700)) * 512;
+            let at = rng.below((size - len) / 512 + 1) * 512;
+            let pattern = rng.range(1, 255);
+            let command = match rng.below(6) {
+                0 => format!("write -z {at} {len}"),
+                1 => "flush".into(),
+                _ => format!("write -P {pattern} {at} {len}"),
+            };
+            args.extend(["-c".into(), command]);
+        }
+        args.push(self.image().into());
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let said = qemu("qemu-io", &args, context);
+        assert!(!said.contains("failed"), "{context}: {said}");
+    }
+}
+
+fn assert_clean(store: &MemStore, context: &str) {
+    let report = now(check(store)).unwrap();
+    assert!(report.is_clean(), "{context}: {:?}", report.findings);
+}
+
+/// All content, in pieces.
+fn content(disk: &Disk<MemStore>) -> Pages {
+    let mut pages = Pages::new(disk.size());
+    let mut at = 0;
+    while at < disk.size() {
+        let len = (disk.size() - at).min(1 << 20);
+        let bytes = now(disk.read(at, buf::aligned(len as usize))).unwrap();
+        if bytes.iter().any(|b| *b != 0) {
+            pages.write(at, &bytes);
+        }
+        at += len;
+    }
+    pages
+}
+
+fn assert_same(ours: &Pages, theirs: &Pages, context: &str) {
+    assert_eq!(ours.len(), theirs.len(), "{context}");
+    let mut at = 0;
+    let (mut a, mut b) = (vec![0; 1 << 20], vec![0; 1 << 20]);
+    while at < ours.len() {
+        ours.read(at, &mut a);
+        theirs.read(at, &mut b);
+        assert!(a == b, "{context}: contents differ within 1 MiB from {at}");
+        at += 1 << 20;
+    }
+}
+
+/// A blank or preallocated image of some clusters.
+fn new_image(version: Version, cluster: u64, rng: &mut Rng) -> (MemStore, u64) {
+    let most = (24u64 << 20).div_ceil(cluster).clamp(3, 200);
+    let size = ClusterSize::new(cluster).unwrap();
+    let header = Header::new(version, rng.range(2, most) * cluster, size).unwrap();
+    let store = MemStore::new(0);
+    if rng.one_in(5) {
+        now(create_preallocated(&store, &header)).unwrap();
+    } else {
+        now(create(&store, &header)).unwrap();
+    }
+    (store, header.sectors * 512)
+}
+
+fn our_images(version: Version, per_size: u64) {
+    let name = format!("images of format {version:?}");
+    if !qemu_is_here(&name) {
+        return;
+    }
+    let (bench, mut images) = (Bench::new(), 0);
+    for cluster in cluster_sizes() {
+        for n in 0..per_size {
+            let context = format!("{name}, clusters of {cluster}, number {n}");
+            let seed = cluster ^ n;
+            let (store, size) = new_image(version, cluster, &mut Rng::new(seed));
+            let mut twin = Twin::new(store, Pages::new(size), seed);
+            for _ in 0..40 {
+                twin.step();
+            }
+            let (image, model) = twin.close();
+            assert_clean(&MemStore::from_pages(image.clone()), &context);
+            bench.qemu_agrees(&image, &model, &context);
+            images += 1;
+        }
+    }
+    eprintln!("{images} {name}: QEMU finds nothing wrong and reads them alike");
+}
+
+#[test]
+fn qemu_checks_and_reads_our_v1_images() {
+    our_images(Version::V1, 9);
+}
+
+#[test]
+fn qemu_checks_and_reads_our_v2_images() {
+    our_images(Version::V2, 9);
+}
+
+#[test]
+fn images_that_qemu_makes_are_read_alike_and_written_on() {
+    if !qemu_is_here("images that QEMU makes") {
+        return;
+    }
+    let (bench, mut images) = (Bench::new(), 0);
+    for cluster in cluster_sizes() {
+        for n in 0..3u64 {
+            let context = format!("made by QEMU, clusters of {cluster}, number {n}");
+            let mut rng = Rng::new(cluster ^ n ^ 0x51);
+            // QEMU rounds sizes to sectors only.
+            let size = cluster * rng.range(2, 5) + rng.below(2) * rng.below(cluster / 512) * 512;
+            let option = format!("cluster_size={cluster}");
+            let (of, image) = (size.to_string(), bench.image());
+            qemu(
+                "qemu-img",
+                &["create", "-q", "-f", "parallels", "-o", &option, image, &of],
+                &context,
+            );
+            bench.qemu_writes(&mut rng, size, &context);
+            read_and_go_on(&bench, rng.next(), &context);
+            images += 1;
+        }
+    }
+    eprintln!("{images} images made by QEMU are read alike and written on");
+}
+
+#[test]
+fn qemu_writes_on_in_images_that_we_made() {
+    if !qemu_is_here("QEMU writing in our images") {
+        return;
+    }
+    let (bench, mut images) = (Bench::new(), 0);
+    for cluster in cluster_sizes() {
+        let context = format!("made by us and written by QEMU, clusters of {cluster}");
+        let mut rng = Rng::new(cluster ^ 0xA7);
+        let (store, size) = new_image(Version::V2, cluster, &mut rng);
+        let mut twin = Twin::new(store, Pages::new(size), cluster);
+        for _ in 0..20 {
+            twin.step();
+        }
+        save(&twin.close().0, &bench.image);
+        bench.qemu_writes(&mut rng, size, &context);
+        read_and_go_on(&bench, rng.next(), &context);
+        images += 1;
+    }
+    eprintln!("{images} images made here and written by QEMU are read alike and written on");
+}
+
+/// An image that QEMU has closed: nothing is wrong with it, it reads as QEMU reads it, and both
+/// stays so when this engine has written to it.
+fn read_and_go_on(bench: &Bench, seed: u64, context: &str) {
+    let store = MemStore::from_pages(load(&bench.image));
+    assert_clean(&store, context);
+    let model = bench.as_qemu_reads(context);
+    let mut twin = Twin::new(store, model, seed);
+    assert_same(&content(&twin.disk), &twin.model, context);
+    for _ in 0..20 {
+        twin.step();
+    }
+    let (image, model) = twin.close();
+    bench.qemu_agrees(&image, &model, context);
+}
+
+#[test]
+fn a_difference_would_be_noticed() {
+    if !qemu_is_here("the comparison itself") {
+        return;
+    }
+    let (store, size) = new_image(Version::V2, 1 << 16, &mut Rng::new(1));
+    let twin = Twin::new(store, Pages::new(size), 1);
+    now(twin.disk.write(4096, Bytes::from(vec![1; 512]), false)).unwrap();
+    let (image, model) = twin.close();
+    let verdict = Bench::new().verdict(&image, &model);
+    assert!(verdict.is_err_and(|e| e.contains("mismatch at offset 4096")));
+}

@@ -1,0 +1,80 @@
+//! Answer: what a verb has to say.
+//!
+//! Results go to standard output, everything else to standard error. Every JSON object carries
+//! `schema`, whose value changes only with a change that breaks readers.
+
+use crate::report::{self, Output};
+use serde_json::{Value, json};
+use std::io::Write;
+use std::process::ExitCode;
+
+/// What a verb has to say.
+#[derive(Debug, Default)]
+pub struct Answer {
+    /// For people; empty prints nothing.
+    pub text: String,
+    /// For programs: an object, to which `schema` is added.
+    pub json: Value,
+    /// Exit code.
+    pub code: u8,
+}
+
+impl Answer {
+    /// A success with something to say.
+    pub fn new(text: impl Into<String>, json: Value) -> Self {
+        Self {
+            text: text.into(),
+            json,
+            code: 0,
+        }
+    }
+
+    /// Prints it, and gives the exit code.
+    pub fn print(self, output: Output) -> ExitCode {
+        let text = match output {
+            Output::Text => self.text,
+            Output::Json => with_schema(self.json).to_string(),
+        };
+        if !text.is_empty() {
+            let mut out = std::io::stdout().lock();
+            let end = if text.ends_with('\n') { "" } else { "\n" };
+            if write!(out, "{text}{end}")
+                .and_then(|()| out.flush())
+                .is_err()
+            {
+                return ExitCode::from(1);
+            }
+        }
+        ExitCode::from(self.code)
+    }
+}
+
+fn with_schema(value: Value) -> Value {
+    let mut object = match value {
+        Value::Object(object) => object,
+        _ => serde_json::Map::new(),
+    };
+    object.insert("schema".into(), json!(1));
+    Value::Object(object)
+}
+
+/// Prints a wrong command line as JSON.
+pub fn usage_error(message: &str) -> ExitCode {
+    report::print_error(
+        2,
+        "usage",
+        message.trim_end(),
+        Some("see ploopctl --help"),
+        Output::Json,
+    );
+    ExitCode::from(2)
+}
+
+/// Sends this process's log to standard error.
+pub fn log_to_stderr() {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_max_level(tracing::Level::WARN)
+        .init();
+}

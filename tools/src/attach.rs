@@ -1,0 +1,233 @@
+//! Attach and detach: starting ploopd, and ending it.
+//!
+//! Whether a disk is usable, and whether it was closed cleanly, is never guessed from here: the
+//! keeper says both, through a pipe at the start and through its lock file at the end.
+
+use crate::holders;
+use command_fds::{CommandFdExt, FdMapping};
+use ploop::image::target::Identity;
+use ploop::rundir::{self, Departure, Entry, State};
+use ploop::serve::supervise::message::{Announce, KeeperConfig, Report};
+use ploop::serve::supervise::{leftover, mounts};
+use ploop::{Error, Kind, Result};
+use rustix::process::{Pid, PidfdFlags, Signal};
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Number of the report's pipe in ploopd.
+const REPORT_FD: i32 = 3;
+/// How long a keeper may take to close an image.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// An attached disk: its run directory, and what it says.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// The run directory.
+    pub run: PathBuf,
+    /// Its state, with today's mount point.
+    pub state: State,
+}
+
+/// Cleans up after dead keepers, then lists the living, in the order of their paths.
+pub fn all() -> Result<Vec<Attached>> {
+    leftover::sweep()?;
+    let mut found = Vec::new();
+    for entry in rundir::entries()? {
+        if let Entry::Attached {
+            path,
+            state: Some(mut state),
+        } = entry
+        {
+            state.mountpoint = mounted_at(&state).pop().map(|p| p.display().to_string());
+            found.push(Attached { run: path, state });
+        }
+    }
+    found.sort_by(|a, b| a.state.path.cmp(&b.state.path));
+    Ok(found)
+}
+
+/// Where a disk's device is mounted, in the order of mounting.
+pub fn mounted_at(state: &State) -> Vec<PathBuf> {
+    let device = state.device.as_deref().map(Path::new);
+    device
+        .and_then(|d| mounts::of_device(d).ok())
+        .unwrap_or_default()
+}
+
+/// The attached disk that DISK, DEVICE or MOUNTPOINT means; `NotFound` when there is none.
+pub fn find(what: &Path) -> Result<Attached> {
+    let all = all()?;
+    let not_attached = || {
+        Error::new(
+            Kind::NotFound,
+            format!("{}: no attached disk is known by that", what.display()),
+        )
+    };
+    if let Ok(path) = what.canonicalize() {
+        let by_point = |a: &&Attached| mounted_at(&a.state).contains(&path);
+        if let Some(found) = all.iter().find(by_point) {
+            return Ok(found.clone());
+        }
+        let meta = std::fs::metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
+        if meta.file_type().is_block_device() {
+            let same = |a: &&Attached| {
+                let device = a
+                    .state
+                    .device
+                    .as_deref()
+                    .and_then(|d| std::fs::metadata(d).ok());
+                device.is_some_and(|d| d.rdev() == meta.rdev())
+            };
+            return all.iter().find(same).cloned().ok_or_else(not_attached);
+        }
+        let name = Identity::of(&path)?.to_string();
+        let by_identity = |a: &&Attached| a.run.ends_with(&name);
+        return all
+            .iter()
+            .find(by_identity)
+            .cloned()
+            .ok_or_else(not_attached);
+    }
+    // A disk whose directory is gone is still known by its path.
+    let by_path = |a: &&Attached| Path::new(&a.state.path) == what;
+    all.iter().find(by_path).cloned().ok_or_else(not_attached)
+}
+
+/// The attached disk of this identity, if it is attached.
+pub fn by_identity(id: &Identity) -> Result<Option<Attached>> {
+    Ok(all()?.into_iter().find(|a| a.run.ends_with(id.to_string())))
+}
+
+/// Where ploopd is: beside ploopctl, else wherever the path finds it.
+pub fn ploopd() -> PathBuf {
+    let beside = std::env::current_exe()
+        .ok()
+        .map(|p| p.with_file_name("ploopd"));
+    beside
+        .filter(|p| p.exists())
+        .unwrap_or_else(|| PathBuf::from("ploopd"))
+}
+
+/// Starts a keeper of its own session and waits until the disk can be used.
+pub fn start(mut config: KeeperConfig) -> Result<State> {
+    leftover::sweep()?;
+    config.detached = true;
+    config.announce = Announce::Pipe(REPORT_FD);
+    let (mut reader, writer) = std::io::pipe()?;
+    let text = serde_json::to_string(&config).map_err(|e| Error::invalid(e.to_string()))?;
+    let mapping = FdMapping {
+        parent_fd: writer.into(),
+        child_fd: REPORT_FD,
+    };
+    let program = ploopd();
+    let mut command = Command::new(&program);
+    command
+        .args(["--config", &text])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .fd_mappings(vec![mapping])
+        .map_err(|e| Error::invalid(e.to_string()))?;
+    let mut child = command
+        .spawn()
+        .map_err(|e| Error::from(e).at(program.display()))?;
+    drop(command);
+    let mut report = Vec::new();
+    reader.read_to_end(&mut report)?;
+    match serde_json::from_slice(&report) {
+        Ok(Report::Ready(state)) => Ok(*state),
+        Ok(Report::Failed(failure)) => {
+            let _ = child.wait();
+            Err(failure.into())
+        }
+        Err(_) => {
+            let how = child
+                .wait()
+                .map_or_else(|e| e.to_string(), |s| s.to_string());
+            let what = format!(
+                "{} ended before it said anything ({how})",
+                program.display()
+            );
+            Err(Error::new(Kind::Io, what))
+        }
+    }
+}
+
+/// Unmounts, detaches and waits until the image is closed. `Busy` names who holds it, and leaves
+/// everything as it was.
+pub fn stop(attached: &Attached) -> Result<()> {
+    if let Some(device) = &attached.state.device {
+        unmount_all(attached, Path::new(device))?;
+    }
+    let Some(mut departure) = Departure::of(&attached.run) else {
+        return leftover::sweep();
+    };
+    terminate(attached)?;
+    let outcome = departure.wait(CLOSE_PATIENCE);
+    if outcome.is_err() {
+        // It died: what it left behind goes now, not with the next command.
+        leftover::sweep()?;
+    }
+    match outcome? {
+        None => Err(Error::new(
+            Kind::TimedOut,
+            format!(
+                "{}: still closing after {} s; see {}",
+                attached.state.path,
+                CLOSE_PATIENCE.as_secs(),
+                attached.run.join("log").display()
+            ),
+        )),
+        Some(outcome) => match outcome.failure {
+            None => Ok(()),
+            Some(failure) => Err(Error::from(failure).at(&attached.state.path)),
+        },
+    }
+}
+
+fn unmount_all(attached: &Attached, device: &Path) -> Result<()> {
+    let openers = holders::of_device(device);
+    if !openers.is_empty() {
+        return Err(busy(device, &openers));
+    }
+    for point in mounted_at(&attached.state).iter().rev() {
+        if let Err(e) = mounts::detach(point, false) {
+            let users = holders::of_mount(point);
+            return Err(if e.kind() == Kind::Busy {
+                busy(point, &users)
+            } else {
+                e
+            });
+        }
+    }
+    Ok(())
+}
+
+fn busy(what: &Path, users: &[holders::Holder]) -> Error {
+    let names: Vec<String> = users.iter().map(ToString::to_string).collect();
+    let who = match names.is_empty() {
+        true => "somebody in another mount namespace, or the kernel".to_string(),
+        false => names.join(", "),
+    };
+    Error::new(Kind::Busy, format!("{} is in use by {who}", what.display()))
+}
+
+/// Asks the keeper to stop; a process that merely got its number is never signalled.
+fn terminate(attached: &Attached) -> Result<()> {
+    let pid = i32::try_from(attached.state.keeper_pid)
+        .ok()
+        .and_then(Pid::from_raw);
+    let pid =
+        pid.ok_or_else(|| Error::damaged(format!("{}: no keeper", attached.run.display())))?;
+    let Ok(process) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else {
+        return Ok(());
+    };
+    // The lock is held for the keeper's life: held now, the descriptor is the keeper's.
+    if Departure::of(&attached.run).is_none() {
+        return Ok(());
+    }
+    rustix::process::pidfd_send_signal(&process, Signal::TERM)
+        .map_err(|e| Error::from(std::io::Error::from(e)).at(format!("stopping process {pid:?}")))
+}

@@ -1,0 +1,113 @@
+//! `check`: is a disk sound, and can it be made so.
+
+use super::FormatArg;
+use crate::answer::Answer;
+use crate::{attach, size};
+use ploop::formats::ploop::check::{Finding, Report};
+use ploop::image::check;
+use ploop::image::lock::{Access, DiskLocks};
+use ploop::image::target::Target;
+use ploop::io::exec::{self, Engine};
+use ploop::{Error, Kind, Result};
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// Check every layer of an unattached disk
+///
+/// Exit code 0: sound; 3: space is lost, data is not; 6: a rule of the format is broken.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Image directory, its DiskDescriptor.xml, or a bare image file
+    disk: PathBuf,
+    /// Mend what can be mended; data that can be read stays readable
+    #[arg(long)]
+    repair: bool,
+    /// Format of a bare image file
+    #[arg(long)]
+    format: Option<FormatArg>,
+}
+
+/// Does it.
+pub fn run(args: &Args) -> Result<Answer> {
+    let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
+    if let Some(attached) = attach::by_identity(&target.identity()?)? {
+        let what = format!("{}: attached; umount it first", attached.state.path);
+        return Err(Error::new(Kind::Busy, what));
+    }
+    let dir = target.open_dir()?;
+    let chain = target.chain(&dir)?;
+    let access = if args.repair {
+        Access::Write
+    } else {
+        Access::Read
+    };
+    let _locks = DiskLocks::take(&dir, &target.source(), access)
+        .map_err(|e| e.at(target.path().display()))?;
+    let reports = exec::run(Engine::Poll, async {
+        match args.repair {
+            true => check::mend(&dir, &chain).await,
+            false => check::layers(&dir, &chain).await,
+        }
+    })??;
+    let code = reports.iter().map(Report::exit_code).max().unwrap_or(0);
+    let both = || chain.layers.iter().zip(&reports);
+    let text: String = both()
+        .map(|(layer, report)| report_text(&layer.display().to_string(), report))
+        .collect();
+    let layers: Vec<Value> = both()
+        .map(|(layer, report)| report_json(&layer.display().to_string(), report))
+        .collect();
+    let json = json!({
+        "path": target.path().display().to_string(),
+        "clean": code == 0,
+        "layers": layers,
+    });
+    Ok(Answer { text, json, code })
+}
+
+fn report_text(file: &str, report: &Report) -> String {
+    let line = |verb: &str, f: &Finding| format!("{file}: {verb}{}\n", f.text);
+    let mut text = String::new();
+    for done in &report.repaired {
+        text += &line("repaired: ", done);
+    }
+    for found in &report.findings {
+        text += &line("", found);
+    }
+    if report.omitted > 0 {
+        text += &format!("{file}: and {} more\n", report.omitted);
+    }
+    let verdict = match (report.errors, report.leaks) {
+        (0, 0) => "sound".to_string(),
+        (0, leaks) => format!("{leaks} leaks, {} lost", size::show(report.leaked_bytes)),
+        (errors, _) => format!("{errors} errors"),
+    };
+    text + &format!(
+        "{file}: {verdict}, {} clusters in use\n",
+        report.used_clusters
+    )
+}
+
+fn finding_json(finding: &Finding) -> Value {
+    json!({
+        "kind": finding.kind.as_str(),
+        "severity": format!("{:?}", finding.severity).to_lowercase(),
+        "entry": finding.entry,
+        "offset": finding.offset,
+        "message": finding.text,
+    })
+}
+
+fn report_json(file: &str, report: &Report) -> Value {
+    json!({
+        "file": file,
+        "errors": report.errors,
+        "leaks": report.leaks,
+        "notices": report.notices,
+        "leaked_bytes": report.leaked_bytes,
+        "used_clusters": report.used_clusters,
+        "findings": report.findings.iter().map(finding_json).collect::<Vec<_>>(),
+        "repaired": report.repaired.iter().map(finding_json).collect::<Vec<_>>(),
+        "omitted": report.omitted,
+    })
+}

@@ -1,0 +1,136 @@
+//! `init`: a new disk, with a file system on it.
+
+use super::mount::{device_config, need_privilege};
+use crate::answer::Answer;
+use crate::{attach, size};
+use ploop::formats::ploop::header::Version;
+use ploop::formats::units::ClusterSize;
+use ploop::image::init::{self, New};
+use ploop::image::target::{Format, Target};
+use ploop::serve::supervise::message::Cache;
+use ploop::{Error, Kind, Result};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Make a new disk: DIR, DIR/root.hds and DIR/DiskDescriptor.xml
+///
+/// Nothing is left of a disk that could not be finished.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Directory of the disk; must not exist, or be empty
+    dir: PathBuf,
+    /// Virtual size in bytes, or with K, M, G, T
+    #[arg(short, long, value_parser = size::parse)]
+    size: u64,
+    /// File system to make; all but none need root
+    #[arg(long, default_value = "ext4")]
+    fs: Fs,
+    /// Unit of allocation, 32K to 64M
+    #[arg(long, default_value = "64K", value_parser = size::parse)]
+    cluster: u64,
+    /// Version of the ploop format
+    #[arg(long, default_value = "2", value_parser = ["1", "2"])]
+    format_version: String,
+    /// Reserve all space now
+    #[arg(long)]
+    preallocate: bool,
+}
+
+/// A file system to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Fs {
+    Ext4,
+    Xfs,
+    Btrfs,
+    None,
+}
+
+/// Does it.
+pub fn run(args: &Args) -> Result<Answer> {
+    if args.fs != Fs::None {
+        need_privilege("init with a file system")?;
+    }
+    let version = if args.format_version == "1" {
+        Version::V1
+    } else {
+        Version::V2
+    };
+    let new = New {
+        dir: &args.dir,
+        size: args.size,
+        cluster: ClusterSize::new(args.cluster)?,
+        version,
+        preallocate: args.preallocate,
+    };
+    let draft = init::begin(&new)?;
+    if args.fs != Fs::None {
+        make_fs(&draft.image(), args.fs)?;
+    }
+    let disk = draft.finish()?;
+    let fs = format!("{:?}", args.fs).to_lowercase();
+    Ok(Answer::new(
+        format!(
+            "{}: {} with {fs}",
+            disk.dir.display(),
+            size::show(disk.size)
+        ),
+        json!({
+            "path": disk.dir.display().to_string(),
+            "image": disk.dir.join(init::IMAGE).display().to_string(),
+            "size": disk.size,
+            "cluster": args.cluster,
+            "format_version": if version == Version::V1 { 1 } else { 2 },
+            "fs": fs,
+        }),
+    ))
+}
+
+/// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
+fn make_fs(image: &Path, fs: Fs) -> Result<()> {
+    let target = Target::resolve(image, Some(Format::Ploop))?;
+    let config = device_config(&target, Some(super::FormatArg::Ploop), false, Cache::None);
+    let state = attach::start(config)?;
+    let device = state.device.clone().unwrap_or_default();
+    let made = run_mkfs(fs, Path::new(&device));
+    let stopped = attach::find(image).and_then(|a| attach::stop(&a));
+    made.and(stopped)
+}
+
+/// A new disk reads as zeros and has nothing to discard: what mkfs would do about that is left
+/// out.
+fn run_mkfs(fs: Fs, device: &Path) -> Result<()> {
+    let (program, attempts): (&str, &[&[&str]]) = match fs {
+        Fs::Ext4 => (
+            "mkfs.ext4",
+            &[
+                &["-q", "-F", "-E", "nodiscard,assume_storage_prezeroed=1"],
+                // Before e2fsprogs 1.47 the option is unknown.
+                &[
+                    "-q",
+                    "-F",
+                    "-E",
+                    "nodiscard,lazy_itable_init=1,lazy_journal_init=1",
+                ],
+            ],
+        ),
+        Fs::Xfs => ("mkfs.xfs", &[&["-q", "-f", "-K"]]),
+        Fs::Btrfs => ("mkfs.btrfs", &[&["-q", "-f", "-K"]]),
+        Fs::None => return Ok(()),
+    };
+    let mut said = String::new();
+    for options in attempts {
+        let output = Command::new(program).args(*options).arg(device).output();
+        let output = output.map_err(|e| {
+            Error::new(
+                Kind::NotFound,
+                format!("{program}: {e}; install it, or use --fs none"),
+            )
+        })?;
+        if output.status.success() {
+            return Ok(());
+        }
+        said = String::from_utf8_lossy(&output.stderr).trim().to_string();
+    }
+    Err(Error::new(Kind::Io, format!("{program} failed: {said}")))
+}

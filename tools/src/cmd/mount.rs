@@ -1,0 +1,138 @@
+//! `mount`: a disk becomes a block device, and its file system a directory.
+
+use super::{CacheArg, FormatArg};
+use crate::answer::Answer;
+use crate::attach;
+use ploop::image::target::Target;
+use ploop::rundir::State;
+use ploop::serve::supervise::message::{Announce, Cache, KeeperConfig, Mode};
+use ploop::{Error, Kind, Result};
+use rustix::thread::CapabilitySet;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Attach a disk as a block device and mount its file system
+///
+/// Prints the device, and the mount point, once they can be used.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Image directory, its DiskDescriptor.xml, or a bare image file
+    disk: PathBuf,
+    /// Directory to mount the file system on; without one there is only the device
+    mountpoint: Option<PathBuf>,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// Options for the file system, as mount(8) takes them
+    #[arg(long, value_name = "OPTS", requires = "mountpoint")]
+    mount_options: Option<String>,
+    /// Format of a bare image file
+    #[arg(long)]
+    format: Option<FormatArg>,
+    /// Cache mode of the writable layer
+    #[arg(long, default_value = "none")]
+    cache: CacheArg,
+}
+
+/// Does it.
+pub fn run(args: &Args) -> Result<Answer> {
+    need_privilege("mount")?;
+    let point = args.mountpoint.as_deref().map(mount_point).transpose()?;
+    let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
+    let config = device_config(&target, args.format, args.read_only, args.cache.into());
+    let mut state = attach::start(config)?;
+    if let Some(point) = point {
+        if let Err(e) = mount(&state, &point, args) {
+            undo(&state);
+            return Err(e);
+        }
+        state.mountpoint = Some(point.display().to_string());
+    }
+    let device = state.device.clone().unwrap_or_default();
+    let text = match &state.mountpoint {
+        Some(point) => format!("{device} {point}"),
+        None => device,
+    };
+    Ok(Answer::new(text, json!(state)))
+}
+
+/// What a keeper is told to attach a disk as a device.
+pub fn device_config(
+    target: &Target,
+    format: Option<FormatArg>,
+    read_only: bool,
+    cache: Cache,
+) -> KeeperConfig {
+    KeeperConfig {
+        disk: target.path().to_path_buf(),
+        format: format.map(Into::into),
+        read_only,
+        cache,
+        mode: Mode::Device,
+        detached: true,
+        announce: Announce::Nobody,
+        json: false,
+    }
+}
+
+/// Refuses early, and names the capability.
+pub fn need_privilege(verb: &str) -> Result<()> {
+    let held = rustix::thread::capabilities(None)
+        .is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
+    if held {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Privilege,
+        format!("{verb} needs root, or the capability CAP_SYS_ADMIN"),
+    ))
+}
+
+fn mount_point(path: &Path) -> Result<PathBuf> {
+    let point = path
+        .canonicalize()
+        .map_err(|e| Error::from(e).at(path.display()))?;
+    match point.is_dir() {
+        true => Ok(point),
+        false => Err(Error::invalid(format!(
+            "{}: not a directory",
+            path.display()
+        ))),
+    }
+}
+
+fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
+    let device = state.device.as_deref().unwrap_or_default();
+    let access = if args.read_only { "ro" } else { "rw" };
+    let options = match &args.mount_options {
+        Some(more) => format!("{access},{more}"),
+        None => access.to_string(),
+    };
+    let output = Command::new("mount")
+        .args(["-o", &options, "--", device])
+        .arg(point)
+        .output()
+        .map_err(|e| Error::from(e).at("mount(8)"))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(Error::new(
+        Kind::Invalid,
+        format!(
+            "{} is not mounted on {}: {}; nothing is left attached (a disk with a partition \
+             table is attached without MOUNTPOINT, its partitions are not looked at)",
+            state.path,
+            point.display(),
+            said.trim().replace('\n', " ")
+        ),
+    ))
+}
+
+fn undo(state: &State) {
+    let stopped = attach::find(Path::new(&state.path)).and_then(|a| attach::stop(&a));
+    if let Err(e) = stopped {
+        tracing::warn!("detaching after a failed mount: {e}");
+    }
+}

@@ -1,0 +1,143 @@
+//! `serve`: a disk is served over NBD, in the foreground.
+//!
+//! ploopctl becomes ploopd by exec: the process that a socket activator started, and named in
+//! LISTEN_PID, is the one that serves.
+
+use super::{CacheArg, FormatArg};
+use crate::answer::Answer;
+use crate::attach;
+use crate::report::Output;
+use ploop::image::target::Target;
+use ploop::serve::supervise::leftover;
+use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode};
+use ploop::{Error, Result};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Serve a disk over NBD until SIGTERM or Ctrl-C
+///
+/// Prints where clients connect once they can. With sockets from a socket activator
+/// (LISTEN_FDS), as in `nbdcopy [ ploopctl serve DISK ] FILE`, --nbd is not needed.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Image directory, its DiskDescriptor.xml, or a bare image file
+    disk: PathBuf,
+    /// unix:PATH, tcp:ADDR:PORT (loopback only), or - for one client on standard input and output
+    #[arg(long, value_name = "WHERE", value_parser = parse_listen)]
+    nbd: Option<Listen>,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// Name of the export
+    #[arg(long, default_value = "", value_name = "NAME")]
+    export: String,
+    /// Cache mode of the writable layer
+    #[arg(long, default_value = "writeback")]
+    cache: CacheArg,
+    /// Format of a bare image file
+    #[arg(long)]
+    format: Option<FormatArg>,
+}
+
+/// Becomes ploopd; returns only on failure.
+pub fn run(args: Args, output: Output) -> Result<Answer> {
+    leftover::sweep()?;
+    let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
+    let listen = match (inherited()?, args.nbd) {
+        (Some(count), _) => Listen::Inherited(count),
+        (None, Some(listen)) => absolute(listen)?,
+        (None, None) => {
+            return Err(Error::invalid(
+                "say where with --nbd, or pass sockets by LISTEN_FDS",
+            ));
+        }
+    };
+    let announce = match &listen {
+        Listen::Unix(_) | Listen::Tcp(_) => Announce::Stdout,
+        Listen::Stdio | Listen::Inherited(_) => Announce::Nobody,
+    };
+    let config = KeeperConfig {
+        disk: target.path().to_path_buf(),
+        format: args.format.map(Into::into),
+        read_only: args.read_only,
+        cache: args.cache.into(),
+        mode: Mode::Nbd {
+            listen,
+            export: args.export,
+        },
+        detached: false,
+        announce,
+        json: output == Output::Json,
+    };
+    let text = serde_json::to_string(&config).map_err(|e| Error::invalid(e.to_string()))?;
+    let program = attach::ploopd();
+    let failed = Command::new(&program)
+        .args(["--config", &text])
+        .env_remove("LISTEN_FDS")
+        .env_remove("LISTEN_PID")
+        .env_remove("LISTEN_FDNAMES")
+        .exec();
+    Err(Error::from(failed).at(program.display()))
+}
+
+/// How many sockets a socket activator passed to this very process.
+fn inherited() -> Result<Option<u32>> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u32>().ok());
+    match (number("LISTEN_PID"), number("LISTEN_FDS")) {
+        (Some(pid), Some(count)) if pid == std::process::id() => match count {
+            0 => Err(Error::invalid("LISTEN_FDS=0: no socket was passed")),
+            // More than anyone passes; each is a descriptor in keeper and worker.
+            65.. => Err(Error::unsupported(format!(
+                "LISTEN_FDS={count}: at most 64 sockets"
+            ))),
+            count => Ok(Some(count)),
+        },
+        _ => Ok(None),
+    }
+}
+
+fn absolute(listen: Listen) -> Result<Listen> {
+    match listen {
+        Listen::Unix(path) => Ok(Listen::Unix(
+            std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?,
+        )),
+        other => Ok(other),
+    }
+}
+
+fn parse_listen(text: &str) -> std::result::Result<Listen, String> {
+    if text == "-" {
+        return Ok(Listen::Stdio);
+    }
+    match text.split_once(':') {
+        Some(("unix", path)) if !path.is_empty() => Ok(Listen::Unix(Path::new(path).into())),
+        Some(("tcp", addr)) => {
+            let addr = addr.replacen("localhost:", "127.0.0.1:", 1);
+            addr.parse()
+                .map(Listen::Tcp)
+                .map_err(|e| format!("tcp:ADDR:PORT: {e}"))
+        }
+        _ => Err("one of unix:PATH, tcp:ADDR:PORT, -".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_path_a_port_or_standard_input() {
+        assert_eq!(parse_listen("-"), Ok(Listen::Stdio));
+        assert_eq!(
+            parse_listen("unix:/run/a:b"),
+            Ok(Listen::Unix("/run/a:b".into()))
+        );
+        let port = "127.0.0.1:10809".parse().map(Listen::Tcp).expect("address");
+        assert_eq!(parse_listen("tcp:localhost:10809"), Ok(port.clone()));
+        assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port));
+        for bad in ["", "unix:", "tcp:10809", "/run/s", "udp:1"] {
+            assert!(parse_listen(bad).is_err(), "{bad:?}");
+        }
+    }
+}

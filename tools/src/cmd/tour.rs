@@ -1,0 +1,350 @@
+//! `tour`: the newcomer's two minutes. Makes a disk, uses it, kills the process that serves it in
+//! the middle of a write, and finds every byte again. Everything happens in a temporary folder.
+
+use super::mount::need_privilege;
+use crate::answer::Answer;
+use crate::nbd::Client;
+use crate::{attach, size};
+use ploop::{Error, Kind, Result};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// See it work: make a disk, use it, kill its server, find every byte again
+///
+/// As root the disk is mounted; otherwise it is served over NBD. Needs two minutes at most and
+/// leaves nothing.
+#[derive(Debug, clap::Args)]
+pub struct Args {}
+
+/// Virtual size of the tour's disk.
+const DISK: u64 = 256 << 20;
+/// Written in all, and in one go.
+const DATA: u64 = 64 << 20;
+const CHUNK: u64 = 1 << 20;
+
+/// What was done, and how long it took.
+#[derive(Debug, Default)]
+struct Diary {
+    steps: Vec<(String, Duration)>,
+}
+
+impl Diary {
+    fn step<T>(&mut self, what: impl Into<String>, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let what = what.into();
+        let start = Instant::now();
+        let done = work().map_err(|e| e.at(&what))?;
+        self.steps.push((what, start.elapsed()));
+        Ok(done)
+    }
+
+    fn text(&self) -> String {
+        let line = |(what, time): &(String, Duration)| {
+            format!("{:>9.1} ms  {what}\n", time.as_secs_f64() * 1000.0)
+        };
+        let lines: String = self.steps.iter().map(line).collect();
+        lines + "every byte was found again\n"
+    }
+
+    fn json(&self) -> Value {
+        let step = |(what, time): &(String, Duration)| json!({ "what": what, "microseconds": time.as_micros() as u64 });
+        json!({ "steps": self.steps.iter().map(step).collect::<Vec<_>>() })
+    }
+}
+
+/// A temporary folder that detaches its disk before it goes.
+struct Folder {
+    dir: PathBuf,
+}
+
+impl Folder {
+    fn new() -> Result<Self> {
+        let dir = std::env::temp_dir().join(format!("ploop-tour-{}", std::process::id()));
+        std::fs::create_dir(&dir).map_err(|e| Error::from(e).at(dir.display()))?;
+        Ok(Self { dir })
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.dir.join("disk")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if let Ok(attached) = attach::find(&self.disk()) {
+            let _ = attach::stop(&attached);
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Does it.
+pub fn run(_: &Args) -> Result<Answer> {
+    let folder = Folder::new()?;
+    let mut diary = Diary::default();
+    let as_root = need_privilege("tour").is_ok() && which("mkfs.ext4");
+    match as_root {
+        true => mounted(&folder, &mut diary)?,
+        false => served(&folder, &mut diary)?,
+    }
+    Ok(Answer::new(diary.text(), diary.json()))
+}
+
+fn which(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|dir| dir.join(program).exists())
+}
+
+/// Runs this very program, as a person would.
+fn ploopctl(args: &[&str]) -> Result<String> {
+    let output = Command::new(std::env::current_exe()?).args(args).output()?;
+    match output.status.success() {
+        true => Ok(String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_string()),
+        false => {
+            let said = String::from_utf8_lossy(&output.stderr)
+                .trim_end()
+                .to_string();
+            Err(Error::new(Kind::Io, said))
+        }
+    }
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str()
+        .ok_or_else(|| Error::invalid("the temporary folder's name is not UTF-8"))
+}
+
+fn mounted(folder: &Folder, diary: &mut Diary) -> Result<()> {
+    let (disk, point) = (folder.disk(), folder.dir.join("mnt"));
+    let (disk, at) = (text(&disk)?, text(&point)?);
+    std::fs::create_dir(&point)?;
+    let size = size::show(DISK);
+    diary.step(format!("ploopctl init -s {size} {disk}"), || {
+        ploopctl(&["init", "-s", &size, disk])
+    })?;
+    diary.step(format!("ploopctl mount {disk} {at}"), || {
+        ploopctl(&["mount", disk, at])
+    })?;
+    let mut file = {
+        let path = point.join("file");
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)?
+    };
+    write_while_its_server_dies(folder, diary, &mut file)?;
+    drop(file);
+    diary.step(format!("ploopctl umount {at}"), || {
+        ploopctl(&["umount", at])
+    })?;
+    diary.step(format!("ploopctl check {disk}"), || {
+        ploopctl(&["check", disk])
+    })?;
+    diary.step(format!("ploopctl mount {disk} {at} --read-only"), || {
+        ploopctl(&["mount", disk, at, "--read-only"])
+    })?;
+    let mut file = File::open(point.join("file"))?;
+    diary.step(format!("read {} again", size::show(DATA)), || {
+        verify(&mut file)
+    })?;
+    drop(file);
+    diary.step(format!("ploopctl umount {at}"), || {
+        ploopctl(&["umount", at])
+    })?;
+    Ok(())
+}
+
+fn served(folder: &Folder, diary: &mut Diary) -> Result<()> {
+    let (disk, socket) = (folder.disk(), folder.dir.join("socket"));
+    let disk = text(&disk)?;
+    let size = size::show(DISK);
+    diary.step(format!("ploopctl init -s {size} --fs none {disk}"), || {
+        ploopctl(&["init", "-s", &size, "--fs", "none", disk])
+    })?;
+    let how = format!("ploopctl serve {disk} --nbd unix:{}", socket.display());
+    let server = diary.step(how.clone(), || Server::start(disk, &socket))?;
+    let mut client = Reconnecting {
+        socket: socket.clone(),
+        client: Client::connect(&socket)?,
+    };
+    write_while_its_server_dies(folder, diary, &mut client)?;
+    drop(client);
+    diary.step("SIGTERM to the server", || server.stop())?;
+    diary.step(format!("ploopctl check {disk}"), || {
+        ploopctl(&["check", disk])
+    })?;
+    let server = diary.step(how, || Server::start(disk, &socket))?;
+    let mut client = Reconnecting {
+        socket: socket.clone(),
+        client: Client::connect(&socket)?,
+    };
+    diary.step(format!("read {} again", size::show(DATA)), || {
+        verify(&mut client)
+    })?;
+    drop(client);
+    server.stop()
+}
+
+/// Where the tour keeps its bytes.
+trait Place {
+    fn write(&mut self, at: u64, data: &[u8]) -> Result<()>;
+    fn sync(&mut self) -> Result<()>;
+    fn read(&mut self, at: u64, len: usize) -> Result<Vec<u8>>;
+}
+
+impl Place for File {
+    fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+        Ok(self.write_all_at(data, at)?)
+    }
+    fn sync(&mut self) -> Result<()> {
+        Ok(self.sync_all()?)
+    }
+    fn read(&mut self, at: u64, len: usize) -> Result<Vec<u8>> {
+        let mut data = vec![0; len];
+        self.read_exact_at(&mut data, at)?;
+        Ok(data)
+    }
+}
+
+/// An NBD client sees a disconnect when its server's worker dies, and asks again.
+struct Reconnecting {
+    socket: PathBuf,
+    client: Client,
+}
+
+impl Reconnecting {
+    fn retry<T>(&mut self, ask: impl Fn(&mut Client) -> Result<T>) -> Result<T> {
+        ask(&mut self.client).or_else(|_| {
+            self.client = Client::connect(&self.socket)?;
+            ask(&mut self.client)
+        })
+    }
+}
+
+impl Place for Reconnecting {
+    fn write(&mut self, at: u64, data: &[u8]) -> Result<()> {
+        self.retry(|c| c.write(at, data))
+    }
+    fn sync(&mut self) -> Result<()> {
+        self.retry(Client::flush)
+    }
+    fn read(&mut self, at: u64, len: usize) -> Result<Vec<u8>> {
+        self.retry(|c| c.read(at, len))
+    }
+}
+
+fn write_while_its_server_dies(
+    folder: &Folder,
+    diary: &mut Diary,
+    place: &mut impl Place,
+) -> Result<()> {
+    let half = DATA / CHUNK / 2;
+    let much = size::show(DATA / 2);
+    let fill = |place: &mut dyn Place, from: u64| {
+        (from..from + half).try_for_each(|n| place.write(n * CHUNK, &noise(n)))
+    };
+    diary.step(format!("write {much}, none of it flushed"), || {
+        fill(place, 0)
+    })?;
+    let worker = attach::find(&folder.disk())?.state.worker_pid;
+    let pid = worker.and_then(|p| Pid::from_raw(p as i32));
+    let pid = pid.ok_or_else(|| Error::new(Kind::NotFound, "no worker to kill"))?;
+    diary.step(
+        format!(
+            "kill -9 {} (the worker), write {much} more and sync",
+            pid.as_raw_pid()
+        ),
+        || {
+            kill_process(pid, Signal::KILL).map_err(std::io::Error::from)?;
+            fill(place, half)?;
+            place.sync()
+        },
+    )?;
+    diary.step(
+        format!("read {} back and compare", size::show(DATA)),
+        || verify(place),
+    )
+}
+
+fn verify(place: &mut impl Place) -> Result<()> {
+    for n in 0..DATA / CHUNK {
+        if place.read(n * CHUNK, CHUNK as usize)? != noise(n) {
+            return Err(Error::damaged(format!(
+                "the bytes at {} are not those written",
+                n * CHUNK
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Chunk `n` of the tour's data: xorshift, so that no two chunks are alike.
+fn noise(n: u64) -> Vec<u8> {
+    let mut state = n.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let words = (0..CHUNK / 8).flat_map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()
+    });
+    words.collect()
+}
+
+/// `ploopctl serve` in the background; killed when the tour fails.
+struct Server {
+    child: Child,
+}
+
+impl Server {
+    fn start(disk: &str, socket: &Path) -> Result<Self> {
+        let child = Command::new(std::env::current_exe()?)
+            .args([
+                "serve",
+                disk,
+                "--nbd",
+                &format!("unix:{}", socket.display()),
+            ])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let mut server = Self { child };
+        let mut line = String::new();
+        if let Some(out) = server.child.stdout.as_mut() {
+            BufReader::new(out).read_line(&mut line)?;
+        }
+        match line.is_empty() {
+            true => Err(Error::new(Kind::Io, "the server ended at once")),
+            false => Ok(server),
+        }
+    }
+
+    fn stop(mut self) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), Signal::TERM).map_err(std::io::Error::from)?;
+        let status = self.child.wait()?;
+        match status.success() {
+            true => Ok(()),
+            false => Err(Error::new(
+                Kind::Io,
+                format!("the server ended with {status}"),
+            )),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if self.child.try_wait().is_ok_and(|ended| ended.is_none()) {
+            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+            let _ = self.child.wait();
+        }
+    }
+}

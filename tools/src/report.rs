@@ -1,0 +1,55 @@
+//! Report: how both binaries tell a failure, and how it becomes an exit code.
+
+use ploop::serve::supervise::message::kind_name;
+use ploop::{Error, Kind};
+use serde_json::json;
+use std::io::Write;
+use std::process::ExitCode;
+
+/// How results and errors are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// Prints an error, and gives its exit code.
+pub fn error(e: &Error, output: Output) -> ExitCode {
+    let code = e.kind().exit_code();
+    print_error(
+        code,
+        kind_name(e.kind()),
+        &e.to_string(),
+        hint(e.kind()),
+        output,
+    );
+    ExitCode::from(code)
+}
+
+/// Prints a failure as the user wants it.
+pub fn print_error(code: u8, kind: &str, message: &str, hint: Option<&str>, output: Output) {
+    let text = match output {
+        Output::Json => {
+            let error = json!({ "code": code, "kind": kind, "message": message, "hint": hint });
+            json!({ "schema": 1, "error": error }).to_string()
+        }
+        Output::Text => {
+            let hint = hint.map(|h| format!("\nhint: {h}")).unwrap_or_default();
+            format!("ploop: {message}{hint}")
+        }
+    };
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// The way out that most failures of a kind share.
+fn hint(kind: Kind) -> Option<&'static str> {
+    match kind {
+        Kind::Damaged => Some("`ploopctl check DISK` says what is wrong, `--repair` mends it"),
+        Kind::Poisoned => Some("an earlier write failed; detach the disk, then `ploopctl check`"),
+        Kind::NoSpace => Some("free space on the file system that holds the disk's files"),
+        Kind::Privilege => Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root"),
+        _ => None,
+    }
+}

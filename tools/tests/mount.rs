@@ -1,0 +1,297 @@
+//! `mount` and `umount`: a disk as a directory, through the death of everyone who serves it.
+
+mod common;
+
+use common::{Scratch, can_mount, eventually, fails, json, kill9, noise, ok, text};
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// What must not be there once nothing is attached.
+fn nothing_is_left(scratch: &Scratch) {
+    assert!(scratch.attached().is_empty());
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    assert!(!mounts.contains(text(&scratch.path(""))), "{mounts}");
+    for block in fs::read_dir("/sys/block").expect("sysfs").flatten() {
+        let backing = fs::read_to_string(block.path().join("loop/backing_file"));
+        let backing = backing.unwrap_or_default();
+        let run = backing.trim().strip_suffix("/disk").map(Path::new);
+        let dangling = run.is_some_and(|r| r.starts_with("/run/ploop") && !r.exists());
+        assert!(!dangling, "{backing}");
+    }
+}
+
+fn pid(scratch: &Scratch, which: &str) -> u64 {
+    scratch.attached()[0][which].as_u64().expect("a process")
+}
+
+#[test]
+fn a_file_system_is_found_again_after_umount() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "128M"]);
+    let point = scratch.mountpoint();
+    let state = json(&["mount", text(&disk), text(&point)]);
+    for field in ["path", "uuid", "device", "mountpoint", "transport", "state"] {
+        assert!(state[field].is_string(), "{field}: {state}");
+    }
+    for field in ["worker_pid", "keeper_pid", "size"] {
+        assert!(state[field].is_u64(), "{field}: {state}");
+    }
+    assert_eq!(state["size"], 128 << 20);
+    let mut listed = scratch.attached().remove(0);
+    listed["schema"] = 1.into();
+    assert_eq!(listed, state, "mount and list show the same object");
+
+    let data = noise(20 << 20, 1);
+    fs::write(point.join("file"), &data).expect("write");
+    ok(&["umount", text(&point)]);
+    nothing_is_left(&scratch);
+    ok(&["check", text(&disk)]);
+    ok(&["mount", text(&disk), text(&point), "--read-only"]);
+    assert!(fs::read(point.join("file")).expect("read") == data);
+    assert!(fs::write(point.join("other"), "x").is_err());
+    let device = scratch.attached()[0]["device"]
+        .as_str()
+        .expect("device")
+        .to_string();
+    ok(&["umount", &device]);
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn dying_workers_are_a_pause_and_not_an_error() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "256M"]);
+    let point = scratch.mountpoint();
+    ok(&["mount", text(&disk), text(&point)]);
+    let writer = std::thread::spawn({
+        let point = point.clone();
+        move || {
+            for n in 0..20u64 {
+                let mut file = fs::File::create(point.join(n.to_string())).expect("create");
+                file.write_all(&noise(4 << 20, n + 1)).expect("write");
+                file.sync_all().expect("fsync");
+            }
+        }
+    });
+    for _ in 0..6 {
+        kill9(pid(&scratch, "worker_pid"));
+        eventually("another worker serves", || {
+            let disk = &scratch.attached()[0];
+            disk["state"] == "serving" && disk["worker_pid"].is_u64()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    writer.join().expect("no write failed");
+    assert!(scratch.attached()[0]["restarts"].as_u64() >= Some(6));
+    ok(&["umount", text(&point)]);
+    ok(&["check", text(&disk)]);
+    ok(&["mount", text(&disk), text(&point)]);
+    for n in 0..20u64 {
+        let found = fs::read(point.join(n.to_string())).expect("read");
+        assert!(found == noise(4 << 20, n + 1), "file {n}");
+    }
+    ok(&["umount", text(&point)]);
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn a_worker_that_dies_while_closing_is_replaced_to_close() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "128M"]);
+    let point = scratch.mountpoint();
+    ok(&["mount", text(&disk), text(&point)]);
+    let data = noise(8 << 20, 3);
+    fs::write(point.join("file"), &data).expect("write");
+    let worker = pid(&scratch, "worker_pid");
+    let killer = std::thread::spawn(move || kill9(worker));
+    ok(&["umount", text(&disk)]);
+    killer.join().expect("killed in time");
+    nothing_is_left(&scratch);
+    assert_eq!(json(&["info", text(&disk)])["layers"][0]["in_use"], false);
+    ok(&["mount", text(&disk), text(&point)]);
+    assert!(fs::read(point.join("file")).expect("read") == data);
+}
+
+#[test]
+fn the_next_command_cleans_up_after_a_dead_keeper() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "128M"]);
+    let point = scratch.mountpoint();
+    ok(&["mount", text(&disk), text(&point)]);
+    let data = noise(1 << 20, 4);
+    fs::write(point.join("file"), &data).expect("write");
+    fs::File::open(point.join("file"))
+        .and_then(|f| f.sync_all())
+        .expect("fsync");
+    let worker = pid(&scratch, "worker_pid");
+    kill9(pid(&scratch, "keeper_pid"));
+    eventually("the worker dies with its keeper", || {
+        let stat = fs::read_to_string(format!("/proc/{worker}/stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
+    });
+    nothing_is_left(&scratch);
+    ok(&["mount", text(&disk), text(&point)]);
+    assert!(
+        fs::read(point.join("file")).expect("read") == data,
+        "what was synced is there"
+    );
+    ok(&["umount", text(&point)]);
+    ok(&["check", text(&disk)]);
+}
+
+#[test]
+fn a_failed_mount_leaves_nothing() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
+    let point = scratch.mountpoint();
+    let said = fails(1, &["mount", text(&disk), text(&point)]);
+    assert!(said.contains(text(&point)), "{said}");
+    nothing_is_left(&scratch);
+    ok(&["check", text(&disk)]);
+    fails(11, &["mount", text(&disk), text(&scratch.path("absent"))]);
+    let image = disk.join("root.hds");
+    let mut bytes = fs::read(&image).expect("read");
+    bytes[64..68].copy_from_slice(&0x7FFF_FFFFu32.to_le_bytes());
+    fs::write(&image, bytes).expect("write");
+    let said = fails(6, &["mount", text(&disk)]);
+    assert!(said.contains("root.hds") && said.contains("0x40"), "{said}");
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn who_holds_a_busy_disk_is_named_and_it_stays_attached() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let point = scratch.mountpoint();
+    ok(&["mount", text(&disk), text(&point)]);
+    let mut holder = Command::new("sleep")
+        .arg("60")
+        .current_dir(&point)
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("sleep runs");
+    let said = fails(4, &["umount", text(&point)]);
+    assert!(
+        said.contains("sleep") && said.contains(&holder.id().to_string()),
+        "{said}"
+    );
+    fs::write(point.join("still"), "usable").expect("write");
+    fails(4, &["mount", text(&disk)]);
+    holder.kill().expect("kill");
+    holder.wait().expect("wait");
+    ok(&["umount", text(&point)]);
+    fails(11, &["umount", text(&disk)]);
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn every_file_system_that_init_offers_can_be_mounted() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let point = scratch.mountpoint();
+    for (fs, mkfs) in [
+        ("ext4", "mkfs.ext4"),
+        ("xfs", "mkfs.xfs"),
+        ("btrfs", "mkfs.btrfs"),
+    ] {
+        if !common::has(mkfs) {
+            continue;
+        }
+        let disk = scratch.disk(fs, &["-s", "400M", "--fs", fs]);
+        ok(&["mount", text(&disk), text(&point)]);
+        let data = noise(3 << 20, 9);
+        std::fs::write(point.join("file"), &data).expect("write");
+        ok(&["umount", text(&point)]);
+        ok(&["mount", text(&disk), text(&point)]);
+        assert!(std::fs::read(point.join("file")).expect("read") == data);
+        ok(&["umount", text(&point)]);
+        ok(&["check", text(&disk)]);
+    }
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn init_with_a_file_system_it_cannot_hold_leaves_nothing() {
+    if !can_mount() || !common::has("mkfs.xfs") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dir = scratch.path("small");
+    fails(5, &["init", "-s", "1M", "--fs", "xfs", text(&dir)]);
+    assert!(!dir.exists());
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn four_neighbouring_sectors_written_at_once_arrive_intact() {
+    if !can_mount() {
+        return;
+    }
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
+    let device = ok(&["mount", text(&disk)]).trim_end().to_string();
+    let open = || {
+        let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(&device);
+        file.expect("device")
+    };
+    for round in 0..50u64 {
+        let writers: Vec<_> = (0..4u64)
+            .map(|n| {
+                let file = open();
+                std::thread::spawn(move || {
+                    let mut buf = ploop_formats::buf::aligned(512);
+                    buf.copy_from_slice(&noise(512, round * 4 + n + 1));
+                    file.write_all_at(&buf, round * 65536 + n * 512)
+                        .expect("write");
+                })
+            })
+            .collect();
+        writers.into_iter().for_each(|w| w.join().expect("written"));
+    }
+    ok(&["umount", &device]);
+    let device = ok(&["mount", text(&disk), "--read-only"])
+        .trim_end()
+        .to_string();
+    let file = fs::File::open(&device).expect("device");
+    for round in 0..50u64 {
+        for n in 0..4u64 {
+            let mut found = vec![0; 512];
+            file.read_exact_at(&mut found, round * 65536 + n * 512)
+                .expect("read");
+            assert!(
+                found == noise(512, round * 4 + n + 1),
+                "round {round}, sector {n}"
+            );
+        }
+    }
+    drop(file);
+    ok(&["umount", &device]);
+}
