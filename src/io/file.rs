@@ -96,7 +96,10 @@ impl FileStore {
         let writable = rustix::fs::fcntl_getfl(&fd)
             .map_err(place)?
             .contains(OFlags::RDWR);
-        let len = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(place)?;
+        let len = match kind {
+            FileType::RegularFile => u64::try_from(stat.st_size).unwrap_or(0),
+            _ => rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(place)?,
+        };
         let cached = Alignment {
             offset: 1,
             memory: 1,

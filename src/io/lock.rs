@@ -162,8 +162,9 @@ pub fn lock_disk(dir: impl AsFd, base: OwnedFd, deadline: Instant) -> Result<Dis
 /// Makes the holder of `top` the only writer of this delta, for us and for QEMU. The description
 /// must be open for writing and be one that nobody uses for I/O.
 ///
-/// While it is held, QEMU's tools refuse to write to the file, and to read it unless told to
-/// share (`-U`). Bytes 201 and 203 also look like a short operation of ploop 9.x.
+/// While it is held, QEMU refuses to write to the file, and those of its tools that want an
+/// unchanging image refuse to read it unless told otherwise (`-U`). Bytes 201 and 203 also look
+/// like a short operation of ploop 9.x, should the top be a base.
 pub fn own_top(top: OwnedFd) -> Result<Held> {
     range(&top, OWNER, Hold::Exclusive)?;
     // As QEMU does: first say what is used, then look what others say.

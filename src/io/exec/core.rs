@@ -59,7 +59,7 @@ pub(super) struct Core {
 
 #[allow(clippy::large_enum_variant, reason = "one for each thread")]
 enum Driver {
-    Ring(RefCell<Ring>),
+    Ring(Box<RefCell<Ring>>),
     Poll(RefCell<Poller>),
 }
 
@@ -87,7 +87,7 @@ struct Timers {
 impl Core {
     fn new(engine: Engine) -> io::Result<Rc<Self>> {
         let driver = match engine {
-            Engine::Ring => Driver::Ring(RefCell::new(Ring::new()?)),
+            Engine::Ring => Driver::Ring(Box::new(RefCell::new(Ring::new()?))),
             Engine::Poll => Driver::Poll(RefCell::default()),
         };
         let core = Rc::new(Self {

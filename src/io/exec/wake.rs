@@ -56,8 +56,9 @@ impl Mailbox {
         let ring = std::mem::take(&mut inner.asleep);
         drop(inner);
         if ring {
-            // Fails only when the counter is about to overflow: then the bell rings already.
-            let _ = rustix::io::write(&*self.bell, &1u64.to_ne_bytes());
+            // Any number but 0 rings. Fails only when the counter is about to overflow: then the
+            // bell rings already.
+            let _ = rustix::io::write(&*self.bell, &[1u8; 8]);
         }
     }
 }

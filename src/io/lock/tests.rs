@@ -163,16 +163,9 @@ fn a_top_has_one_owner() {
     let _second = own_top(open(&top)).unwrap();
 }
 
-/// Runs qemu-io on a raw image; `None` where it is not installed.
-fn qemu_io(path: &Path, options: &[&str], command: &str) -> Option<(bool, String)> {
-    let mut qemu = Command::new("qemu-io");
-    let out = qemu
-        .args(["-f", "raw"])
-        .args(options)
-        .args(["-c", command])
-        .arg(path)
-        .output();
-    let out = out.ok()?;
+/// Runs a tool of QEMU on a raw image; `None` where it is not installed.
+fn qemu(tool: &str, words: &[&str], path: &Path) -> Option<(bool, String)> {
+    let out = Command::new(tool).args(words).arg(path).output().ok()?;
     Some((
         out.status.success(),
         String::from_utf8_lossy(&out.stderr).into_owned(),
@@ -180,50 +173,52 @@ fn qemu_io(path: &Path, options: &[&str], command: &str) -> Option<(bool, String
 }
 
 #[test]
-fn qemu_does_not_write_to_an_owned_top_and_reads_it_only_when_told_to_share() {
-    let (_dir, top) = disk();
-    if qemu_io(&top, &[], "write 0 4k").is_none() {
+fn qemu_does_not_write_to_an_owned_top_and_its_reads_must_tolerate_a_writer() {
+    let (dir, top) = disk();
+    let write = ["-f", "raw", "-c", "write 0 4k"];
+    let read = ["-f", "raw", "-r", "-U", "-c", "read 0 4k"];
+    if qemu("qemu-io", &write, &top).is_none() {
         eprintln!("skipped: qemu-io is not installed");
         return;
     }
     let owner = own_top(open(&top)).unwrap();
-    let (fine, message) = qemu_io(&top, &[], "write 0 4k").unwrap();
+    let (fine, message) = qemu("qemu-io", &write, &top).unwrap();
     assert!(!fine && message.contains("lock"), "{message}");
-    let (fine, message) = qemu_io(&top, &["-r"], "read 0 4k").unwrap();
+    let to = dir.path().join("copy");
+    let steady = ["convert", "-f", "raw", "-O", "raw", top.to_str().unwrap()];
+    let (fine, message) = qemu("qemu-img", &steady, &to).unwrap();
     assert!(!fine && message.contains("lock"), "{message}");
-    let (fine, message) = qemu_io(&top, &["-r", "-U"], "read 0 4k").unwrap();
+    let (fine, message) = qemu("qemu-io", &read, &top).unwrap();
     assert!(fine, "{message}");
     drop(owner);
-    let (fine, message) = qemu_io(&top, &[], "write 0 4k").unwrap();
+    let (fine, message) = qemu("qemu-io", &write, &top).unwrap();
     assert!(fine, "{message}");
 }
 
 #[test]
-fn a_top_that_qemu_has_open_is_not_owned() {
+fn a_top_that_qemu_writes_to_is_not_owned() {
     let (_dir, top) = disk();
-    for options in [&[][..], &["-r"][..]] {
-        let mut qemu = Command::new("qemu-io");
-        qemu.args(["-f", "raw"])
-            .args(options)
-            .arg(&top)
-            .stdin(Stdio::piped());
-        let Ok(mut child) = qemu.stdout(Stdio::null()).spawn() else {
-            eprintln!("skipped: qemu-io is not installed");
-            return;
-        };
-        let probe = open(&top);
-        let start = Instant::now();
-        while blocker(&probe, 100..300, Hold::Exclusive)
-            .unwrap()
-            .is_none()
-        {
-            assert!(start.elapsed() < LATE, "QEMU never locks");
-            thread::sleep(Duration::from_millis(5));
-        }
-        let error = own_top(open(&top)).unwrap_err();
-        assert_eq!(error.kind(), Kind::Busy, "{options:?}");
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let _mine = own_top(open(&top)).unwrap();
+    let mut writer = Command::new("qemu-io");
+    writer
+        .args(["-f", "raw"])
+        .arg(&top)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null());
+    let Ok(mut child) = writer.spawn() else {
+        eprintln!("skipped: qemu-io is not installed");
+        return;
+    };
+    let probe = open(&top);
+    let start = Instant::now();
+    while blocker(&probe, 101..102, Hold::Exclusive)
+        .unwrap()
+        .is_none()
+    {
+        assert!(start.elapsed() < LATE, "QEMU never locks");
+        thread::sleep(Duration::from_millis(5));
     }
+    assert_eq!(own_top(open(&top)).unwrap_err().kind(), Kind::Busy);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let _mine = own_top(open(&top)).unwrap();
 }
