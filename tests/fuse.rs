@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Barrier, Mutex, OnceLock};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -121,6 +121,7 @@ struct Mounted {
     fd: Arc<OwnedFd>,
     session: Session,
     disk: Arc<Disk>,
+    engine: exec::Engine,
     worker: Option<(JoinHandle<End>, oneshot::Sender<()>)>,
     attached: Option<Loop>,
 }
@@ -143,27 +144,30 @@ impl Mounted {
             fd,
             session,
             disk: Arc::new(disk),
+            engine: exec::Engine::detect().0,
             worker: None,
             attached: None,
         }
     }
 
     fn new(disk: Disk) -> Self {
+        Self::on(exec::Engine::detect().0, disk)
+    }
+
+    fn on(engine: exec::Engine, disk: Disk) -> Self {
         let mut mounted = Self::idle(disk);
+        mounted.engine = engine;
         mounted.start();
         mounted
     }
 
     fn start(&mut self) {
-        let (fd, session, disk) = (
-            Arc::clone(&self.fd),
-            self.session.clone(),
-            Arc::clone(&self.disk),
-        );
+        let (fd, disk) = (Arc::clone(&self.fd), Arc::clone(&self.disk));
+        let (engine, session) = (self.engine, self.session.clone());
         let (stop, stopped) = oneshot::channel();
         let worker = thread::spawn(move || {
             let stopped = async { drop(stopped.await) };
-            exec::run(engine(), fuse::serve(fd, &session, disk, stopped))
+            exec::run(engine, fuse::serve(fd, &session, disk, stopped))
                 .unwrap()
                 .unwrap()
         });
@@ -253,14 +257,6 @@ impl Drop for FileSystem {
     }
 }
 
-fn engine() -> exec::Engine {
-    static ENGINE: OnceLock<exec::Engine> = OnceLock::new();
-    *ENGINE.get_or_init(|| match std::env::var("PLOOP_TEST_ENGINE").as_deref() {
-        Ok("poll") => exec::Engine::Poll,
-        _ => exec::Engine::detect().0,
-    })
-}
-
 /// Whether the machine can run these tests; says why not.
 fn able() -> bool {
     let reason = if !rustix::process::geteuid().is_root() {
@@ -326,7 +322,12 @@ fn bytes_of_any_size_and_place_come_back_as_they_were_written() {
     if !able() {
         return;
     }
-    let mounted = Mounted::new(Disk::new(8 * MIB));
+    for engine in [exec::Engine::detect().0, exec::Engine::Poll] {
+        come_back(Mounted::on(engine, Disk::new(8 * MIB)));
+    }
+}
+
+fn come_back(mounted: Mounted) {
     let file = mounted.open();
     assert_eq!(file.metadata().unwrap().size(), 8 * MIB);
     for (at, len) in [
@@ -413,14 +414,16 @@ fn a_full_disk_answers_enospc_and_works_again_when_there_is_space() {
     if !able() {
         return;
     }
-    let mounted = Mounted::new(Disk::new(MIB));
-    let file = mounted.open();
-    mounted.disk.full.store(true, Ordering::Release);
-    let error = file.write_all_at(&[1; 4096], 0).unwrap_err();
-    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
-    mounted.disk.full.store(false, Ordering::Release);
-    file.write_all_at(&[1; 4096], 0).unwrap();
-    drop(file);
+    let mut mounted = Mounted::new(Disk::new(MIB));
+    let device = mounted.attach();
+    let data = pattern(4096, 1);
+    for file in [mounted.open(), direct(&device)] {
+        mounted.disk.full.store(true, Ordering::Release);
+        let error = file.write_all_at(&data, 0).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+        mounted.disk.full.store(false, Ordering::Release);
+        file.write_all_at(&data, 0).unwrap();
+    }
     mounted.finish();
 }
 
@@ -712,7 +715,7 @@ fn worker_process() {
         ..Disk::new(4 * MIB)
     });
     exec::run(
-        engine(),
+        exec::Engine::detect().0,
         fuse::serve(Arc::new(fd), &session, disk, pending()),
     )
     .unwrap()

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 /// Tries to get a free number: each lost race is another process that got one.
 const ATTEMPTS: u32 = 100;
 /// How long a detached device may take to let go of its file.
-const DETACH_TIMEOUT: Duration = Duration::from_secs(5);
+const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How to attach a file.
 #[derive(Debug, Clone, Copy)]
