@@ -263,6 +263,7 @@ fn state_in(dir: &Path) -> Option<State> {
 
 /// A run directory that exists.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a handful live, briefly")]
 pub enum Entry {
     /// A keeper holds it. Without a state it is only just starting.
     Attached {

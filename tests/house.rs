@@ -218,7 +218,10 @@ fn allowed(expression: &str) -> bool {
 fn every_linked_crate_has_a_permissive_licence() {
     let said = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
         .args(["metadata", "--locked", "--offline", "--format-version", "1"])
-        .arg(format!("--filter-platform={}-unknown-linux-gnu", std::env::consts::ARCH))
+        .arg(format!(
+            "--filter-platform={}-unknown-linux-gnu",
+            std::env::consts::ARCH
+        ))
         .current_dir(root())
         .output()
         .unwrap();

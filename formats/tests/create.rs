@@ -49,10 +49,12 @@ fn fields(bytes: &[u8]) -> Vec<u32> {
         .collect()
 }
 
+/// Size, cluster; heads, cylinders, m_Size, sectors, FBO; bytes of the file.
+type Golden = (u64, u64, u32, u32, u32, u64, u32, u64);
+
 #[test]
 fn new_images_equal_the_golden_headers_and_lengths() {
-    // size, cluster, heads, cylinders, m_Size, sectors, FBO, file bytes
-    let table: [(u64, u64, u32, u32, u32, u64, u32, u64); 10] = [
+    let table: [Golden; 10] = [
         (64 * M, 2048, 16, 256, 64, 131_072, 2048, 1_048_576),
         (G, 2048, 16, 2080, 1024, 2_097_152, 2048, 1_048_576),
         (100_001 * K, 2048, 16, 392, 98, 200_704, 2048, 1_048_576),

@@ -30,7 +30,7 @@ pub struct Effort {
 }
 
 const EFFORT: Effort = Effort {
-    per_point: 16,
+    per_point: 6,
     live_in: 150,
     cycles: 3,
 };

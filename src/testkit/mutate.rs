@@ -8,8 +8,52 @@ use ploop_formats::store::mutate::{Covers, Mutation, Mutator};
 use std::collections::BTreeSet;
 use std::fmt;
 
-/// A run of some campaign.
-type Run = fn(u64, &mut Tally, &Bench) -> Result<(), String>;
+/// A campaign, by the name that `torture` knows it by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Campaign {
+    /// [`crash`].
+    Crash,
+    /// [`death`].
+    WorkerDeath,
+    /// [`models`].
+    Model,
+    /// [`faults`].
+    Faults,
+}
+
+impl Campaign {
+    const fn name(self) -> &'static str {
+        match self {
+            Campaign::Crash => "crash",
+            Campaign::WorkerDeath => "worker-death",
+            Campaign::Model => "model",
+            Campaign::Faults => "faults",
+        }
+    }
+
+    fn run<S: Subject>(self, seed: u64, tally: &mut Tally, bench: &Bench) -> Result<(), String> {
+        match self {
+            Campaign::Crash => crash::run::<S>(seed, tally, bench),
+            Campaign::WorkerDeath => death::run::<S>(seed, tally, bench),
+            Campaign::Model => models::run::<S>(seed, tally, bench),
+            Campaign::Faults => faults::run::<S>(seed, tally),
+        }
+    }
+
+    /// The campaign that is there for such bugs.
+    pub const fn of(bug: Bug) -> Self {
+        match bug {
+            Bug::FreshForReused | Bug::CopyUpUnderShared | Bug::DiscardExposesParent => Self::Model,
+            Bug::PublishBeforeData
+            | Bug::LedgerAfterAnswer
+            | Bug::NoFence
+            | Bug::CleanMarkBeforeSync
+            | Bug::CutBeforeOverlay => Self::WorkerDeath,
+            Bug::ReuseQuarantined => Self::Faults,
+            _ => Self::Crash,
+        }
+    }
+}
 
 /// Whether something wrong was noticed.
 #[derive(Debug, Clone)]
@@ -36,55 +80,49 @@ impl fmt::Display for Catch {
 }
 
 /// Runs campaigns in turn, each until it made `states` checks, until one fails.
-fn hunt(
+fn hunt<S: Subject>(
     wrong: String,
     seed: u64,
     states: u64,
     bench: &Bench,
-    runs: &[(&'static str, Run)],
+    campaigns: &[Campaign],
 ) -> Catch {
     let mut catch = Catch {
         wrong,
         by: None,
         states: 0,
     };
-    for (name, run) in runs {
+    for campaign in campaigns {
         let mut tally = Tally::default();
-        let mut number = 0;
-        while tally.states < states {
+        for number in 0.. {
+            if tally.states >= states {
+                break;
+            }
             let seed = seed.wrapping_add(number);
-            number += 1;
+            // Barriers are numbered from the start of a run.
             bench.mutator.set(bench.mutator.mutation());
-            let outcome = run(seed, &mut tally, bench);
-            if let Err(message) = outcome {
-                catch.states += tally.states;
-                catch.by = Some((name, seed, message));
-                return catch;
+            if let Err(message) = campaign.run::<S>(seed, &mut tally, bench) {
+                catch.by = Some((campaign.name(), seed, message));
+                break;
             }
         }
         catch.states += tally.states;
+        if catch.by.is_some() {
+            break;
+        }
     }
     catch
 }
 
-fn all<S: Subject>() -> [(&'static str, Run); 4] {
-    [
-        ("model", models::run::<S>),
-        ("worker-death", death::run::<S>),
-        ("crash", crash::run::<S>),
-        ("faults", |seed, tally, _| faults::run::<S>(seed, tally)),
-    ]
-}
-
-/// Plants `bug` and looks for it with every campaign, up to `states` checks each.
+/// Plants `bug` and looks for it with the campaign that is there for it, up to `states` checks.
 pub fn bug<S: Subject>(bug: Bug, seed: u64, states: u64) -> Catch {
     let _planted = planted::plant(bug);
-    hunt(
+    hunt::<S>(
         format!("bug {bug:?}"),
         seed,
         states,
         &Bench::default(),
-        &all::<S>(),
+        &[Campaign::of(bug)],
     )
 }
 
@@ -118,6 +156,11 @@ pub fn barrier<S: Subject>(mutation: Mutation, seed: u64, states: u64) -> Catch 
         Mutation::Swap(covers) => format!("step before the barrier after {covers}"),
         other => format!("{other:?}"),
     };
-    let [_, death, crash, _] = all::<S>();
-    hunt(name, seed, states, &bench, &[crash, death])
+    hunt::<S>(
+        name,
+        seed,
+        states,
+        &bench,
+        &[Campaign::Crash, Campaign::WorkerDeath],
+    )
 }

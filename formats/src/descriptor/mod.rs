@@ -108,8 +108,8 @@ pub struct Image {
     pub guid: Guid,
     /// Stated type.
     pub kind: ImageType,
-    /// File name, relative to the descriptor's directory: not empty, not absolute, without NUL
-    /// and without `..`.
+    /// File name, relative to the descriptor's directory: not empty, not absolute, without
+    /// control characters and without `..`.
     pub file: String,
 }
 

@@ -163,8 +163,8 @@ fn image(element: &Element) -> Result<Image> {
 fn check_file_name(file: &str) -> Result<()> {
     let rule = if file.is_empty() {
         "is empty"
-    } else if file.contains('\0') {
-        "contains a NUL"
+    } else if file.contains(char::is_control) {
+        "contains a control character, which XML cannot carry"
     } else if file.starts_with('/') {
         "is absolute: images live beneath the directory of their descriptor"
     } else if file.split('/').any(|part| part == "..") {

@@ -63,11 +63,15 @@ impl<S: Store> Ploop<S> {
             let index = lock(&self.index);
             (index.frozen_pages(), index.frozen().needs_data_first())
         };
-        let images = self.images(&pages).await?;
         let mut update = Update::new();
         if data_first && !planted::is(Bug::IndexBeforeData) {
             update = update.barrier();
         }
+        if planted::is(Bug::LaterEntriesInPageImage) {
+            // Only what is published while the data barrier runs can be wrongly in an image.
+            std::mem::take(&mut update).apply(&self.store).await?;
+        }
+        let images = self.images(&pages).await?;
         for (at, data) in runs(&images) {
             update = update.write(at, data);
         }

@@ -7,7 +7,9 @@
 
 use bytes::{Bytes, BytesMut};
 use ploop_formats::{Error, Kind, Result, buf};
+use rustix::io::{Errno, retry_on_intr};
 use std::future::{Future, poll_fn};
+use std::io::{self, IoSlice};
 use std::mem;
 use std::os::fd::OwnedFd;
 use std::pin::pin;
@@ -28,6 +30,8 @@ use crate::io::exec;
 const COPY_MAX: usize = 64 << 10;
 /// Bytes of payload in flight, 4 KiB a budget unit.
 const BUDGET: usize = 16 << 20;
+/// Requests taken before those taken get their turn.
+const BATCH: u64 = 32;
 /// How long a disk is quiet before spare buffers are freed.
 const QUIET: Duration = Duration::from_secs(1);
 
@@ -88,25 +92,31 @@ struct Job {
 /// An answer: its body, or an errno.
 type Answer = std::result::Result<Bytes, i32>;
 
+/// Takes requests until the session is over. Dropped at any point, it holds no request: the
+/// descriptor is only waited for, and reading it and making a task of what came are one step.
 async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<End> {
     let mut loan = server.pool.take();
-    loop {
+    for turn in 1u64.. {
         let budget = server.worst_case().await;
-        let (buf, got) = exec::recv(&server.fd, mem::take(&mut loan.buf)).await;
-        loan.buf = buf;
-        match got {
+        match rustix::io::read(&server.fd, &mut loan.buf[..]) {
             Ok(len) => {
                 let job = server.accept(&mut loan, len, budget);
                 exec::spawn(Rc::clone(server).work(job));
+                if turn % BATCH == 0 {
+                    exec::yield_now().await;
+                }
             }
-            Err(e) => match e.raw_os_error() {
-                Some(libc::ENODEV) => return Ok(End::Unmounted),
-                // A request that was interrupted or aborted while it was read.
-                Some(libc::EINTR | libc::EAGAIN | libc::ENOENT) => {}
-                _ => return Err(Error::from(e).at("reading /dev/fuse")),
-            },
+            Err(Errno::AGAIN) => {
+                drop(budget);
+                exec::readable(&server.fd).await?;
+            }
+            // ENOENT: a request whose caller was killed before it was read.
+            Err(Errno::INTR | Errno::NOENT) => {}
+            Err(Errno::NODEV) => return Ok(End::Unmounted),
+            Err(e) => return Err(Error::from(io::Error::from(e)).at("reading /dev/fuse")),
         }
     }
+    unreachable!("the range has no end")
 }
 
 impl<D: Device + 'static> Server<D> {
@@ -152,7 +162,7 @@ impl<D: Device + 'static> Server<D> {
         } = job;
         if ask != Ask::Silent {
             let answer = self.answer(ask, payload).await;
-            self.reply(unique, answer).await;
+            self.reply(unique, answer);
         }
         drop(budget);
         if self.pool.wants_trimmer() {
@@ -160,17 +170,18 @@ impl<D: Device + 'static> Server<D> {
         }
     }
 
-    async fn reply(&self, unique: u64, answer: Answer) {
-        let parts = match answer {
-            Ok(body) if body.is_empty() => vec![abi::encode_header(unique, 0, 0)],
-            Ok(body) => vec![abi::encode_header(unique, 0, body.len()), body],
-            Err(errno) => vec![abi::encode_header(unique, errno, 0)],
+    /// One writev(2), which never waits: the device takes a whole message.
+    fn reply(&self, unique: u64, answer: Answer) {
+        let (errno, body) = match answer {
+            Ok(body) => (0, body),
+            Err(errno) => (errno, Bytes::new()),
         };
-        if let Err(error) = exec::write_vectored(&self.fd, parts).await {
+        let header = abi::encode_header(unique, errno, body.len());
+        let parts = [IoSlice::new(&header), IoSlice::new(&body)];
+        match retry_on_intr(|| rustix::io::writev(&self.fd, &parts)) {
             // ENOENT: its caller was killed. ENODEV: the session is over. Nobody waits any more.
-            if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) {
-                tracing::error!(%error, unique, "the kernel refused an answer");
-            }
+            Ok(_) | Err(Errno::NOENT | Errno::NODEV) => {}
+            Err(error) => tracing::error!(%error, unique, "the kernel refused an answer"),
         }
     }
 

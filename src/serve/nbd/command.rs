@@ -443,7 +443,10 @@ mod tests {
     use super::*;
 
     const SIZE: u64 = 1 << 40;
-    const WRITABLE: Export = Export { size: SIZE, read_only: false };
+    const WRITABLE: Export = Export {
+        size: SIZE,
+        read_only: false,
+    };
 
     fn terms(style: Style) -> Terms {
         let contexts = match style {
@@ -454,11 +457,19 @@ mod tests {
     }
 
     fn request(command: u16, flags: u16, offset: u64, length: u64) -> Request {
-        Request { flags, command, cookie: 1, offset, length }
+        Request {
+            flags,
+            command,
+            cookie: 1,
+            offset,
+            length,
+        }
     }
 
     fn refused(style: Style, export: Export, request: Request) -> Option<Errno> {
-        plan(&request, &terms(style), export).err().map(|refusal| refusal.errno)
+        plan(&request, &terms(style), export)
+            .err()
+            .map(|refusal| refusal.errno)
     }
 
     const STYLES: [Style; 3] = [Style::Simple, Style::Structured, Style::Extended];
@@ -485,20 +496,32 @@ mod tests {
         }
         let status = |offset, len| request(BLOCK_STATUS, 0, offset, len);
         assert_eq!(refused(Style::Extended, WRITABLE, status(0, SIZE)), None);
-        assert_eq!(refused(Style::Extended, WRITABLE, status(1, SIZE)), Some(Errno::Inval));
+        assert_eq!(
+            refused(Style::Extended, WRITABLE, status(1, SIZE)),
+            Some(Errno::Inval)
+        );
     }
 
     #[test]
     fn a_read_only_export_refuses_every_change_and_nothing_else() {
-        let export = Export { read_only: true, ..WRITABLE };
+        let export = Export {
+            read_only: true,
+            ..WRITABLE
+        };
         for command in [command::WRITE, command::TRIM, command::WRITE_ZEROES] {
             let errno = refused(Style::Simple, export, request(command, 0, 0, 512));
             assert_eq!(errno, Some(Errno::Perm));
         }
         for command in [command::READ, command::CACHE] {
-            assert_eq!(refused(Style::Simple, export, request(command, 0, 0, 512)), None);
+            assert_eq!(
+                refused(Style::Simple, export, request(command, 0, 0, 512)),
+                None
+            );
         }
-        assert_eq!(refused(Style::Simple, export, request(command::FLUSH, 0, 0, 0)), None);
+        assert_eq!(
+            refused(Style::Simple, export, request(command::FLUSH, 0, 0, 0)),
+            None
+        );
     }
 
     #[test]
@@ -551,9 +574,20 @@ mod tests {
     #[test]
     fn zeroing_modes_follow_the_flags() {
         let plan = |flags| {
-            plan(&request(command::WRITE_ZEROES, flags, 0, 9), &terms(Style::Simple), WRITABLE)
+            plan(
+                &request(command::WRITE_ZEROES, flags, 0, 9),
+                &terms(Style::Simple),
+                WRITABLE,
+            )
         };
-        let zero = |how, fua| Ok(Op::Zero { at: 0, len: 9, how, fua });
+        let zero = |how, fua| {
+            Ok(Op::Zero {
+                at: 0,
+                len: 9,
+                how,
+                fua,
+            })
+        };
         assert_eq!(plan(0), zero(Zero::MayFree, false));
         assert_eq!(plan(with::NO_HOLE | with::FUA), zero(Zero::Allocate, true));
         assert_eq!(plan(with::FAST_ZERO), zero(Zero::Fast, false));
@@ -565,14 +599,32 @@ mod tests {
     fn a_status_needs_contexts_and_a_range() {
         let status = |flags, len| request(command::BLOCK_STATUS, flags, 0, len);
         for style in STYLES {
-            let none = Terms { style, contexts: vec![] };
+            let none = Terms {
+                style,
+                contexts: vec![],
+            };
             let refusal = plan(&status(0, 512), &none, WRITABLE).unwrap_err();
             assert_eq!(refusal.errno, Errno::Inval);
         }
-        assert_eq!(refused(Style::Structured, WRITABLE, status(0, 0)), Some(Errno::Inval));
-        let one = plan(&status(with::REQ_ONE, 512), &terms(Style::Structured), WRITABLE);
+        assert_eq!(
+            refused(Style::Structured, WRITABLE, status(0, 0)),
+            Some(Errno::Inval)
+        );
+        let one = plan(
+            &status(with::REQ_ONE, 512),
+            &terms(Style::Structured),
+            WRITABLE,
+        );
         let contexts = Selection::of(&Context::ALL);
-        assert_eq!(one, Ok(Op::Status(Status { at: 0, len: 512, one: true, contexts })));
+        assert_eq!(
+            one,
+            Ok(Op::Status(Status {
+                at: 0,
+                len: 512,
+                one: true,
+                contexts
+            }))
+        );
     }
 
     #[test]
@@ -586,7 +638,10 @@ mod tests {
         let ok = parse(&both, 1024, &[Context::Depth.id()]).unwrap();
         assert_eq!((ok.at, ok.len), (512, 1024));
         assert_eq!(ok.contexts.iter().collect::<Vec<_>>(), [Context::Depth]);
-        let only = Terms { contexts: vec![Context::Allocation], ..both.clone() };
+        let only = Terms {
+            contexts: vec![Context::Allocation],
+            ..both.clone()
+        };
         for (terms, len, ids) in [
             (&both, 1024, &[1u32, 1][..]),
             (&both, 1024, &[1, 3]),
@@ -597,7 +652,11 @@ mod tests {
             assert_eq!(parse(terms, len, ids), Err(Errno::Inval), "{len} {ids:?}");
         }
         let len = |len| {
-            refused(Style::Extended, WRITABLE, request(command::BLOCK_STATUS, with::PAYLOAD_LEN, 0, len))
+            refused(
+                Style::Extended,
+                WRITABLE,
+                request(command::BLOCK_STATUS, with::PAYLOAD_LEN, 0, len),
+            )
         };
         let legal: Vec<_> = (0..30).filter(|n| len(*n).is_none()).collect();
         assert_eq!(legal, [12, 16]);
@@ -630,7 +689,14 @@ mod tests {
     fn what_a_request_may_hold_is_counted_before_it_is_held() {
         assert_eq!(Op::Read { at: 0, len: 5000 }.cost(), 8192);
         assert_eq!(Op::Flush.cost(), 0);
-        let status = |len, one| Op::Status(Status { at: 0, len, one, contexts: Selection::default() });
+        let status = |len, one| {
+            Op::Status(Status {
+                at: 0,
+                len,
+                one,
+                contexts: Selection::default(),
+            })
+        };
         assert!(status(u64::MAX, false).cost() >= limits::EXTENTS_MAX * 24);
         assert!(status(u64::MAX, false).cost() < limits::BYTES_IN_FLIGHT);
         assert!(status(u64::MAX, true).cost() < 1024);

@@ -459,7 +459,10 @@ mod tests {
     fn with_flags(flags: u16) -> Handshake {
         let mut handshake = Handshake::default();
         let mut input = BytesMut::from(&u32::from(flags).to_be_bytes()[..]);
-        assert_eq!(handshake.advance(&OFFER, &mut input, &mut Vec::new()), Step::More);
+        assert_eq!(
+            handshake.advance(&OFFER, &mut input, &mut Vec::new()),
+            Step::More
+        );
         handshake
     }
 
@@ -476,7 +479,13 @@ mod tests {
     fn send(handshake: &mut Handshake, option: u32, data: &[u8]) -> (Vec<u32>, Step) {
         let mut out = Vec::new();
         let step = handshake.advance(&OFFER, &mut message(option, data), &mut out);
-        (replies(&out, option).into_iter().map(|(kind, _)| kind).collect(), step)
+        (
+            replies(&out, option)
+                .into_iter()
+                .map(|(kind, _)| kind)
+                .collect(),
+            step,
+        )
     }
 
     fn replies(out: &[u8], option: u32) -> Vec<(u32, Vec<u8>)> {
@@ -542,7 +551,8 @@ mod tests {
             assert_eq!(&input[..], b"first request");
             out
         };
-        let (mut handshake, mut out, mut input) = (Handshake::default(), Vec::new(), BytesMut::new());
+        let (mut handshake, mut out, mut input) =
+            (Handshake::default(), Vec::new(), BytesMut::new());
         for byte in all {
             input.put_u8(byte);
             match handshake.advance(&OFFER, &mut input, &mut out) {
@@ -571,27 +581,71 @@ mod tests {
             (12, vec![7; 100], &[ERR_UNSUP]),
             (u32::MAX, vec![7; 65536], &[ERR_UNSUP]),
             (option::INFO, info_data("disk", &[]), &[INFO, INFO, ACK]),
-            (option::INFO, info_data("", &[1, 2, 3, 77]), &[INFO, INFO, INFO, INFO, ACK]),
+            (
+                option::INFO,
+                info_data("", &[1, 2, 3, 77]),
+                &[INFO, INFO, INFO, INFO, ACK],
+            ),
             (option::INFO, info_data("other", &[]), &[ERR_UNKNOWN]),
             (option::INFO, info_data(&long, &[]), &[ERR_UNKNOWN]),
             (option::INFO, info_data(&longer, &[]), &[ERR_TOO_BIG]),
             (option::INFO, info_data("a\0b", &[]), &[ERR_INVALID]),
             (option::INFO, vec![0, 0, 0, 1, 0xff, 0, 0], &[ERR_INVALID]),
             (option::INFO, vec![], &[ERR_INVALID]),
-            (option::INFO, vec![0xff, 0xff, 0xff, 0xff, 0, 0], &[ERR_INVALID]),
-            (option::INFO, [info_data("", &[]), vec![0]].concat(), &[ERR_INVALID]),
+            (
+                option::INFO,
+                vec![0xff, 0xff, 0xff, 0xff, 0, 0],
+                &[ERR_INVALID],
+            ),
+            (
+                option::INFO,
+                [info_data("", &[]), vec![0]].concat(),
+                &[ERR_INVALID],
+            ),
             (option::GO, info_data("other", &[]), &[ERR_UNKNOWN]),
             (option::GO, vec![0, 0, 0, 0, 0, 1], &[ERR_INVALID]),
-            (option::LIST_META_CONTEXT, query_data("", &[]), &[ERR_INVALID]),
-            (option::SET_META_CONTEXT, query_data("", &["base:allocation"]), &[ERR_INVALID]),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &[]),
+                &[ERR_INVALID],
+            ),
+            (
+                option::SET_META_CONTEXT,
+                query_data("", &["base:allocation"]),
+                &[ERR_INVALID],
+            ),
             (option::STRUCTURED_REPLY, vec![0], &[ERR_INVALID]),
             (option::STRUCTURED_REPLY, vec![], &[ACK]),
-            (option::LIST_META_CONTEXT, query_data("", &[]), &[META_CONTEXT, META_CONTEXT, ACK]),
-            (option::LIST_META_CONTEXT, query_data("", &["x-a:b"]), &[ACK]),
-            (option::LIST_META_CONTEXT, query_data("other", &[]), &[ERR_UNKNOWN]),
-            (option::LIST_META_CONTEXT, query_data("", &[&longer]), &[ERR_TOO_BIG]),
-            (option::LIST_META_CONTEXT, vec![0, 0, 0, 0, 0, 0, 0, 1], &[ERR_INVALID]),
-            (option::LIST_META_CONTEXT, vec![0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[ERR_INVALID]),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &[]),
+                &[META_CONTEXT, META_CONTEXT, ACK],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &["x-a:b"]),
+                &[ACK],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("other", &[]),
+                &[ERR_UNKNOWN],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                query_data("", &[&longer]),
+                &[ERR_TOO_BIG],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                vec![0, 0, 0, 0, 0, 0, 0, 1],
+                &[ERR_INVALID],
+            ),
+            (
+                option::LIST_META_CONTEXT,
+                vec![0, 0, 0, 0, 0xff, 0xff, 0xff, 0xff],
+                &[ERR_INVALID],
+            ),
             (option::SET_META_CONTEXT, query_data("", &["base:"]), &[ACK]),
             (option::EXTENDED_HEADERS, vec![0], &[ERR_INVALID]),
             (option::EXTENDED_HEADERS, vec![], &[ACK]),
@@ -601,18 +655,31 @@ mod tests {
         for (number, data, expected) in table {
             handshake.options = 0;
             let (kinds, step) = send(&mut handshake, *number, data);
-            assert_eq!((&kinds[..], step), (*expected, Step::More), "option {number} {data:?}");
+            assert_eq!(
+                (&kinds[..], step),
+                (*expected, Step::More),
+                "option {number} {data:?}"
+            );
         }
-        assert_eq!(send(&mut handshake, option::ABORT, b"bye"), (vec![ACK], Step::Abort));
+        assert_eq!(
+            send(&mut handshake, option::ABORT, b"bye"),
+            (vec![ACK], Step::Abort)
+        );
     }
 
     #[test]
     fn an_export_is_described_in_full() {
         let mut out = Vec::new();
         let mut handshake = begun();
-        let mut input = message(option::INFO, &info_data("", &[info::NAME, info::DESCRIPTION]));
+        let mut input = message(
+            option::INFO,
+            &info_data("", &[info::NAME, info::DESCRIPTION]),
+        );
         handshake.advance(&OFFER, &mut input, &mut out);
-        let pieces: Vec<_> = replies(&out, option::INFO).into_iter().map(|(_, data)| data).collect();
+        let pieces: Vec<_> = replies(&out, option::INFO)
+            .into_iter()
+            .map(|(_, data)| data)
+            .collect();
         let size = (1u64 << 30).to_be_bytes();
         // HAS_FLAGS FLUSH FUA TRIM ZEROES MULTI_CONN CACHE FAST_ZERO, no DF.
         let expected: [&[u8]; 5] = [
@@ -628,16 +695,25 @@ mod tests {
     #[test]
     fn transmission_flags_follow_what_was_agreed() {
         let flags = |style, contexts: &[Context], read_only| {
-            let terms = Terms { style, contexts: contexts.to_vec() };
+            let terms = Terms {
+                style,
+                contexts: contexts.to_vec(),
+            };
             flags(&Offer { read_only, ..OFFER }, &terms)
         };
         let simple = flags(Style::Simple, &[], false);
-        assert_eq!(flags(Style::Structured, &Context::ALL, false), simple | flag::SEND_DF);
+        assert_eq!(
+            flags(Style::Structured, &Context::ALL, false),
+            simple | flag::SEND_DF
+        );
         assert_eq!(flags(Style::Extended, &[], false), simple | flag::SEND_DF);
         let all = simple | flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD;
         assert_eq!(flags(Style::Extended, &Context::ALL, false), all);
         let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
-        assert_eq!(flags(Style::Simple, &[], true), simple & !changes | flag::READ_ONLY);
+        assert_eq!(
+            flags(Style::Simple, &[], true),
+            simple & !changes | flag::READ_ONLY
+        );
     }
 
     #[test]
@@ -645,7 +721,11 @@ mod tests {
         let select = |name: &str, queries: &[&str], more: &[(u32, Vec<u8>)], go: &str| {
             let mut handshake = begun();
             send(&mut handshake, option::STRUCTURED_REPLY, b"");
-            send(&mut handshake, option::SET_META_CONTEXT, &query_data(name, queries));
+            send(
+                &mut handshake,
+                option::SET_META_CONTEXT,
+                &query_data(name, queries),
+            );
             for (number, data) in more {
                 send(&mut handshake, *number, data);
             }
@@ -656,9 +736,15 @@ mod tests {
         let base = ["base:allocation"];
         assert_eq!(select("", &base, &[], ""), [Context::Allocation]);
         assert_eq!(select("disk", &base, &[], ""), []);
-        assert_eq!(select("disk", &["qemu:allocation-depth"], &[], "disk"), [Context::Depth]);
+        assert_eq!(
+            select("disk", &["qemu:allocation-depth"], &[], "disk"),
+            [Context::Depth]
+        );
         assert_eq!(select("", &base, &[(set, query_data("", &[]))], ""), []);
-        assert_eq!(select("", &base, &[(set, query_data("other", &base))], ""), []);
+        assert_eq!(
+            select("", &base, &[(set, query_data("other", &base))], ""),
+            []
+        );
         assert_eq!(select("", &base, &[(set, vec![1])], ""), []);
         let list = (option::LIST_META_CONTEXT, query_data("", &[]));
         assert_eq!(select("", &base, &[list], ""), [Context::Allocation]);
@@ -678,7 +764,11 @@ mod tests {
         let mut out = Vec::new();
         handshake.accept(&OFFER, &begin, &mut out);
         assert_eq!(out.len(), 8 + 2);
-        for (extended, name) in [(false, &b"other"[..]), (false, &[b'n'; 4097]), (true, b"disk")] {
+        for (extended, name) in [
+            (false, &b"other"[..]),
+            (false, &[b'n'; 4097]),
+            (true, b"disk"),
+        ] {
             let mut handshake = begun();
             if extended {
                 send(&mut handshake, option::EXTENDED_HEADERS, b"");
@@ -701,7 +791,10 @@ mod tests {
         assert_eq!(kinds, [] as [u32; 0], "nothing before a place is sure");
         let mut out = Vec::new();
         assert!(handshake.refuse(&start(step), "full", &mut out));
-        assert_eq!(replies(&out, option::GO), [(reply::ERR_POLICY, b"full".to_vec())]);
+        assert_eq!(
+            replies(&out, option::GO),
+            [(reply::ERR_POLICY, b"full".to_vec())]
+        );
         assert_eq!(send(&mut handshake, option::ABORT, b"").1, Step::Abort);
     }
 
@@ -711,7 +804,10 @@ mod tests {
         for _ in 0..limits::OPTIONS_MAX {
             assert_eq!(send(&mut handshake, option::LIST, b"").1, Step::More);
         }
-        assert!(matches!(send(&mut handshake, option::LIST, b"").1, Step::Drop(_)));
+        assert!(matches!(
+            send(&mut handshake, option::LIST, b"").1,
+            Step::Drop(_)
+        ));
 
         let mut head = message(option::LIST, b"");
         head.truncate(12);
@@ -720,6 +816,9 @@ mod tests {
         assert!(matches!(step, Step::Drop(_)), "before the data is received");
 
         let mut noise = BytesMut::from(&[0x55; 16][..]);
-        assert!(matches!(begun().advance(&OFFER, &mut noise, &mut Vec::new()), Step::Drop(_)));
+        assert!(matches!(
+            begun().advance(&OFFER, &mut noise, &mut Vec::new()),
+            Step::Drop(_)
+        ));
     }
 }

@@ -240,7 +240,11 @@ impl Request {
     /// with 10.0) leaves it out and sends the payload all the same, so a write has one either way.
     pub fn payload(&self, style: Style) -> u64 {
         let flagged = style == Style::Extended && self.flags & with::PAYLOAD_LEN != 0;
-        if flagged || self.command == command::WRITE { self.length } else { 0 }
+        if flagged || self.command == command::WRITE {
+            self.length
+        } else {
+            0
+        }
     }
 }
 
@@ -448,9 +452,15 @@ mod tests {
             assert_eq!(Request::decode(style, &bytes), Ok(Some(request)));
         }
         let padded = [bytes.clone(), vec![0; 4]].concat();
-        assert_eq!(Request::decode(Style::Extended, &padded), Err(BadMagic(REQUEST)));
+        assert_eq!(
+            Request::decode(Style::Extended, &padded),
+            Err(BadMagic(REQUEST))
+        );
         let retired = compact(0x2560_9514);
-        assert_eq!(Request::decode(Style::Simple, &retired), Err(BadMagic(0x2560_9514)));
+        assert_eq!(
+            Request::decode(Style::Simple, &retired),
+            Err(BadMagic(0x2560_9514))
+        );
     }
 
     #[test]
@@ -467,7 +477,14 @@ mod tests {
     fn what_follows_a_header_depends_on_command_style_and_flag() {
         use Style::*;
         let payload = |style, command, flags| {
-            Request { flags, command, cookie: 0, offset: 0, length: 9 }.payload(style)
+            Request {
+                flags,
+                command,
+                cookie: 0,
+                offset: 0,
+                length: 9,
+            }
+            .payload(style)
         };
         let table = [
             (Simple, command::WRITE, 0, 9),
@@ -482,12 +499,20 @@ mod tests {
             (Extended, 99, 0, 0),
         ];
         for (style, command, flags, expected) in table {
-            assert_eq!(payload(style, command, flags), expected, "{style:?} {command} {flags}");
+            assert_eq!(
+                payload(style, command, flags),
+                expected,
+                "{style:?} {command} {flags}"
+            );
         }
     }
 
     fn head(style: Style) -> Head {
-        Head { style, cookie: 0x0102_0304_0506_0708, offset: 0x1000 }
+        Head {
+            style,
+            cookie: 0x0102_0304_0506_0708,
+            offset: 0x1000,
+        }
     }
 
     fn written(write: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
@@ -504,7 +529,10 @@ mod tests {
         assert_eq!(written(|out| head(Style::Simple).done(out)), expected);
         assert_eq!(written(|out| head(Style::Simple).data(out, 5)), expected);
         let error = written(|out| head(Style::Simple).error(out, Errno::NoSpace, "full"));
-        assert_eq!(error, [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28], &COOKIE[..]].concat());
+        assert_eq!(
+            error,
+            [&[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 28], &COOKIE[..]].concat()
+        );
     }
 
     #[test]

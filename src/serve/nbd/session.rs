@@ -103,7 +103,10 @@ fn patience<D: Device>(
     if !desk.closing.get() || desk.running.get() != 0 {
         return Poll::Pending;
     }
-    deadline.get_or_insert_with(|| Box::pin(exec::sleep(limits::DRAIN_DEADLINE))).as_mut().poll(cx)
+    deadline
+        .get_or_insert_with(|| Box::pin(exec::sleep(limits::DRAIN_DEADLINE)))
+        .as_mut()
+        .poll(cx)
 }
 
 /// Waits for what still runs. Answers have nowhere to go any more.
@@ -198,7 +201,10 @@ impl<D: Device> Desk<D> {
     }
 
     fn export(&self) -> Export {
-        Export { size: self.device.size(), read_only: self.device.read_only() }
+        Export {
+            size: self.device.size(),
+            read_only: self.device.read_only(),
+        }
     }
 
     /// Whether a request that holds `cost` bytes may start. One alone always may.
@@ -227,7 +233,12 @@ impl<D: Device> Desk<D> {
             return;
         }
         self.queued.set(self.queued.get() + weight(&answer));
-        let reply = Reply { cookie: request.cookie, offset: request.offset, cost, answer };
+        let reply = Reply {
+            cookie: request.cookie,
+            offset: request.offset,
+            cost,
+            answer,
+        };
         self.queue.borrow_mut().push_back(reply);
         self.notify();
     }
@@ -277,7 +288,9 @@ async fn take<D: Device + 'static>(
     let cost = plan.as_ref().map_or(0, Op::cost);
     if !desk.has_room(cost) {
         desk.starved.set(true);
-        intake.unless_stopped(desk.until(|| desk.has_room(cost))).await?;
+        intake
+            .unless_stopped(desk.until(|| desk.has_room(cost)))
+            .await?;
         desk.starved.set(false);
     }
     let op = match plan {
@@ -290,7 +303,12 @@ async fn take<D: Device + 'static>(
         }
     };
     let job = match gather(desk, intake, op).await? {
-        Ok((op, data)) => Job { request, cost, op, data },
+        Ok((op, data)) => Job {
+            request,
+            cost,
+            op,
+            data,
+        },
         Err(refusal) => {
             desk.admit(cost);
             desk.answer(&request, cost, Answer::Failed(refusal));
@@ -346,7 +364,12 @@ async fn start<D: Device + 'static>(desk: &Rc<Desk<D>>, job: Job) {
 }
 
 async fn perform<D: Device + 'static>(desk: Rc<Desk<D>>, job: Job) {
-    let Job { request, cost, op, data } = job;
+    let Job {
+        request,
+        cost,
+        op,
+        data,
+    } = job;
     desk.running.set(desk.running.get() + 1);
     let written = match &data {
         Payload::Data(data) => data.clone(),
@@ -367,7 +390,8 @@ async fn write<D: Device + 'static>(desk: Rc<Desk<D>>, output: Arc<OwnedFd>) -> 
     let mut encoder = Encoder::new(desk.terms.style);
     let over = || desk.closing.get() && desk.running.get() == 0;
     loop {
-        desk.until(|| !desk.queue.borrow().is_empty() || over()).await;
+        desk.until(|| !desk.queue.borrow().is_empty() || over())
+            .await;
         let batch = encoder.batch(&mut desk.queue.borrow_mut());
         if batch.requests == 0 {
             return Ok(());

@@ -392,16 +392,15 @@ impl Keeper {
         match (self.stopping, self.is_device(), &self.state.device) {
             (false, true, None) if self.served => self.attach(),
             (false, _, _) if self.served => self.announce(),
-            (true, _, Some(device)) => {
-                if self.next_detach.is_none() || due(self.next_detach) {
-                    self.next_detach = None;
-                    let device = PathBuf::from(device);
-                    self.send(Task::Detach {
-                        device,
-                        file: self.run.disk(),
-                    });
-                }
+            (true, _, Some(device)) if self.next_detach.is_none() || due(self.next_detach) => {
+                self.next_detach = None;
+                let device = PathBuf::from(device);
+                self.send(Task::Detach {
+                    device,
+                    file: self.run.disk(),
+                });
             }
+            (true, _, Some(_)) => {}
             (true, _, None) => {
                 if let Some(worker) = self.worker.as_mut().filter(|w| w.ready) {
                     worker.order_stop();
