@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PLOOPCTL, Scratch, eventually, fails, has, json, kill9, noise, ok, text};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -157,26 +157,73 @@ fn a_socket_activator_gets_a_server_that_ends_with_its_client() {
     assert!(std::fs::read(&back).expect("read") == std::fs::read(&content).expect("read"));
 }
 
+/// One request of the NBD protocol, with its data; the reply must say that it succeeded.
+fn ask(child: &mut Child, command: u16, at: u64, len: u32, data: &[u8]) {
+    let mut request = Vec::new();
+    request.extend(0x2560_9513_u32.to_be_bytes());
+    request.extend(u32::from(command).to_be_bytes());
+    request.extend(7u64.to_be_bytes());
+    request.extend(at.to_be_bytes());
+    request.extend(len.to_be_bytes());
+    request.extend(data);
+    child
+        .stdin
+        .as_mut()
+        .expect("piped")
+        .write_all(&request)
+        .expect("a request");
+    if command != 2 {
+        assert_eq!(
+            take(child, 16),
+            [
+                &[0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0][..],
+                &7u64.to_be_bytes()
+            ]
+            .concat()
+        );
+    }
+}
+
+fn take(child: &mut Child, len: usize) -> Vec<u8> {
+    let mut data = vec![0; len];
+    child
+        .stdout
+        .as_mut()
+        .expect("piped")
+        .read_exact(&mut data)
+        .expect("a reply");
+    data
+}
+
 #[test]
 fn one_client_is_served_on_standard_input_and_output() {
-    if !has("nbdsh") {
-        return;
-    }
     let scratch = Scratch::new();
     let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
-    let script = format!(
-        "h.connect_command(['{PLOOPCTL}', 'serve', '{}', '--nbd', '-'])\n\
-         h.pwrite(b'x' * 512, 1024)\nh.flush()\n\
-         assert h.pread(512, 1024) == b'x' * 512\nh.shutdown()",
-        text(&disk)
-    );
-    let done = Command::new("nbdsh")
-        .args(["-c", &script])
-        .status()
-        .expect("nbdsh runs");
-    assert!(done.success());
-    eventually("the server ends", || scratch.attached().is_empty());
+    let mut child = Command::new(PLOOPCTL)
+        .args(["serve", text(&disk), "--nbd", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("ploopctl runs");
+    assert_eq!(take(&mut child, 18)[..16], *b"NBDMAGICIHAVEOPT");
+    let hello = b"\0\0\0\x03IHAVEOPT\0\0\0\x01\0\0\0\0";
+    child
+        .stdin
+        .as_mut()
+        .expect("piped")
+        .write_all(hello)
+        .expect("options");
+    let export = take(&mut child, 10);
+    assert_eq!(export[..8], (64u64 << 20).to_be_bytes());
+    ask(&mut child, 1, 1024, 512, &noise(512, 5));
+    ask(&mut child, 3, 0, 0, &[]);
+    ask(&mut child, 0, 1024, 512, &[]);
+    assert!(take(&mut child, 512) == noise(512, 5));
+    ask(&mut child, 2, 0, 0, &[]);
+    assert_eq!(child.wait().expect("wait").code(), Some(0));
+    assert!(scratch.attached().is_empty());
     assert_eq!(json(&["map", text(&disk)])["extents"][0]["length"], 65536);
+    ok(&["check", text(&disk)]);
 }
 
 #[test]
