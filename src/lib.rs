@@ -1,10 +1,10 @@
 //! ploop: a container's file system in a file.
 pub mod cow;
 pub mod device;
-pub mod image;
 pub mod disk;
 pub mod flight;
 pub mod flush;
+pub mod image;
 pub mod io;
 pub mod policy;
 pub mod rundir;

@@ -34,7 +34,11 @@ mod tests {
     #[test]
     fn a_name_that_leaves_the_directory_is_refused() {
         for name in ["", ".", "..", "/etc/passwd", "../x", "a/b", "a\0b"] {
-            assert_eq!(allow(name).map_err(|e| e.kind()), Err(Kind::Unsupported), "{name:?}");
+            assert_eq!(
+                allow(name).map_err(|e| e.kind()),
+                Err(Kind::Unsupported),
+                "{name:?}"
+            );
         }
         allow("root.hds.{5fbaabe3-6958-40ff-92a7-860e329aab41}").expect("ploop's own names pass");
     }

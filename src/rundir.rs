@@ -9,9 +9,9 @@
 //! Nothing here mounts, unmounts or kills; it must never follow a link that another user made.
 
 use crate::image::target::Identity;
+use crate::serve::supervise::message::Failure;
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{FlockOperation, flock};
-use crate::serve::supervise::message::Failure;
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek, Write};
@@ -142,9 +142,13 @@ fn try_lock(dir: &Path, create: bool) -> Result<Option<File>> {
         return Ok(None);
     }
     // Whoever held it before may have removed the file that we opened.
-    let ours = file.metadata().map_err(|e| Error::from(e).at(path.display()))?;
+    let ours = file
+        .metadata()
+        .map_err(|e| Error::from(e).at(path.display()))?;
     let there = std::fs::symlink_metadata(&path).ok();
-    Ok(there.filter(|m| m.ino() == ours.ino() && m.dev() == ours.dev()).map(|_| file))
+    Ok(there
+        .filter(|m| m.ino() == ours.ino() && m.dev() == ours.dev())
+        .map(|_| file))
 }
 
 impl RunDir {
@@ -157,7 +161,10 @@ impl RunDir {
             make_dir(&path)?;
             if let Some(lock) = try_lock(&path, true)? {
                 let claimed = Self { path, lock };
-                claimed.lock.set_len(0).map_err(|e| Error::from(e).at("lock"))?;
+                claimed
+                    .lock
+                    .set_len(0)
+                    .map_err(|e| Error::from(e).at("lock"))?;
                 if claimed.path.join("state.json").exists() {
                     leftover(&claimed);
                     claimed.forget();
@@ -208,7 +215,10 @@ impl RunDir {
     /// mounted on `disk` was unmounted before.
     pub fn finish(mut self, outcome: &Outcome) {
         let text = serde_json::to_vec(outcome).unwrap_or_default();
-        let written = self.lock.set_len(0).and_then(|()| self.lock.write_all(&text));
+        let written = self
+            .lock
+            .set_len(0)
+            .and_then(|()| self.lock.write_all(&text));
         if let Err(e) = written {
             tracing::warn!("{}: cannot leave the outcome: {e}", self.path.display());
         }
@@ -253,6 +263,7 @@ fn state_in(dir: &Path) -> Option<State> {
 
 /// A run directory that exists.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "a handful live, briefly")]
 pub enum Entry {
     /// A keeper holds it. Without a state it is only just starting.
     Attached {
@@ -317,7 +328,10 @@ impl Departure {
         let lock = File::open(dir.join("lock")).ok()?;
         match flock(&lock, FlockOperation::NonBlockingLockShared) {
             Ok(()) => None,
-            Err(_) => Some(Self { lock, path: dir.to_path_buf() }),
+            Err(_) => Some(Self {
+                lock,
+                path: dir.to_path_buf(),
+            }),
         }
     }
 
@@ -332,11 +346,17 @@ impl Departure {
             std::thread::sleep(Duration::from_millis(5));
         }
         let mut text = Vec::new();
-        let _ = self.lock.rewind().and_then(|()| self.lock.read_to_end(&mut text));
+        let _ = self
+            .lock
+            .rewind()
+            .and_then(|()| self.lock.read_to_end(&mut text));
         serde_json::from_slice(&text).map(Some).map_err(|_| {
             Error::new(
                 Kind::Io,
-                format!("{}: the keeper died before it closed the image", self.path.display()),
+                format!(
+                    "{}: the keeper died before it closed the image",
+                    self.path.display()
+                ),
             )
         })
     }

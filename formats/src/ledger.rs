@@ -67,6 +67,8 @@ impl fmt::Debug for Ledger {
 impl Ledger {
     /// Slots of a ledger made by [`Ledger::local`] and of the keeper's memfd.
     pub const SLOTS: usize = 16384;
+    /// Words that so many slots need.
+    pub const WORDS: usize = Self::SLOTS + FIRST;
 
     /// A ledger over shared words.
     pub fn new(words: Arc<dyn Words>) -> Self {
@@ -75,7 +77,7 @@ impl Ledger {
 
     /// A ledger that dies with this process.
     pub fn local() -> Self {
-        Self::new(Arc::new(LocalWords::new(Self::SLOTS.saturating_add(FIRST))))
+        Self::new(Arc::new(LocalWords::new(Self::WORDS)))
     }
 
     /// How many mappings can be pending.

@@ -11,6 +11,7 @@
 //! This crate makes no system call, spawns no thread, reads no clock, contains no `unsafe`, and
 //! never panics on what an image says: sizes are checked, indexing goes through `get`.
 #![forbid(unsafe_code)]
+#![deny(clippy::host_endian_bytes)]
 #![cfg_attr(
     not(test),
     deny(

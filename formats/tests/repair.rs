@@ -35,7 +35,7 @@ fn mend(store: &impl Store) -> Report {
 
 /// The mended image of `made`, and what was reported.
 fn mended(made: &Made) -> (Pages, Report) {
-    let store = MemStore::from_pages(made.pages()).aligned_to(4096 >> (3 * (made.ragged & 1)));
+    let store = MemStore::from_pages(made.pages()).aligned_to(4096);
     let report = mend(&store);
     (store.pages(), report)
 }

@@ -57,9 +57,17 @@ impl Chain {
             }
             Source::Bare { name, format } => {
                 refuse_member(&dir, name)?;
-                let layer = LayerFile { name: name.clone(), format: *format, guid: None };
+                let layer = LayerFile {
+                    name: name.clone(),
+                    format: *format,
+                    guid: None,
+                };
                 let cluster = ClusterSize::new(RAW_CLUSTER)?;
-                Ok(Self { layers: vec![layer], cluster, descriptor: None })
+                Ok(Self {
+                    layers: vec![layer],
+                    cluster,
+                    descriptor: None,
+                })
             }
         }
     }
@@ -78,7 +86,11 @@ impl Chain {
                     )));
                 }
             };
-            layers.push(LayerFile { name: image.file.into(), format, guid: Some(image.guid) });
+            layers.push(LayerFile {
+                name: image.file.into(),
+                format,
+                guid: Some(image.guid),
+            });
         }
         if layers.len() > limits::DEPTH_MAX {
             return Err(Error::unsupported(format!(
@@ -87,7 +99,11 @@ impl Chain {
                 limits::DEPTH_MAX
             )));
         }
-        Ok(Self { layers, cluster: descriptor.cluster(), descriptor: Some(descriptor) })
+        Ok(Self {
+            layers,
+            cluster: descriptor.cluster(),
+            descriptor: Some(descriptor),
+        })
     }
 
     /// The lowest layer.
@@ -103,7 +119,7 @@ impl Chain {
 
 /// Reads and parses the descriptor beneath `dir`.
 pub fn read_descriptor(dir: impl AsFd) -> Result<Descriptor> {
-    let fd = beneath::open_read(&dir, DESCRIPTOR).map_err(|e| e.at(DESCRIPTOR))?;
+    let fd = beneath::open_file(&dir, Path::new(DESCRIPTOR), beneath::Access::Read)?;
     let mut bytes = Vec::new();
     File::from(fd)
         // One more than is read at all, so that a longer file is seen and refused.
@@ -120,11 +136,18 @@ fn refuse_member(dir: impl AsFd, name: &OsStr) -> Result<()> {
         Ok(descriptor) => descriptor,
         Err(e) if e.kind() == Kind::NotFound => return Ok(()),
         Err(e) => {
-            tracing::warn!("not known whether {:?} belongs to a disk: {e}", Path::new(name));
+            tracing::warn!(
+                "not known whether {:?} belongs to a disk: {e}",
+                Path::new(name)
+            );
             return Ok(());
         }
     };
-    match descriptor.images().iter().any(|i| OsStr::new(&i.file) == name) {
+    match descriptor
+        .images()
+        .iter()
+        .any(|i| OsStr::new(&i.file) == name)
+    {
         false => Ok(()),
         true => Err(Error::invalid(format!(
             "the {DESCRIPTOR} beside it names this file; use the directory as DISK"

@@ -4,17 +4,15 @@
 //! (more than one link) is never written, whatever is wrong with it.
 
 use super::chain::{Chain, LayerFile};
-use super::open::{Cache, Top};
+use super::open::Top;
 use super::target::Format;
-use crate::io::beneath;
-use crate::io::file::FileStore;
+use crate::io::beneath::{self, Access};
+use crate::io::file::{Cache, FileStore};
 use ploop_formats::ploop::check::{Repair, Report, check, repair};
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
-use rustix::fs::OFlags;
-use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::time::Duration;
 
 /// How long a repair waits for a dead process's last writes.
@@ -24,16 +22,17 @@ const FENCE: Duration = Duration::from_secs(30);
 pub async fn layers(dir: impl AsFd, chain: &Chain) -> Result<Vec<Report>> {
     let mut reports = Vec::new();
     for layer in &chain.layers {
-        let fd = beneath::open(&dir, &layer.name, OFlags::RDONLY);
-        reports.push(one(fd, layer).await.map_err(|e| e.at(layer.display()))?);
+        reports.push(one(&dir, layer).await.map_err(|e| e.at(layer.display()))?);
     }
     Ok(reports)
 }
 
-async fn one(fd: Result<OwnedFd>, layer: &LayerFile) -> Result<Report> {
+async fn one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
+    let path = Path::new(&layer.name);
+    let fd = beneath::open_file(dir, path, Access::Read)?;
     match layer.format {
-        Format::Raw => fd.map(|_| Report::default()),
-        Format::Ploop => check(&FileStore::from_file(File::from(fd?))?).await,
+        Format::Raw => Ok(Report::default()),
+        Format::Ploop => check(&FileStore::new(fd, path, Cache::Writeback)?).await,
     }
 }
 
@@ -44,21 +43,23 @@ pub async fn mend(dir: impl AsFd, chain: &Chain) -> Result<Vec<Report>> {
         if report.is_clean() {
             continue;
         }
-        *report = mend_one(&dir, layer).await.map_err(|e| e.at(layer.display()))?;
+        *report = mend_one(&dir, layer)
+            .await
+            .map_err(|e| e.at(layer.display()))?;
     }
     Ok(reports)
 }
 
 async fn mend_one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
-    let file = Top::fenced(dir, layer, Cache::Writeback, FENCE)?.into_file();
-    let links = file.metadata()?.nlink();
+    let file = Top::fenced(dir, layer, FENCE)?;
+    let links = file.links()?;
     if links > 1 {
         return Err(Error::new(
             Kind::Unsupported,
             format!("{links} links: other disks share this layer, and it is not written"),
         ));
     }
-    let store = FileStore::from_file(file)?;
+    let store = file.store(layer, Cache::Writeback)?;
     let report = repair(&store, &Repair::default()).await?;
     store.settle().await;
     Ok(report)

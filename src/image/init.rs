@@ -7,7 +7,7 @@
 
 use super::target::DESCRIPTOR;
 use crate::io::exec::{self, Engine};
-use crate::io::file::FileStore;
+use crate::io::file::{Cache, FileStore};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version, chs};
@@ -62,8 +62,16 @@ pub fn begin(new: &New<'_>) -> Result<Draft> {
     let header = Header::new(new.version, new.size, new.cluster)?;
     let descriptor = describe(new, &header)?;
     let made_dir = make_dir(new.dir)?;
-    let dir = new.dir.canonicalize().map_err(|e| Error::from(e).at(new.dir.display()))?;
-    let draft = Draft { dir, made_dir, descriptor, finished: false };
+    let dir = new
+        .dir
+        .canonicalize()
+        .map_err(|e| Error::from(e).at(new.dir.display()))?;
+    let draft = Draft {
+        dir,
+        made_dir,
+        descriptor,
+        finished: false,
+    };
     let image = draft.image();
     make_image(&image, &header, new.preallocate).map_err(|e| e.at(image.display()))?;
     Ok(draft)
@@ -107,10 +115,14 @@ fn make_dir(dir: &Path) -> Result<bool> {
 }
 
 fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
-    let file =
-        OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
     let reserve = file.try_clone()?;
-    let store = FileStore::from_file(file)?;
+    let store = FileStore::new(file.into(), path, Cache::Writeback)?;
     exec::run(Engine::Poll, async {
         match preallocate {
             true => create::create_preallocated(&store, header).await,
@@ -141,7 +153,10 @@ impl Draft {
         write_descriptor(&self.dir, &self.descriptor)?;
         self.finished = true;
         let size = self.descriptor.sectors().saturating_mul(SECTOR);
-        Ok(Made { dir: self.dir.clone(), size })
+        Ok(Made {
+            dir: self.dir.clone(),
+            size,
+        })
     }
 }
 
@@ -168,7 +183,12 @@ fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
     let aside = dir.join(aside());
     let at = |e: io::Error| Error::from(e).at(aside.display());
     let mut file = OpenOptions::new();
-    let mut file = file.write(true).create_new(true).mode(0o600).open(&aside).map_err(at)?;
+    let mut file = file
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&aside)
+        .map_err(at)?;
     file.write_all(&descriptor.encode()).map_err(at)?;
     file.sync_all().map_err(at)?;
     fs::rename(&aside, dir.join(DESCRIPTOR)).map_err(at)?;

@@ -5,12 +5,13 @@
 
 use super::chain::{Chain, LayerFile};
 use super::target::Format;
-use crate::io::beneath;
+use crate::io::beneath::{self, Access};
 use ploop_formats::ploop::header::{CLOSED_V21, Header, IN_USE, Version};
 use ploop_formats::{Error, Result};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 
 /// How an image was left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,11 +45,19 @@ pub struct LayerInfo {
 
 /// Surveys every layer, base first.
 pub fn layers(dir: impl AsFd, chain: &Chain) -> Result<Vec<LayerInfo>> {
-    chain.layers.iter().map(|l| layer(&dir, l).map_err(|e| e.at(l.display()))).collect()
+    chain
+        .layers
+        .iter()
+        .map(|l| layer(&dir, l).map_err(|e| e.at(l.display())))
+        .collect()
 }
 
 fn layer(dir: impl AsFd, layer: &LayerFile) -> Result<LayerInfo> {
-    let file = File::from(beneath::open_read(dir, &layer.name)?);
+    let file = File::from(beneath::open_file(
+        dir,
+        Path::new(&layer.name),
+        Access::Read,
+    )?);
     let meta = file.metadata()?;
     let mut info = LayerInfo {
         layer: layer.clone(),

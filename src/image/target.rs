@@ -4,8 +4,8 @@
 //! stated. Formats are never guessed: a guest can write any signature into its own disk.
 
 use super::chain::Chain;
+use crate::io::beneath;
 use ploop_formats::{Error, Kind, Result};
-use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -76,7 +76,10 @@ impl Identity {
             path.to_path_buf()
         };
         let meta = std::fs::metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
-        Ok(Self { dev: meta.dev(), ino: meta.ino() })
+        Ok(Self {
+            dev: meta.dev(),
+            ino: meta.ino(),
+        })
     }
 }
 
@@ -93,7 +96,9 @@ impl Target {
     /// `NotFound` when nothing is there, `Invalid` when a format is missing, superfluous, or
     /// contradicts a descriptor that names the same file.
     pub fn resolve(disk: &Path, format: Option<Format>) -> Result<Self> {
-        let path = disk.canonicalize().map_err(|e| Error::from(e).at(disk.display()))?;
+        let path = disk
+            .canonicalize()
+            .map_err(|e| Error::from(e).at(disk.display()))?;
         let meta = std::fs::metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
         let is_descriptor = path.file_name() == Some(OsStr::new(DESCRIPTOR));
         if meta.is_dir() || is_descriptor {
@@ -113,7 +118,10 @@ impl Target {
         if !dir.join(DESCRIPTOR).is_file() {
             return Err(Error::new(
                 Kind::NotFound,
-                format!("{}: no {DESCRIPTOR} here, so this is not a disk", dir.display()),
+                format!(
+                    "{}: no {DESCRIPTOR} here, so this is not a disk",
+                    dir.display()
+                ),
             ));
         }
         Ok(Self::Bundle { dir })
@@ -154,10 +162,7 @@ impl Target {
 
     /// Opens that directory.
     pub fn open_dir(&self) -> Result<OwnedFd> {
-        let dir = self.dir();
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        rustix::fs::open(&dir, flags, Mode::empty())
-            .map_err(|e| Error::from(std::io::Error::from(e)).at(dir.display()))
+        beneath::directory(&self.dir())
     }
 
     /// Which files make up the disk. `dir` is [`Target::open_dir`].
@@ -170,7 +175,10 @@ impl Target {
         match self {
             Target::Bundle { .. } => Source::Bundle,
             Target::Bare { file, format } => Source::Bare {
-                name: file.file_name().map(OsStr::to_os_string).unwrap_or_default(),
+                name: file
+                    .file_name()
+                    .map(OsStr::to_os_string)
+                    .unwrap_or_default(),
                 format: *format,
             },
         }
@@ -211,19 +219,28 @@ mod tests {
         let a = Target::resolve(dir.path(), None).expect("directory");
         let b = Target::resolve(&dir.path().join(DESCRIPTOR), None).expect("descriptor");
         assert_eq!(a, b);
-        assert_eq!(a.identity().ok(), Identity::of(&dir.path().join(DESCRIPTOR)).ok());
+        assert_eq!(
+            a.identity().ok(),
+            Identity::of(&dir.path().join(DESCRIPTOR)).ok()
+        );
     }
 
     #[test]
     fn a_format_is_never_guessed_and_never_contradicts_a_descriptor() {
         let dir = tempfile::tempdir().expect("temp dir");
-        assert_eq!(kind(Target::resolve(dir.path(), None)), Some(Kind::NotFound));
+        assert_eq!(
+            kind(Target::resolve(dir.path(), None)),
+            Some(Kind::NotFound)
+        );
         let file = dir.path().join("x.img");
         assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::NotFound));
         std::fs::write(&file, "WithoutFreeSpace").expect("write");
         assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::Invalid));
         assert_eq!(kind(Target::resolve(&file, Some(Format::Raw))), None);
         std::fs::write(dir.path().join(DESCRIPTOR), "<x/>").expect("write");
-        assert_eq!(kind(Target::resolve(dir.path(), Some(Format::Raw))), Some(Kind::Invalid));
+        assert_eq!(
+            kind(Target::resolve(dir.path(), Some(Format::Raw))),
+            Some(Kind::Invalid)
+        );
     }
 }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 /// Name of the file that ploop 1.x locks, beside the descriptor.
 pub const DISK_LOCK: &str = "DiskDescriptor.xml.lck";
 /// ploop 9.x holds a read lock here on the base of a mounted disk.
-const PLOOP_MOUNTED: Range<u64> = 300..305;
+pub const PLOOP_MOUNTED: Range<u64> = 300..305;
 /// Our own exclusion: no byte of ploop or of QEMU.
 const OWNER: Range<u64> = 400..401;
 /// QEMU's permissions that a writer of a disk uses: consistent read, write, resize.
@@ -172,6 +172,22 @@ pub fn own_top(top: OwnedFd) -> Result<Held> {
     }
     let unwanted = QEMU_USED.map(|byte| byte + 100).into_iter();
     for byte in unwanted.chain(QEMU_ALONE.map(|byte| byte - 100)) {
+        if let Some(found) = blocker(&top, byte..byte + 1, Hold::Exclusive)? {
+            let why = format!("QEMU or ploop uses it (a lock on byte {byte})");
+            return Err(busy(top.as_fd(), &why, found.pid));
+        }
+    }
+    Ok(Held(top))
+}
+
+/// Keeps writers of this delta away, ours and QEMU's, and lets readers in.
+pub fn share_top(top: OwnedFd) -> Result<Held> {
+    range(&top, OWNER, Hold::Shared)?;
+    let [read, write, resize] = QEMU_USED;
+    for byte in [read].into_iter().chain(QEMU_ALONE) {
+        range(&top, byte..byte + 1, Hold::Shared)?;
+    }
+    for byte in [read + 100, write, resize] {
         if let Some(found) = blocker(&top, byte..byte + 1, Hold::Exclusive)? {
             let why = format!("QEMU or ploop uses it (a lock on byte {byte})");
             return Err(busy(top.as_fd(), &why, found.pid));

@@ -1,5 +1,5 @@
 //! Transports: how a kernel or a client reaches a device.
 pub mod fuse;
 pub mod loopdev;
-pub mod supervise;
 pub mod nbd;
+pub mod supervise;

@@ -203,11 +203,7 @@ impl Subject for ToySubject {
         for (_, cluster, place) in chain.ledger.entries() {
             places[cluster.0 as usize] = place;
         }
-        let end = places
-            .iter()
-            .max()
-            .map_or(1, |p| u64::from((*p).max(0)) + 1)
-            * CLUSTER;
+        let end = places.iter().max().map_or(1, |p| u64::from(*p) + 1) * CLUSTER;
         if top.info().len < end {
             return Err(Error::damaged(
                 "the table names a cluster past the end of the file",

@@ -22,7 +22,11 @@ pub struct Answer {
 impl Answer {
     /// A success with something to say.
     pub fn new(text: impl Into<String>, json: Value) -> Self {
-        Self { text: text.into(), json, code: 0 }
+        Self {
+            text: text.into(),
+            json,
+            code: 0,
+        }
     }
 
     /// Prints it, and gives the exit code.
@@ -34,7 +38,10 @@ impl Answer {
         if !text.is_empty() {
             let mut out = std::io::stdout().lock();
             let end = if text.ends_with('\n') { "" } else { "\n" };
-            if write!(out, "{text}{end}").and_then(|()| out.flush()).is_err() {
+            if write!(out, "{text}{end}")
+                .and_then(|()| out.flush())
+                .is_err()
+            {
                 return ExitCode::from(1);
             }
         }
@@ -53,7 +60,13 @@ fn with_schema(value: Value) -> Value {
 
 /// Prints a wrong command line as JSON.
 pub fn usage_error(message: &str) -> ExitCode {
-    report::print_error(2, "usage", message.trim_end(), Some("see ploopctl --help"), Output::Json);
+    report::print_error(
+        2,
+        "usage",
+        message.trim_end(),
+        Some("see ploopctl --help"),
+        Output::Json,
+    );
     ExitCode::from(2)
 }
 

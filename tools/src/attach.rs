@@ -36,7 +36,11 @@ pub fn all() -> Result<Vec<Attached>> {
     leftover::sweep()?;
     let mut found = Vec::new();
     for entry in rundir::entries()? {
-        if let Entry::Attached { path, state: Some(mut state) } = entry {
+        if let Entry::Attached {
+            path,
+            state: Some(mut state),
+        } = entry
+        {
             state.mountpoint = mounted_at(&state).pop().map(|p| p.display().to_string());
             found.push(Attached { run: path, state });
         }
@@ -48,14 +52,19 @@ pub fn all() -> Result<Vec<Attached>> {
 /// Where a disk's device is mounted, in the order of mounting.
 pub fn mounted_at(state: &State) -> Vec<PathBuf> {
     let device = state.device.as_deref().map(Path::new);
-    device.and_then(|d| mounts::of_device(d).ok()).unwrap_or_default()
+    device
+        .and_then(|d| mounts::of_device(d).ok())
+        .unwrap_or_default()
 }
 
 /// The attached disk that DISK, DEVICE or MOUNTPOINT means; `NotFound` when there is none.
 pub fn find(what: &Path) -> Result<Attached> {
     let all = all()?;
     let not_attached = || {
-        Error::new(Kind::NotFound, format!("{}: no attached disk is known by that", what.display()))
+        Error::new(
+            Kind::NotFound,
+            format!("{}: no attached disk is known by that", what.display()),
+        )
     };
     if let Ok(path) = what.canonicalize() {
         let by_point = |a: &&Attached| mounted_at(&a.state).contains(&path);
@@ -65,14 +74,22 @@ pub fn find(what: &Path) -> Result<Attached> {
         let meta = std::fs::metadata(&path).map_err(|e| Error::from(e).at(path.display()))?;
         if meta.file_type().is_block_device() {
             let same = |a: &&Attached| {
-                let device = a.state.device.as_deref().and_then(|d| std::fs::metadata(d).ok());
+                let device = a
+                    .state
+                    .device
+                    .as_deref()
+                    .and_then(|d| std::fs::metadata(d).ok());
                 device.is_some_and(|d| d.rdev() == meta.rdev())
             };
             return all.iter().find(same).cloned().ok_or_else(not_attached);
         }
         let name = Identity::of(&path)?.to_string();
         let by_identity = |a: &&Attached| a.run.ends_with(&name);
-        return all.iter().find(by_identity).cloned().ok_or_else(not_attached);
+        return all
+            .iter()
+            .find(by_identity)
+            .cloned()
+            .ok_or_else(not_attached);
     }
     // A disk whose directory is gone is still known by its path.
     let by_path = |a: &&Attached| Path::new(&a.state.path) == what;
@@ -86,8 +103,12 @@ pub fn by_identity(id: &Identity) -> Result<Option<Attached>> {
 
 /// Where ploopd is: beside ploopctl, else wherever the path finds it.
 pub fn ploopd() -> PathBuf {
-    let beside = std::env::current_exe().ok().map(|p| p.with_file_name("ploopd"));
-    beside.filter(|p| p.exists()).unwrap_or_else(|| PathBuf::from("ploopd"))
+    let beside = std::env::current_exe()
+        .ok()
+        .map(|p| p.with_file_name("ploopd"));
+    beside
+        .filter(|p| p.exists())
+        .unwrap_or_else(|| PathBuf::from("ploopd"))
 }
 
 /// Starts a keeper of its own session and waits until the disk can be used.
@@ -97,7 +118,10 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
     config.announce = Announce::Pipe(REPORT_FD);
     let (mut reader, writer) = std::io::pipe()?;
     let text = serde_json::to_string(&config).map_err(|e| Error::invalid(e.to_string()))?;
-    let mapping = FdMapping { parent_fd: writer.into(), child_fd: REPORT_FD };
+    let mapping = FdMapping {
+        parent_fd: writer.into(),
+        child_fd: REPORT_FD,
+    };
     let program = ploopd();
     let mut command = Command::new(&program);
     command
@@ -106,7 +130,9 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
         .stdout(Stdio::null())
         .fd_mappings(vec![mapping])
         .map_err(|e| Error::invalid(e.to_string()))?;
-    let mut child = command.spawn().map_err(|e| Error::from(e).at(program.display()))?;
+    let mut child = command
+        .spawn()
+        .map_err(|e| Error::from(e).at(program.display()))?;
     drop(command);
     let mut report = Vec::new();
     reader.read_to_end(&mut report)?;
@@ -117,8 +143,13 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
             Err(failure.into())
         }
         Err(_) => {
-            let how = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
-            let what = format!("{} ended before it said anything ({how})", program.display());
+            let how = child
+                .wait()
+                .map_or_else(|e| e.to_string(), |s| s.to_string());
+            let what = format!(
+                "{} ended before it said anything ({how})",
+                program.display()
+            );
             Err(Error::new(Kind::Io, what))
         }
     }
@@ -164,7 +195,11 @@ fn unmount_all(attached: &Attached, device: &Path) -> Result<()> {
     for point in mounted_at(&attached.state).iter().rev() {
         if let Err(e) = mounts::detach(point, false) {
             let users = holders::of_mount(point);
-            return Err(if e.kind() == Kind::Busy { busy(point, &users) } else { e });
+            return Err(if e.kind() == Kind::Busy {
+                busy(point, &users)
+            } else {
+                e
+            });
         }
     }
     Ok(())
@@ -181,8 +216,11 @@ fn busy(what: &Path, users: &[holders::Holder]) -> Error {
 
 /// Asks the keeper to stop; a process that merely got its number is never signalled.
 fn terminate(attached: &Attached) -> Result<()> {
-    let pid = i32::try_from(attached.state.keeper_pid).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or_else(|| Error::damaged(format!("{}: no keeper", attached.run.display())))?;
+    let pid = i32::try_from(attached.state.keeper_pid)
+        .ok()
+        .and_then(Pid::from_raw);
+    let pid =
+        pid.ok_or_else(|| Error::damaged(format!("{}: no keeper", attached.run.display())))?;
     let Ok(process) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else {
         return Ok(());
     };

@@ -45,11 +45,18 @@ fn processes() -> impl Iterator<Item = (u32, PathBuf)> {
 
 fn holder(pid: u32, proc: &Path, how: &'static str) -> Holder {
     let name = fs::read_to_string(proc.join("comm")).unwrap_or_default();
-    Holder { pid, name: name.trim_end().to_string(), how }
+    Holder {
+        pid,
+        name: name.trim_end().to_string(),
+        how,
+    }
 }
 
 fn open_files(proc: &Path) -> impl Iterator<Item = (u64, u64)> {
-    let fds = fs::read_dir(proc.join("fd")).into_iter().flatten().flatten();
+    let fds = fs::read_dir(proc.join("fd"))
+        .into_iter()
+        .flatten()
+        .flatten();
     fds.filter_map(|fd| numbers(&fd.path()))
 }
 
@@ -57,12 +64,15 @@ fn open_files(proc: &Path) -> impl Iterator<Item = (u64, u64)> {
 fn maps(proc: &Path, dev: u64) -> bool {
     let wanted = format!("{:02x}:{:02x}", major(dev), minor(dev));
     let maps = fs::read_to_string(proc.join("maps")).unwrap_or_default();
-    maps.lines().any(|line| line.split_ascii_whitespace().nth(3) == Some(&wanted))
+    maps.lines()
+        .any(|line| line.split_ascii_whitespace().nth(3) == Some(&wanted))
 }
 
 /// Who uses the file system mounted at `point`.
 pub fn of_mount(point: &Path) -> Vec<Holder> {
-    let Ok(dev) = fs::metadata(point).map(|m| m.dev()) else { return Vec::new() };
+    let Ok(dev) = fs::metadata(point).map(|m| m.dev()) else {
+        return Vec::new();
+    };
     let there = |link: PathBuf| numbers(&link).is_some_and(|(on, _)| on == dev);
     let use_of = |proc: &Path| {
         if there(proc.join("cwd")) {
@@ -77,12 +87,16 @@ pub fn of_mount(point: &Path) -> Vec<Holder> {
             None
         }
     };
-    processes().filter_map(|(pid, proc)| use_of(&proc).map(|how| holder(pid, &proc, how))).collect()
+    processes()
+        .filter_map(|(pid, proc)| use_of(&proc).map(|how| holder(pid, &proc, how)))
+        .collect()
 }
 
 /// Who has the block device itself open.
 pub fn of_device(device: &Path) -> Vec<Holder> {
-    let Ok(rdev) = fs::metadata(device).map(|m| m.rdev()) else { return Vec::new() };
+    let Ok(rdev) = fs::metadata(device).map(|m| m.rdev()) else {
+        return Vec::new();
+    };
     processes()
         .filter(|(_, proc)| open_files(proc).any(|(_, own)| own == rdev && rdev != 0))
         .map(|(pid, proc)| holder(pid, &proc, "has the device open"))

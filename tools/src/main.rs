@@ -50,7 +50,9 @@ fn main() -> ExitCode {
 fn usage(e: &clap::Error) -> ExitCode {
     let help = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
     let args: Vec<String> = std::env::args().collect();
-    let json = args.windows(2).any(|w| matches!(w, [o, v] if (o == "-o" || o == "--output") && v == "json"))
+    let json = args
+        .windows(2)
+        .any(|w| matches!(w, [o, v] if (o == "-o" || o == "--output") && v == "json"))
         || args.iter().any(|a| a == "--output=json" || a == "-ojson");
     if json && !help {
         return answer::usage_error(&e.to_string());

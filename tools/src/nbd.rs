@@ -28,7 +28,10 @@ impl Client {
         let mut greeting = [0u8; 18];
         stream.read_exact(&mut greeting)?;
         if &greeting[..16] != GREETING {
-            return Err(Error::new(Kind::Io, "the server does not speak newstyle NBD"));
+            return Err(Error::new(
+                Kind::Io,
+                "the server does not speak newstyle NBD",
+            ));
         }
         // Fixed newstyle, no padding after the export's data.
         stream.write_all(&3u32.to_be_bytes())?;

@@ -35,8 +35,13 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli {
         Cli { worker: true, .. } => worker(),
-        Cli { errand: Some(task), .. } => errand(&task),
-        Cli { config: Some(config), .. } => keeper(&config),
+        Cli {
+            errand: Some(task), ..
+        } => errand(&task),
+        Cli {
+            config: Some(config),
+            ..
+        } => keeper(&config),
         _ => ExitCode::from(2),
     }
 }
@@ -46,7 +51,11 @@ fn keeper(config: &str) -> ExitCode {
         Ok(config) => config,
         Err(e) => return report::error(&Error::invalid(format!("--config: {e}")), Output::Text),
     };
-    let output = if config.json { Output::Json } else { Output::Text };
+    let output = if config.json {
+        Output::Json
+    } else {
+        Output::Text
+    };
     let detached = config.detached;
     if let Err(e) = leave_terminal(detached) {
         return report::error(&e, output);
@@ -81,7 +90,10 @@ fn logging(log: Option<&Log>) {
 }
 
 fn worker() -> ExitCode {
-    tracing_subscriber::fmt().with_ansi(false).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_writer(std::io::stderr)
+        .init();
     match supervise::worker::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

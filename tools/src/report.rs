@@ -18,7 +18,13 @@ pub enum Output {
 /// Prints an error, and gives its exit code.
 pub fn error(e: &Error, output: Output) -> ExitCode {
     let code = e.kind().exit_code();
-    print_error(code, kind_name(e.kind()), &e.to_string(), hint(e.kind()), output);
+    print_error(
+        code,
+        kind_name(e.kind()),
+        &e.to_string(),
+        hint(e.kind()),
+        output,
+    );
     ExitCode::from(code)
 }
 

@@ -11,8 +11,12 @@ pub fn parse(text: &str) -> Result<u64, String> {
         "t" | "T" => 40,
         other => return Err(format!("{other:?} is not one of K, M, G, T")),
     };
-    let number: u64 = digits.parse().map_err(|_| "not a whole number of bytes".to_string())?;
-    number.checked_mul(1 << shift).ok_or_else(|| "too large".to_string())
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "not a whole number of bytes".to_string())?;
+    number
+        .checked_mul(1 << shift)
+        .ok_or_else(|| "too large".to_string())
 }
 
 /// A size for people, exact where it is a whole number of units.
@@ -47,6 +51,9 @@ mod tests {
 
     #[test]
     fn shown_sizes_read_back_where_they_are_exact() {
-        assert_eq!((show(0), show(1 << 30), show(1536)), ("0 B".into(), "1G".into(), "1.5K".into()));
+        assert_eq!(
+            (show(0), show(1 << 30), show(1536)),
+            ("0 B".into(), "1G".into(), "1.5K".into())
+        );
     }
 }

@@ -54,7 +54,10 @@ fn a_file_system_is_found_again_after_umount() {
     ok(&["mount", text(&disk), text(&point), "--read-only"]);
     assert!(fs::read(point.join("file")).expect("read") == data);
     assert!(fs::write(point.join("other"), "x").is_err());
-    let device = scratch.attached()[0]["device"].as_str().expect("device").to_string();
+    let device = scratch.attached()[0]["device"]
+        .as_str()
+        .expect("device")
+        .to_string();
     ok(&["umount", &device]);
     nothing_is_left(&scratch);
 }
@@ -131,7 +134,9 @@ fn the_next_command_cleans_up_after_a_dead_keeper() {
     ok(&["mount", text(&disk), text(&point)]);
     let data = noise(1 << 20, 4);
     fs::write(point.join("file"), &data).expect("write");
-    fs::File::open(point.join("file")).and_then(|f| f.sync_all()).expect("fsync");
+    fs::File::open(point.join("file"))
+        .and_then(|f| f.sync_all())
+        .expect("fsync");
     let worker = pid(&scratch, "worker_pid");
     kill9(pid(&scratch, "keeper_pid"));
     eventually("the worker dies with its keeper", || {
@@ -140,7 +145,10 @@ fn the_next_command_cleans_up_after_a_dead_keeper() {
     });
     nothing_is_left(&scratch);
     ok(&["mount", text(&disk), text(&point)]);
-    assert!(fs::read(point.join("file")).expect("read") == data, "what was synced is there");
+    assert!(
+        fs::read(point.join("file")).expect("read") == data,
+        "what was synced is there"
+    );
     ok(&["umount", text(&point)]);
     ok(&["check", text(&disk)]);
 }
@@ -183,7 +191,10 @@ fn who_holds_a_busy_disk_is_named_and_it_stays_attached() {
         .spawn()
         .expect("sleep runs");
     let said = fails(4, &["umount", text(&point)]);
-    assert!(said.contains("sleep") && said.contains(&holder.id().to_string()), "{said}");
+    assert!(
+        said.contains("sleep") && said.contains(&holder.id().to_string()),
+        "{said}"
+    );
     fs::write(point.join("still"), "usable").expect("write");
     fails(4, &["mount", text(&disk)]);
     holder.kill().expect("kill");
@@ -200,7 +211,11 @@ fn every_file_system_that_init_offers_can_be_mounted() {
     }
     let scratch = Scratch::new();
     let point = scratch.mountpoint();
-    for (fs, mkfs) in [("ext4", "mkfs.ext4"), ("xfs", "mkfs.xfs"), ("btrfs", "mkfs.btrfs")] {
+    for (fs, mkfs) in [
+        ("ext4", "mkfs.ext4"),
+        ("xfs", "mkfs.xfs"),
+        ("btrfs", "mkfs.btrfs"),
+    ] {
         if !common::has(mkfs) {
             continue;
         }
@@ -240,7 +255,11 @@ fn four_neighbouring_sectors_written_at_once_arrive_intact() {
     let device = ok(&["mount", text(&disk)]).trim_end().to_string();
     let open = || {
         let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
-        let file = fs::OpenOptions::new().read(true).write(true).custom_flags(flags).open(&device);
+        let file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(&device);
         file.expect("device")
     };
     for round in 0..50u64 {
@@ -250,20 +269,27 @@ fn four_neighbouring_sectors_written_at_once_arrive_intact() {
                 std::thread::spawn(move || {
                     let mut buf = ploop_formats::buf::aligned(512);
                     buf.copy_from_slice(&noise(512, round * 4 + n + 1));
-                    file.write_all_at(&buf, round * 65536 + n * 512).expect("write");
+                    file.write_all_at(&buf, round * 65536 + n * 512)
+                        .expect("write");
                 })
             })
             .collect();
         writers.into_iter().for_each(|w| w.join().expect("written"));
     }
     ok(&["umount", &device]);
-    let device = ok(&["mount", text(&disk), "--read-only"]).trim_end().to_string();
+    let device = ok(&["mount", text(&disk), "--read-only"])
+        .trim_end()
+        .to_string();
     let file = fs::File::open(&device).expect("device");
     for round in 0..50u64 {
         for n in 0..4u64 {
             let mut found = vec![0; 512];
-            file.read_exact_at(&mut found, round * 65536 + n * 512).expect("read");
-            assert!(found == noise(512, round * 4 + n + 1), "round {round}, sector {n}");
+            file.read_exact_at(&mut found, round * 65536 + n * 512)
+                .expect("read");
+            assert!(
+                found == noise(512, round * 4 + n + 1),
+                "round {round}, sector {n}"
+            );
         }
     }
     drop(file);

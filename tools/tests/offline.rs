@@ -7,7 +7,11 @@ use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 
 fn mode(path: &std::path::Path) -> u32 {
-    std::fs::metadata(path).expect("metadata").permissions().mode() & 0o777
+    std::fs::metadata(path)
+        .expect("metadata")
+        .permissions()
+        .mode()
+        & 0o777
 }
 
 #[test]
@@ -15,7 +19,10 @@ fn a_new_disk_is_private_and_sound() {
     let scratch = Scratch::new();
     for version in ["1", "2"] {
         let name = format!("v{version}");
-        let disk = scratch.disk(&name, &["-s", "100M", "--fs", "none", "--format-version", version]);
+        let disk = scratch.disk(
+            &name,
+            &["-s", "100M", "--fs", "none", "--format-version", version],
+        );
         assert_eq!(mode(&disk), 0o700);
         assert_eq!(mode(&disk.join("root.hds")), 0o600);
         assert_eq!(mode(&disk.join("DiskDescriptor.xml")), 0o600);
@@ -35,7 +42,10 @@ fn a_large_disk_costs_its_table_and_no_more() {
     let disk = scratch.disk("big", &["-s", "1T", "--fs", "none", "--cluster", "1M"]);
     let info = json(&["info", text(&disk)]);
     let allocated = info["allocated"].as_u64().expect("number");
-    assert!(allocated <= 8 << 20, "{allocated} bytes for a table of 4 MiB");
+    assert!(
+        allocated <= 8 << 20,
+        "{allocated} bytes for a table of 4 MiB"
+    );
 }
 
 #[test]
@@ -58,7 +68,12 @@ fn a_disk_that_cannot_be_made_leaves_nothing() {
         &["-s", "1G", "--fs", "none", "--cluster", "100K"],
         &["-s", "8T", "--fs", "none", "--format-version", "1"],
     ] {
-        let args: Vec<&str> = ["init"].iter().chain(bad).copied().chain([text(&dir)]).collect();
+        let args: Vec<&str> = ["init"]
+            .iter()
+            .chain(bad)
+            .copied()
+            .chain([text(&dir)])
+            .collect();
         fails(1, &args);
         assert!(!dir.exists(), "{bad:?}");
     }
@@ -81,7 +96,10 @@ fn damage_is_named_and_mended() {
     assert_eq!(output.status.code(), Some(6));
     let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let finding = &report["layers"][0]["findings"][0];
-    assert_eq!((&finding["kind"], &finding["offset"]), (&"past-end".into(), &64.into()));
+    assert_eq!(
+        (&finding["kind"], &finding["offset"]),
+        (&"past-end".into(), &64.into())
+    );
     ok(&["check", "--repair", text(&disk)]);
     ok(&["check", text(&disk)]);
 }
@@ -107,9 +125,14 @@ fn a_descriptor_cannot_reach_out_of_its_directory() {
     std::fs::rename(disk.join("root.hds"), &outside).expect("move");
     std::os::unix::fs::symlink(&outside, disk.join("root.hds")).expect("link");
     let output = run(&["info", text(&disk)]);
-    assert!(!output.status.success(), "a link out of the directory was followed");
+    assert!(
+        !output.status.success(),
+        "a link out of the directory was followed"
+    );
     let xml = disk.join("DiskDescriptor.xml");
-    let evil = std::fs::read_to_string(&xml).expect("read").replace("root.hds", text(&outside));
+    let evil = std::fs::read_to_string(&xml)
+        .expect("read")
+        .replace("root.hds", text(&outside));
     std::fs::write(&xml, evil).expect("write");
     assert!(!run(&["info", text(&disk)]).status.success());
 }
@@ -122,9 +145,16 @@ fn a_failure_in_json_has_a_code_a_kind_and_a_sentence() {
     assert_eq!(output.status.code(), Some(11));
     assert!(output.stdout.is_empty());
     let error: Value = serde_json::from_slice(&output.stderr).expect("JSON");
-    assert_eq!((&error["schema"], &error["error"]["code"]), (&1.into(), &11.into()));
+    assert_eq!(
+        (&error["schema"], &error["error"]["code"]),
+        (&1.into(), &11.into())
+    );
     assert_eq!(error["error"]["kind"], "not-found");
-    assert!(error["error"]["message"].as_str().is_some_and(|m| m.contains("nothing")));
+    assert!(
+        error["error"]["message"]
+            .as_str()
+            .is_some_and(|m| m.contains("nothing"))
+    );
     let usage = run(&["-o", "json", "frobnicate"]);
     assert_eq!(usage.status.code(), Some(2));
     let error: Value = serde_json::from_slice(&usage.stderr).expect("JSON");

@@ -27,7 +27,10 @@ impl Server {
         let mut uri = String::new();
         let out = child.stdout.as_mut().expect("piped");
         BufReader::new(out).read_line(&mut uri).expect("a line");
-        Self { child, uri: uri.trim_end().to_string() }
+        Self {
+            child,
+            uri: uri.trim_end().to_string(),
+        }
     }
 
     fn stop(mut self) -> Option<i32> {
@@ -51,7 +54,10 @@ impl Drop for Server {
 }
 
 fn nbdcopy(from: &str, to: &str) {
-    let done = Command::new("nbdcopy").args(["--", from, to]).status().expect("nbdcopy runs");
+    let done = Command::new("nbdcopy")
+        .args(["--", from, to])
+        .status()
+        .expect("nbdcopy runs");
     assert!(done.success(), "nbdcopy {from} {to}");
 }
 
@@ -61,8 +67,12 @@ fn content(scratch: &Scratch, len: u64) -> std::path::PathBuf {
     let path = scratch.path("content.raw");
     let file = std::fs::File::create(&path).expect("create");
     file.set_len(len).expect("set_len");
-    for (n, at) in [0u64, 5 << 20, (17 << 20) + 512, len - 4096].into_iter().enumerate() {
-        file.write_all_at(&noise(4096, n as u64 + 7), at).expect("write");
+    for (n, at) in [0u64, 5 << 20, (17 << 20) + 512, len - 4096]
+        .into_iter()
+        .enumerate()
+    {
+        file.write_all_at(&noise(4096, n as u64 + 7), at)
+            .expect("write");
     }
     path
 }
@@ -78,12 +88,22 @@ fn what_a_client_wrote_is_found_again_after_sigterm() {
     let socket = scratch.path("s");
     let at = format!("unix:{}", text(&socket));
     let server = Server::start(&disk, &["--nbd", &at]);
-    assert!(server.uri.starts_with("nbd+unix:///?socket="), "{}", server.uri);
-    let mode = std::fs::metadata(&socket).expect("socket").permissions().mode();
+    assert!(
+        server.uri.starts_with("nbd+unix:///?socket="),
+        "{}",
+        server.uri
+    );
+    let mode = std::fs::metadata(&socket)
+        .expect("socket")
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o777, 0o600);
     nbdcopy(text(&content), &server.uri);
     let shown = scratch.attached();
-    assert_eq!((&shown[0]["transport"], &shown[0]["state"]), (&"nbd".into(), &"serving".into()));
+    assert_eq!(
+        (&shown[0]["transport"], &shown[0]["state"]),
+        (&"nbd".into(), &"serving".into())
+    );
     fails(4, &["check", text(&disk)]);
     assert_eq!(server.stop(), Some(0));
     assert!(!socket.exists());
@@ -108,12 +128,32 @@ fn a_socket_activator_gets_a_server_that_ends_with_its_client() {
     let content = content(&scratch, 64 << 20);
     let back = scratch.path("back.raw");
     let copy = |args: &[&str]| {
-        let done = Command::new("nbdcopy").args(args).status().expect("nbdcopy runs");
+        let done = Command::new("nbdcopy")
+            .args(args)
+            .status()
+            .expect("nbdcopy runs");
         assert!(done.success(), "nbdcopy {args:?}");
     };
-    copy(&["--", text(&content), "[", PLOOPCTL, "serve", text(&disk), "]"]);
+    copy(&[
+        "--",
+        text(&content),
+        "[",
+        PLOOPCTL,
+        "serve",
+        text(&disk),
+        "]",
+    ]);
     eventually("the server ends", || scratch.attached().is_empty());
-    copy(&["--", "[", PLOOPCTL, "serve", text(&disk), "--read-only", "]", text(&back)]);
+    copy(&[
+        "--",
+        "[",
+        PLOOPCTL,
+        "serve",
+        text(&disk),
+        "--read-only",
+        "]",
+        text(&back),
+    ]);
     assert!(std::fs::read(&back).expect("read") == std::fs::read(&content).expect("read"));
 }
 
@@ -130,7 +170,10 @@ fn one_client_is_served_on_standard_input_and_output() {
          assert h.pread(512, 1024) == b'x' * 512\nh.shutdown()",
         text(&disk)
     );
-    let done = Command::new("nbdsh").args(["-c", &script]).status().expect("nbdsh runs");
+    let done = Command::new("nbdsh")
+        .args(["-c", &script])
+        .status()
+        .expect("nbdsh runs");
     assert!(done.success());
     eventually("the server ends", || scratch.attached().is_empty());
     assert_eq!(json(&["map", text(&disk)])["extents"][0]["length"], 65536);
@@ -147,7 +190,9 @@ fn a_dead_worker_is_replaced_and_its_answers_are_kept() {
     let at = format!("unix:{}", text(&scratch.path("s")));
     let server = Server::start(&disk, &["--nbd", &at]);
     nbdcopy(text(&content), &server.uri);
-    let before = scratch.attached()[0]["worker_pid"].as_u64().expect("worker");
+    let before = scratch.attached()[0]["worker_pid"]
+        .as_u64()
+        .expect("worker");
     kill9(before);
     eventually("another worker serves", || {
         let now = &scratch.attached()[0];
@@ -184,7 +229,10 @@ fn qemu_keeps_its_hands_off_a_served_image() {
     let image = disk.join("root.hds");
     let check = || {
         let args = ["check", "-f", "parallels", text(&image)];
-        Command::new("qemu-img").args(args).output().expect("qemu-img runs")
+        Command::new("qemu-img")
+            .args(args)
+            .output()
+            .expect("qemu-img runs")
     };
     let at = format!("unix:{}", text(&scratch.path("s")));
     let server = Server::start(&disk, &["--nbd", &at]);

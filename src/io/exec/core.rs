@@ -57,6 +57,7 @@ pub(super) struct Core {
     inline: Cell<u32>,
 }
 
+#[allow(clippy::large_enum_variant, reason = "one for each thread")]
 enum Driver {
     Ring(RefCell<Ring>),
     Poll(RefCell<Poller>),

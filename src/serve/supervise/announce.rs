@@ -23,7 +23,12 @@ impl Announcer {
             Announce::Pipe(fd) => Some(File::from(inherit::take(fd)?)),
             _ => None,
         };
-        Ok(Self { pipe, stdout: announce == Announce::Stdout, json, done: false })
+        Ok(Self {
+            pipe,
+            stdout: announce == Announce::Stdout,
+            json,
+            done: false,
+        })
     }
 
     /// Whether somebody was told.
@@ -35,7 +40,9 @@ impl Announcer {
     pub fn ready(&mut self, state: &State) -> io::Result<()> {
         self.done = true;
         if let Some(mut pipe) = self.pipe.take() {
-            return pipe.write_all(&serde_json::to_vec(&Report::Ready(Box::new(state.clone())))?);
+            return pipe.write_all(&serde_json::to_vec(&Report::Ready(Box::new(
+                state.clone(),
+            )))?);
         }
         if !self.stdout {
             return Ok(());
@@ -50,7 +57,9 @@ impl Announcer {
     /// It cannot, and what was made for it is gone.
     pub fn failed(&mut self, failure: &Failure) {
         self.done = true;
-        let Some(mut pipe) = self.pipe.take() else { return };
+        let Some(mut pipe) = self.pipe.take() else {
+            return;
+        };
         let text = serde_json::to_vec(&Report::Failed(failure.clone())).unwrap_or_default();
         let _ = pipe.write_all(&text);
     }

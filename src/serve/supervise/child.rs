@@ -46,7 +46,10 @@ impl Baggage {
     pub fn pack(&mut self, fd: impl AsFd) -> Result<RawFd> {
         let child_fd = CONTROL_FD + 1 + self.mappings.len() as RawFd;
         let parent_fd = fd.as_fd().try_clone_to_owned()?;
-        self.mappings.push(FdMapping { parent_fd, child_fd });
+        self.mappings.push(FdMapping {
+            parent_fd,
+            child_fd,
+        });
         Ok(child_fd)
     }
 }
@@ -61,25 +64,42 @@ impl Worker {
             None,
         )
         .map_err(io::Error::from)?;
-        baggage.mappings.push(FdMapping { parent_fd: theirs, child_fd: CONTROL_FD });
+        baggage.mappings.push(FdMapping {
+            parent_fd: theirs,
+            child_fd: CONTROL_FD,
+        });
         let mut command = Command::new("/proc/self/exe");
         command
             .arg0("ploopd")
             .arg("--worker")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(if capture { Stdio::piped() } else { Stdio::inherit() })
+            .stderr(if capture {
+                Stdio::piped()
+            } else {
+                Stdio::inherit()
+            })
             // A terminal's Ctrl-C is for the keeper, which then stops the worker in order.
             .process_group(0)
             .fd_mappings(baggage.mappings)
             .map_err(|e| Error::invalid(e.to_string()))?;
-        let mut child = command.spawn().map_err(|e| Error::from(e).at("starting a worker"))?;
+        let mut child = command
+            .spawn()
+            .map_err(|e| Error::from(e).at("starting a worker"))?;
         drop(command);
         let pid = Pid::from_child(&child);
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty());
         let output = child.stderr.take().map(OwnedFd::from);
         let pidfd = pidfd.map_err(io::Error::from)?;
-        let worker = Self { child, pidfd, control, output, ready: false, told: false, mute: false };
+        let worker = Self {
+            child,
+            pidfd,
+            control,
+            output,
+            ready: false,
+            told: false,
+            mute: false,
+        };
         worker.send(config)?;
         Ok(worker)
     }
@@ -133,5 +153,4 @@ impl Worker {
     pub fn reap(&mut self) -> io::Result<ExitStatus> {
         self.child.wait()
     }
-
 }

@@ -59,7 +59,11 @@ impl Errand {
             .spawn()
             .map_err(|e| Error::from(e).at("starting an errand"))?;
         let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-        Ok(Self { child, pidfd: pidfd.map_err(io::Error::from)?, task })
+        Ok(Self {
+            child,
+            pidfd: pidfd.map_err(io::Error::from)?,
+            task,
+        })
     }
 
     /// Becomes readable when it is back.
@@ -104,7 +108,9 @@ fn attach(file: &Path, read_only: bool) -> Result<PathBuf> {
 }
 
 fn detach(device: &Path, file: &Path) -> Result<PathBuf> {
-    let number = device.to_str().and_then(|d| d.strip_prefix("/dev/loop")?.parse().ok());
+    let number = device
+        .to_str()
+        .and_then(|d| d.strip_prefix("/dev/loop")?.parse().ok());
     let number = number.ok_or_else(|| Error::invalid("not a loop device").at(device.display()))?;
     let gone = |e: &Error| e.kind() == Kind::NotFound;
     match loopdev::status(number) {

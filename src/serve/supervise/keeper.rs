@@ -14,9 +14,10 @@ use super::restart::Restarts;
 use super::{inherit, leftover};
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
-use crate::io::memfd::Memory;
+use crate::io::memfd::SharedWords;
 use crate::rundir::{Outcome, Phase, RunDir, State};
 use crate::serve::fuse;
+use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -35,7 +36,10 @@ const DETACH_AGAIN: Duration = Duration::from_millis(500);
 
 /// What the kernel or clients are connected to.
 enum Endpoint {
-    Fuse { fds: Vec<OwnedFd>, session: fuse::Session },
+    Fuse {
+        fds: Vec<OwnedFd>,
+        session: fuse::Session,
+    },
     Nbd(Sockets),
 }
 
@@ -43,7 +47,7 @@ enum Endpoint {
 struct Holdings {
     dir: OwnedFd,
     source: Source,
-    ledger: Option<Memory>,
+    ledger: Option<SharedWords>,
     endpoint: Endpoint,
     _locks: DiskLocks,
 }
@@ -103,7 +107,9 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         Ok(prepared) => prepared,
         Err(e) => {
             let failure = Failure::from(&e);
-            run.finish(&Outcome { failure: Some(failure.clone()) });
+            run.finish(&Outcome {
+                failure: Some(failure.clone()),
+            });
             announcer.failed(&failure);
             return Err(e);
         }
@@ -157,9 +163,11 @@ fn open_log(
 
 fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Result<State> {
     let (transport, uri, socket) = match (&held.endpoint, &config.mode) {
-        (Endpoint::Nbd(sockets), Mode::Nbd { export, .. }) => {
-            ("nbd", sockets.uri.as_ref().map(|u| u.of(export)), sockets.path())
-        }
+        (Endpoint::Nbd(sockets), Mode::Nbd { export, .. }) => (
+            "nbd",
+            sockets.uri.as_ref().map(|u| u.of(export)),
+            sockets.path(),
+        ),
         _ => ("fuse+loop", None, None),
     };
     Ok(State {
@@ -187,18 +195,28 @@ impl Holdings {
     fn take(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Self> {
         let dir = target.open_dir()?;
         let source = target.source();
-        let access = if config.read_only { Access::Read } else { Access::Write };
-        let locks = DiskLocks::take(&dir, &source, access)
-            .map_err(|e| e.at(target.path().display()))?;
+        let access = if config.read_only {
+            Access::Read
+        } else {
+            Access::Write
+        };
+        let locks =
+            DiskLocks::take(&dir, &source, access).map_err(|e| e.at(target.path().display()))?;
         let ledger = match config.read_only {
             true => None,
-            false => Some(Memory::create()?),
+            false => Some(SharedWords::create(Ledger::WORDS)?),
         };
         let endpoint = match &config.mode {
             Mode::Device => mount(config, target, run)?,
             Mode::Nbd { listen, .. } => Endpoint::Nbd(Sockets::open(listen, inherit::take)?),
         };
-        Ok(Self { dir, source, ledger, endpoint, _locks: locks })
+        Ok(Self {
+            dir,
+            source,
+            ledger,
+            endpoint,
+            _locks: locks,
+        })
     }
 
     /// Packs what a worker needs.
@@ -206,7 +224,7 @@ impl Holdings {
         let mut bag = Baggage::default();
         let dir_fd = bag.pack(&self.dir)?;
         let ledger_fd = match &self.ledger {
-            Some(memory) => Some(bag.pack(memory.fd())?),
+            Some(words) => Some(bag.pack(words)?),
             None => None,
         };
         let mode = match (&mut self.endpoint, &config.mode) {
@@ -219,11 +237,19 @@ impl Holdings {
                     None => None,
                 };
                 let until_idle = Sockets::ends_with_clients(listen);
-                WorkerMode::Nbd { listeners, connection, export: export.clone(), until_idle }
+                WorkerMode::Nbd {
+                    listeners,
+                    connection,
+                    export: export.clone(),
+                    until_idle,
+                }
             }
             (Endpoint::Fuse { fds, session }, _) => {
                 let fds = fds.iter().map(|fd| bag.pack(fd)).collect::<Result<_>>()?;
-                WorkerMode::Fuse { fds, session: session.clone() }
+                WorkerMode::Fuse {
+                    fds,
+                    session: session.clone(),
+                }
             }
             (Endpoint::Nbd(_), Mode::Device) => return Err(Error::invalid("no such mode")),
         };
@@ -257,10 +283,17 @@ fn mount(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Endpoin
         .open(&disk)
         .map_err(|e| Error::from(e).at(disk.display()))?;
     let source = target.path().display().to_string();
-    let how = fuse::Mount { target: &disk, source: &source, read_only: config.read_only };
+    let how = fuse::Mount {
+        target: &disk,
+        source: &source,
+        read_only: config.read_only,
+    };
     let fd = fuse::mount(&how)?;
     match fuse::Session::handshake(&fd) {
-        Ok(session) => Ok(Endpoint::Fuse { fds: vec![fd], session }),
+        Ok(session) => Ok(Endpoint::Fuse {
+            fds: vec![fd],
+            session,
+        }),
         Err(e) => {
             drop(fd);
             fuse::unmount(&disk, true)?;
@@ -286,7 +319,10 @@ impl Keeper {
 
     /// Sleeps until something happens or is due.
     fn wait(&self) -> Result<Ready> {
-        let due = [self.next_start, self.next_detach].into_iter().flatten().min();
+        let due = [self.next_start, self.next_detach]
+            .into_iter()
+            .flatten()
+            .min();
         let timeout = due.map(|t| t.saturating_duration_since(Instant::now()));
         let timeout = timeout.map(|d| Timespec {
             tv_sec: d.as_secs() as i64,
@@ -301,8 +337,11 @@ impl Keeper {
             worker.map(Worker::ended),
             self.errand.as_ref().map(Errand::back),
         ];
-        let mut polled: Vec<PollFd<'_>> =
-            sources.iter().flatten().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
+        let mut polled: Vec<PollFd<'_>> = sources
+            .iter()
+            .flatten()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
         match poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(Error::from(io::Error::from(e)).at("poll")),
@@ -310,7 +349,13 @@ impl Keeper {
         let mut hit = polled.iter().map(|p| !p.revents().is_empty());
         let [signal, output, spoke, ended, errand] =
             sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
-        Ok(Ready { signal, output, spoke, ended, errand })
+        Ok(Ready {
+            signal,
+            output,
+            spoke,
+            ended,
+            errand,
+        })
     }
 
     fn react(&mut self, ready: &Ready) {
@@ -347,13 +392,15 @@ impl Keeper {
         match (self.stopping, self.is_device(), &self.state.device) {
             (false, true, None) if self.served => self.attach(),
             (false, _, _) if self.served => self.announce(),
-            (true, _, Some(device)) => {
-                if self.next_detach.is_none() || due(self.next_detach) {
-                    self.next_detach = None;
-                    let device = PathBuf::from(device);
-                    self.send(Task::Detach { device, file: self.run.disk() });
-                }
+            (true, _, Some(device)) if self.next_detach.is_none() || due(self.next_detach) => {
+                self.next_detach = None;
+                let device = PathBuf::from(device);
+                self.send(Task::Detach {
+                    device,
+                    file: self.run.disk(),
+                });
             }
+            (true, _, Some(_)) => {}
             (true, _, None) => {
                 if let Some(worker) = self.worker.as_mut().filter(|w| w.ready) {
                     worker.order_stop();
@@ -415,7 +462,10 @@ impl Keeper {
 
     fn attach(&mut self) {
         let read_only = self.config.read_only;
-        self.send(Task::Attach { file: self.run.disk(), read_only });
+        self.send(Task::Attach {
+            file: self.run.disk(),
+            read_only,
+        });
     }
 
     fn send(&mut self, task: Task) {
@@ -430,7 +480,9 @@ impl Keeper {
     }
 
     fn on_errand(&mut self) {
-        let Some(errand) = self.errand.take() else { return };
+        let Some(errand) = self.errand.take() else {
+            return;
+        };
         let attaching = matches!(errand.task, Task::Attach { .. });
         match errand.result() {
             Ok(device) if attaching => {
@@ -450,11 +502,16 @@ impl Keeper {
     /// Copies what the worker printed into the log.
     fn copy_output(&mut self) {
         let output = self.worker.as_ref().and_then(|w| w.output.as_ref());
-        let (Some(output), Some(log)) = (output, self.log.as_mut()) else { return };
+        let (Some(output), Some(log)) = (output, self.log.as_mut()) else {
+            return;
+        };
         let mut buf = [0u8; 16 << 10];
         let again = |fd: &OwnedFd| {
             let mut fds = [PollFd::new(fd, PollFlags::IN)];
-            let none = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let none = Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            };
             poll(&mut fds, Some(&none)).is_ok_and(|n| n > 0)
         };
         let mut ended = false;
@@ -476,7 +533,11 @@ impl Keeper {
     fn hear(&mut self) {
         while let Some(event) = self.worker.as_mut().and_then(Worker::event) {
             match event {
-                Event::Ready { size, engine, cache } => {
+                Event::Ready {
+                    size,
+                    engine,
+                    cache,
+                } => {
                     if let Some(worker) = self.worker.as_mut() {
                         worker.ready = true;
                     }
@@ -495,8 +556,12 @@ impl Keeper {
     }
 
     fn on_exit(&mut self) {
-        let Some(mut worker) = self.worker.take() else { return };
-        let how = worker.reap().map_or_else(|e| e.to_string(), |s| s.to_string());
+        let Some(mut worker) = self.worker.take() else {
+            return;
+        };
+        let how = worker
+            .reap()
+            .map_or_else(|e| e.to_string(), |s| s.to_string());
         match self.last_words.take() {
             Some(Event::Closed) => {
                 self.settled = true;
@@ -578,7 +643,13 @@ impl Keeper {
 
     /// Releases everything, in order, and says how it went.
     fn wind_down(self) -> Result<()> {
-        let Self { run, held, mut announcer, failure, .. } = self;
+        let Self {
+            run,
+            held,
+            mut announcer,
+            failure,
+            ..
+        } = self;
         if let Endpoint::Fuse { fds, .. } = held.endpoint {
             let disk = run.disk();
             let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
@@ -589,8 +660,12 @@ impl Keeper {
         }
         tracing::info!("detached");
         drop(held._locks);
-        run.finish(&Outcome { failure: failure.clone() });
-        let Some(failure) = failure else { return Ok(()) };
+        run.finish(&Outcome {
+            failure: failure.clone(),
+        });
+        let Some(failure) = failure else {
+            return Ok(());
+        };
         if !announcer.is_done() {
             announcer.failed(&failure);
         }

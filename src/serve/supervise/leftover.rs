@@ -19,7 +19,9 @@ pub fn sweep() -> Result<()> {
         if let Entry::Leftover(run) = entry {
             clean(&run);
             let died = Error::new(Kind::Io, "the keeper died; its leftovers were removed");
-            run.finish(&Outcome { failure: Some(Failure::from(&died)) });
+            run.finish(&Outcome {
+                failure: Some(Failure::from(&died)),
+            });
         }
     }
     Ok(())
@@ -54,9 +56,8 @@ fn warn(done: Result<()>) {
 
 fn remove_socket(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
-    let dead = || {
-        UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused)
-    };
+    let dead =
+        || UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
     if is_socket && dead() {
         let _ = std::fs::remove_file(path);
     }

@@ -44,7 +44,10 @@ impl Uri {
         let export = escape(export, "");
         match self {
             Uri::Unix(path) => {
-                format!("nbd+unix:///{export}?socket={}", escape(&path.to_string_lossy(), "/"))
+                format!(
+                    "nbd+unix:///{export}?socket={}",
+                    escape(&path.to_string_lossy(), "/")
+                )
             }
             Uri::Tcp(addr) => format!("nbd://{addr}/{export}"),
         }
@@ -92,7 +95,10 @@ impl Sockets {
             Listen::Stdio => stdio(),
             Listen::Inherited(count) => {
                 let fds = (0..*count as i32).map(|n| listening(inherited(n + 3)?));
-                Ok(Self { listeners: fds.collect::<Result<_>>()?, ..Self::default() })
+                Ok(Self {
+                    listeners: fds.collect::<Result<_>>()?,
+                    ..Self::default()
+                })
             }
         }
     }
@@ -117,7 +123,11 @@ fn unix(path: &Path) -> Result<Sockets> {
     rustix::process::umask(mask);
     let listener = bound.map_err(at)?;
     let meta = fs::symlink_metadata(path).map_err(at)?;
-    let made = Made { path: path.to_path_buf(), dev: meta.dev(), ino: meta.ino() };
+    let made = Made {
+        path: path.to_path_buf(),
+        dev: meta.dev(),
+        ino: meta.ino(),
+    };
     let path = path.to_path_buf();
     Ok(Sockets {
         listeners: vec![listener.into()],
@@ -129,11 +139,16 @@ fn unix(path: &Path) -> Result<Sockets> {
 
 /// Removes a socket that nobody serves; refuses everything else that is in the way.
 fn make_room(path: &Path) -> Result<()> {
-    let Ok(meta) = fs::symlink_metadata(path) else { return Ok(()) };
+    let Ok(meta) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
     if !meta.file_type().is_socket() {
         return Err(Error::new(
             Kind::Exists,
-            format!("{}: exists and is not a socket; it is left alone", path.display()),
+            format!(
+                "{}: exists and is not a socket; it is left alone",
+                path.display()
+            ),
         ));
     }
     match UnixStream::connect(path) {
@@ -179,13 +194,18 @@ fn stdio() -> Result<Sockets> {
     let null = null.map_err(at)?;
     rustix::stdio::dup2_stdin(&null).map_err(at)?;
     rustix::stdio::dup2_stdout(&null).map_err(at)?;
-    Ok(Sockets { connection: Some((input, output)), ..Sockets::default() })
+    Ok(Sockets {
+        connection: Some((input, output)),
+        ..Sockets::default()
+    })
 }
 
 fn listening(fd: OwnedFd) -> Result<OwnedFd> {
     match sockopt::socket_acceptconn(fd.as_fd()) {
         Ok(true) => Ok(fd),
-        _ => Err(Error::invalid("LISTEN_FDS: an inherited descriptor is not a listening socket")),
+        _ => Err(Error::invalid(
+            "LISTEN_FDS: an inherited descriptor is not a listening socket",
+        )),
     }
 }
 
@@ -210,7 +230,10 @@ mod tests {
         drop(ours);
         assert!(!path.exists());
         fs::write(&path, "precious").expect("write");
-        assert_eq!(unix_at(&path).map_err(|e| e.kind()).err(), Some(Kind::Exists));
+        assert_eq!(
+            unix_at(&path).map_err(|e| e.kind()).err(),
+            Some(Kind::Exists)
+        );
         assert_eq!(fs::read(&path).expect("read"), b"precious");
     }
 

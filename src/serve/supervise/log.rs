@@ -26,7 +26,11 @@ pub struct Log {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o600).open(path)
+    OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path)
 }
 
 impl Log {
@@ -35,7 +39,9 @@ impl Log {
         let file = open(path)?;
         let len = file.metadata()?.len();
         let path = path.to_path_buf();
-        Ok(Self { open: Arc::new(Mutex::new(Open { path, file, len })) })
+        Ok(Self {
+            open: Arc::new(Mutex::new(Open { path, file, len })),
+        })
     }
 }
 

@@ -1,13 +1,51 @@
 //! What ploopctl, keeper and worker say to each other: one JSON value each, over argv, a pipe and
 //! a socket pair. Nothing here is kept on disk, except [`Failure`] in a run directory.
 
-pub use crate::image::open::Cache;
 use crate::image::target::{Format, Source};
+use crate::io::file;
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+
+/// Whether guest writes go through the page cache of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// The top is opened with O_DIRECT.
+    None,
+    /// The top goes through the page cache.
+    Writeback,
+}
+
+impl Cache {
+    /// Its name in options and output.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Cache::None => "none",
+            Cache::Writeback => "writeback",
+        }
+    }
+}
+
+impl From<Cache> for file::Cache {
+    fn from(cache: Cache) -> Self {
+        match cache {
+            Cache::None => Self::None,
+            Cache::Writeback => Self::Writeback,
+        }
+    }
+}
+
+impl From<file::Cache> for Cache {
+    fn from(cache: file::Cache) -> Self {
+        match cache {
+            file::Cache::None => Self::None,
+            file::Cache::Writeback => Self::Writeback,
+        }
+    }
+}
 
 /// Where NBD clients come from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,18 +136,27 @@ const KINDS: [(Kind, &str); 14] = [
 
 /// The stable name of a kind, as JSON output shows it.
 pub fn kind_name(kind: Kind) -> &'static str {
-    KINDS.iter().find(|(k, _)| *k == kind).map_or("io", |(_, name)| name)
+    KINDS
+        .iter()
+        .find(|(k, _)| *k == kind)
+        .map_or("io", |(_, name)| name)
 }
 
 impl From<&Error> for Failure {
     fn from(e: &Error) -> Self {
-        Self { kind: kind_name(e.kind()).into(), message: e.to_string() }
+        Self {
+            kind: kind_name(e.kind()).into(),
+            message: e.to_string(),
+        }
     }
 }
 
 impl From<Failure> for Error {
     fn from(f: Failure) -> Self {
-        let kind = KINDS.iter().find(|(_, name)| *name == f.kind).map_or(Kind::Io, |(k, _)| *k);
+        let kind = KINDS
+            .iter()
+            .find(|(_, name)| *name == f.kind)
+            .map_or(Kind::Io, |(k, _)| *k);
         Error::new(kind, f.message)
     }
 }

@@ -59,7 +59,10 @@ fn parse(line: &str) -> Option<Mount> {
 pub fn all() -> Result<Vec<Mount>> {
     let path = "/proc/self/mountinfo";
     let text = std::fs::read(path).map_err(|e| Error::from(e).at(path))?;
-    Ok(String::from_utf8_lossy(&text).lines().filter_map(parse).collect())
+    Ok(String::from_utf8_lossy(&text)
+        .lines()
+        .filter_map(parse)
+        .collect())
 }
 
 /// Where the file system on a block device is mounted, in the order of mounting.
@@ -74,7 +77,11 @@ pub fn of_device(device: &Path) -> Result<Vec<PathBuf>> {
 /// Unmounts the file system on top of `point`.
 pub fn detach(point: &Path, lazy: bool) -> Result<()> {
     let flags = UnmountFlags::NOFOLLOW;
-    let flags = if lazy { flags | UnmountFlags::DETACH } else { flags };
+    let flags = if lazy {
+        flags | UnmountFlags::DETACH
+    } else {
+        flags
+    };
     unmount(point, flags).map_err(|e| Error::from(std::io::Error::from(e)).at(point.display()))
 }
 
@@ -98,6 +105,11 @@ mod tests {
 
     #[test]
     fn the_root_file_system_is_found() {
-        assert!(all().expect("proc").iter().any(|m| m.point == Path::new("/")));
+        assert!(
+            all()
+                .expect("proc")
+                .iter()
+                .any(|m| m.point == Path::new("/"))
+        );
     }
 }

@@ -33,7 +33,11 @@ impl Restarts {
         let doublings = self.recent.len().saturating_sub(2) as u32;
         match self.recent.len() {
             1 => Some(Duration::ZERO),
-            _ => Some(Duration::from_millis(10).saturating_mul(1 << doublings).min(PAUSE_MAX)),
+            _ => Some(
+                Duration::from_millis(10)
+                    .saturating_mul(1 << doublings)
+                    .min(PAUSE_MAX),
+            ),
         }
     }
 
@@ -53,7 +57,12 @@ mod tests {
         let mut loops = Restarts::default();
         let pauses: Vec<_> = (0..11).map(|_| loops.died(start)).collect();
         assert_eq!(pauses[0], Some(Duration::ZERO));
-        assert!(pauses[1..10].windows(2).all(|w| w[0] <= w[1] && w[0].is_some()), "{pauses:?}");
+        assert!(
+            pauses[1..10]
+                .windows(2)
+                .all(|w| w[0] <= w[1] && w[0].is_some()),
+            "{pauses:?}"
+        );
         assert_eq!(pauses[10], None);
 
         let mut rare = Restarts::default();

@@ -14,10 +14,11 @@ use crate::image::chain::Chain;
 use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
-use crate::io::memfd::Memory;
+use crate::io::memfd::SharedWords;
 use crate::serve::{fuse, nbd};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
+use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Result};
 use rustix::net::RecvFlags;
@@ -43,7 +44,11 @@ pub fn run() -> Result<()> {
         keep_out_of_reclaim();
     }
     let (engine, why) = Engine::detect();
-    tracing::info!("I/O engine: {}{}", name(engine), why.map_or(String::new(), |w| format!(" ({w})")));
+    tracing::info!(
+        "I/O engine: {}{}",
+        name(engine),
+        why.map_or(String::new(), |w| format!(" ({w})"))
+    );
     let ended = exec::run(engine, async {
         let done = serve(&control, config, engine).await;
         let words = match &done {
@@ -88,15 +93,16 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let dir = inherit::take(config.dir_fd)?;
     let ledger = ledger(&config)?;
     let chain = Chain::read(&dir, &config.source)?;
-    let (disk, cache) = match ledger {
+    let disk = match ledger {
         Some(ledger) => {
             let patience = Duration::from_millis(config.fence_ms);
-            let top = Top::fenced(&dir, chain.top(), config.cache, patience)?;
-            let cache = top.cache;
-            (open::open_write(&dir, &chain, top, ledger).await?, cache)
+            let top = Top::fenced(&dir, chain.top(), patience)?;
+            let store = top.store(chain.top(), config.cache.into())?;
+            open::open_write(&dir, &chain, store, ledger).await?
         }
-        None => (open::open_read(&dir, &chain, config.cache).await?, config.cache),
+        None => open::open_read(&dir, &chain, config.cache.into()).await?,
     };
+    let cache = disk.stack().top().store().cache();
     let disk = Arc::new(disk);
     let transport = Transport::take(config.mode, &disk, engine)?;
     if let (true, Transport::Fuse { fds, session }) = (config.takeover, &transport) {
@@ -105,7 +111,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ready = Event::Ready {
         size: disk.size(),
         engine: name(engine).into(),
-        cache,
+        cache: cache.into(),
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
@@ -128,7 +134,9 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
 /// The ledger of everything answered; without it a predecessor's answers would be lost silently.
 fn ledger(config: &WorkerConfig) -> Result<Option<Ledger>> {
     match config.ledger_fd {
-        Some(fd) => Ok(Some(Memory::open(inherit::take(fd)?)?.ledger())),
+        Some(fd) => Ok(Some(Ledger::new(Arc::new(SharedWords::from_fd(
+            inherit::take(fd)?,
+        )?)))),
         None => Ok(None),
     }
 }
@@ -164,30 +172,60 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
 
 /// A way to clients, ready to be used.
 enum Transport {
-    Fuse { fds: Vec<Arc<OwnedFd>>, session: fuse::Session },
-    Nbd { server: nbd::Server<Disk<FileStore>>, listeners: Vec<OwnedFd> },
-    Connection { server: nbd::Server<Disk<FileStore>>, input: OwnedFd, output: OwnedFd },
+    Fuse {
+        fds: Vec<Arc<OwnedFd>>,
+        session: fuse::Session,
+    },
+    Nbd {
+        server: nbd::Server<Disk<FileStore>>,
+        listeners: Vec<OwnedFd>,
+    },
+    Connection {
+        server: nbd::Server<Disk<FileStore>>,
+        input: OwnedFd,
+        output: OwnedFd,
+    },
 }
 
 impl Transport {
     fn take(mode: WorkerMode, disk: &Arc<Disk<FileStore>>, engine: Engine) -> Result<Self> {
-        let all = |fds: Vec<RawFd>| fds.into_iter().map(inherit::take).collect::<Result<Vec<_>>>();
+        let all = |fds: Vec<RawFd>| {
+            fds.into_iter()
+                .map(inherit::take)
+                .collect::<Result<Vec<_>>>()
+        };
         match mode {
-            WorkerMode::Fuse { fds, session } => {
-                Ok(Self::Fuse { fds: all(fds)?.into_iter().map(Arc::new).collect(), session })
-            }
-            WorkerMode::Nbd { listeners, connection, export, until_idle } => {
+            WorkerMode::Fuse { fds, session } => Ok(Self::Fuse {
+                fds: all(fds)?.into_iter().map(Arc::new).collect(),
+                session,
+            }),
+            WorkerMode::Nbd {
+                listeners,
+                connection,
+                export,
+                until_idle,
+            } => {
                 let options = nbd::Options {
-                    export: nbd::Export { name: export, ..Default::default() },
+                    export: nbd::Export {
+                        name: export,
+                        ..Default::default()
+                    },
                     end_with_last_client: until_idle,
                     ..Default::default()
                 };
                 let server = nbd::Server::new(Arc::clone(disk), options, engine)?;
                 match connection {
-                    None => Ok(Self::Nbd { server, listeners: all(listeners)? }),
+                    None => Ok(Self::Nbd {
+                        server,
+                        listeners: all(listeners)?,
+                    }),
                     Some((input, output)) => {
                         let (input, output) = (inherit::take(input)?, inherit::take(output)?);
-                        Ok(Self::Connection { server, input, output })
+                        Ok(Self::Connection {
+                            server,
+                            input,
+                            output,
+                        })
                     }
                 }
             }
@@ -195,21 +233,33 @@ impl Transport {
     }
 
     /// Serves until told to stop, or until the last client left.
-    async fn serve(self, disk: &Arc<Disk<FileStore>>, stopped: watch::Receiver<bool>) -> Result<()> {
+    async fn serve(
+        self,
+        disk: &Arc<Disk<FileStore>>,
+        stopped: watch::Receiver<bool>,
+    ) -> Result<()> {
         match self {
             Self::Fuse { fds, session } => {
                 let fd = fds.into_iter().next();
                 let fd = fd.ok_or_else(|| Error::invalid("no FUSE descriptor"))?;
                 let stop = wait(stopped);
-                fuse::serve(fd, &session, Arc::clone(disk), stop).await.map(|_| ())
+                fuse::serve(fd, &session, Arc::clone(disk), stop)
+                    .await
+                    .map(|_| ())
             }
             Self::Nbd { server, listeners } => {
                 exec::spawn(stop_server(server.clone(), stopped));
                 server.serve(listeners).await
             }
-            Self::Connection { server, input, output } => {
+            Self::Connection {
+                server,
+                input,
+                output,
+            } => {
                 exec::spawn(stop_server(server.clone(), stopped));
-                let served = server.serve_connection(Arc::new(input), Arc::new(output)).await;
+                let served = server
+                    .serve_connection(Arc::new(input), Arc::new(output))
+                    .await;
                 // A client that breaks off is no reason to leave the image unclosed.
                 served.unwrap_or_else(|e| tracing::warn!("{e}"));
                 Ok(())

@@ -36,7 +36,11 @@ pub fn run(args: &Args) -> Result<Answer> {
     }
     let dir = target.open_dir()?;
     let chain = target.chain(&dir)?;
-    let access = if args.repair { Access::Write } else { Access::Read };
+    let access = if args.repair {
+        Access::Write
+    } else {
+        Access::Read
+    };
     let _locks = DiskLocks::take(&dir, &target.source(), access)
         .map_err(|e| e.at(target.path().display()))?;
     let reports = exec::run(Engine::Poll, async {
@@ -47,10 +51,12 @@ pub fn run(args: &Args) -> Result<Answer> {
     })??;
     let code = reports.iter().map(Report::exit_code).max().unwrap_or(0);
     let both = || chain.layers.iter().zip(&reports);
-    let text: String =
-        both().map(|(layer, report)| report_text(&layer.display().to_string(), report)).collect();
-    let layers: Vec<Value> =
-        both().map(|(layer, report)| report_json(&layer.display().to_string(), report)).collect();
+    let text: String = both()
+        .map(|(layer, report)| report_text(&layer.display().to_string(), report))
+        .collect();
+    let layers: Vec<Value> = both()
+        .map(|(layer, report)| report_json(&layer.display().to_string(), report))
+        .collect();
     let json = json!({
         "path": target.path().display().to_string(),
         "clean": code == 0,
@@ -76,7 +82,10 @@ fn report_text(file: &str, report: &Report) -> String {
         (0, leaks) => format!("{leaks} leaks, {} lost", size::show(report.leaked_bytes)),
         (errors, _) => format!("{errors} errors"),
     };
-    text + &format!("{file}: {verdict}, {} clusters in use\n", report.used_clusters)
+    text + &format!(
+        "{file}: {verdict}, {} clusters in use\n",
+        report.used_clusters
+    )
 }
 
 fn finding_json(finding: &Finding) -> Value {

@@ -39,8 +39,16 @@ pub fn run(args: &Args) -> Result<Answer> {
     });
     let mut text = format!("{}: {}\n", target.path().display(), size::show(size));
     if let Some(state) = &attached {
-        let at = state.device.as_deref().or(state.uri.as_deref()).unwrap_or("-");
-        let point = state.mountpoint.as_deref().map(|p| format!(", on {p}")).unwrap_or_default();
+        let at = state
+            .device
+            .as_deref()
+            .or(state.uri.as_deref())
+            .unwrap_or("-");
+        let point = state
+            .mountpoint
+            .as_deref()
+            .map(|p| format!(", on {p}"))
+            .unwrap_or_default();
         text += &format!("attached: {at}{point}\n");
     }
     for (n, layer) in layers.iter().enumerate().rev() {
@@ -73,8 +81,14 @@ fn layer_json(info: &LayerInfo) -> Value {
 
 fn layer_line(n: usize, info: &LayerInfo) -> String {
     let version = info.version.map(|v| format!(" v{v}")).unwrap_or_default();
-    let cluster = info.cluster.map(|c| format!(", clusters of {}", size::show(c)));
-    let in_use = if info.closed == Some(Closed::InUse) { ", in use or not closed" } else { "" };
+    let cluster = info
+        .cluster
+        .map(|c| format!(", clusters of {}", size::show(c)));
+    let in_use = if info.closed == Some(Closed::InUse) {
+        ", in use or not closed"
+    } else {
+        ""
+    };
     format!(
         "layer {n}: {} ({}{version}{}), {} on the host{in_use}\n",
         info.layer.display(),

@@ -3,10 +3,10 @@
 use super::mount::{device_config, need_privilege};
 use crate::answer::Answer;
 use crate::{attach, size};
-use ploop::image::init::{self, New};
-use ploop::image::target::{Format, Target};
 use ploop::formats::ploop::header::Version;
 use ploop::formats::units::ClusterSize;
+use ploop::image::init::{self, New};
+use ploop::image::target::{Format, Target};
 use ploop::serve::supervise::message::Cache;
 use ploop::{Error, Kind, Result};
 use serde_json::json;
@@ -51,7 +51,11 @@ pub fn run(args: &Args) -> Result<Answer> {
     if args.fs != Fs::None {
         need_privilege("init with a file system")?;
     }
-    let version = if args.format_version == "1" { Version::V1 } else { Version::V2 };
+    let version = if args.format_version == "1" {
+        Version::V1
+    } else {
+        Version::V2
+    };
     let new = New {
         dir: &args.dir,
         size: args.size,
@@ -66,7 +70,11 @@ pub fn run(args: &Args) -> Result<Answer> {
     let disk = draft.finish()?;
     let fs = format!("{:?}", args.fs).to_lowercase();
     Ok(Answer::new(
-        format!("{}: {} with {fs}", disk.dir.display(), size::show(disk.size)),
+        format!(
+            "{}: {} with {fs}",
+            disk.dir.display(),
+            size::show(disk.size)
+        ),
         json!({
             "path": disk.dir.display().to_string(),
             "image": disk.dir.join(init::IMAGE).display().to_string(),
@@ -98,7 +106,12 @@ fn run_mkfs(fs: Fs, device: &Path) -> Result<()> {
             &[
                 &["-q", "-F", "-E", "nodiscard,assume_storage_prezeroed=1"],
                 // Before e2fsprogs 1.47 the option is unknown.
-                &["-q", "-F", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"],
+                &[
+                    "-q",
+                    "-F",
+                    "-E",
+                    "nodiscard,lazy_itable_init=1,lazy_journal_init=1",
+                ],
             ],
         ),
         Fs::Xfs => ("mkfs.xfs", &[&["-q", "-f", "-K"]]),
@@ -109,7 +122,10 @@ fn run_mkfs(fs: Fs, device: &Path) -> Result<()> {
     for options in attempts {
         let output = Command::new(program).args(*options).arg(device).output();
         let output = output.map_err(|e| {
-            Error::new(Kind::NotFound, format!("{program}: {e}; install it, or use --fs none"))
+            Error::new(
+                Kind::NotFound,
+                format!("{program}: {e}; install it, or use --fs none"),
+            )
         })?;
         if output.status.success() {
             return Ok(());

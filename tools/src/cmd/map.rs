@@ -1,14 +1,15 @@
 //! `map`: where every part of a disk is.
 
 use super::FormatArg;
-use crate::attach;
 use crate::answer::Answer;
+use crate::attach;
 use ploop::device::Device;
 use ploop::image::chain::Chain;
 use ploop::image::lock::{Access, DiskLocks};
-use ploop::image::open::{self, Cache};
+use ploop::image::open;
 use ploop::image::target::Target;
 use ploop::io::exec::{self, Engine};
+use ploop::io::file::Cache;
 use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -46,7 +47,10 @@ pub fn run(args: &Args) -> Result<Answer> {
     let parts = exec::run(Engine::Poll, parts(&dir, &chain))??;
     let extents: Vec<Value> = parts.iter().map(|p| part_json(p, &chain)).collect();
     let text: String = parts.iter().map(|p| part_line(p, &chain)).collect();
-    Ok(Answer::new(text, json!({ "path": target.path().display().to_string(), "extents": extents })))
+    Ok(Answer::new(
+        text,
+        json!({ "path": target.path().display().to_string(), "extents": extents }),
+    ))
 }
 
 async fn parts(dir: &std::os::fd::OwnedFd, chain: &Chain) -> Result<Vec<Part>> {
@@ -56,7 +60,12 @@ async fn parts(dir: &std::os::fd::OwnedFd, chain: &Chain) -> Result<Vec<Part>> {
     let mut start = 0;
     while start < size {
         let found = disk.stack().resolve(start, size - start, depth).await?;
-        let part = Part { start, length: found.len, layer: found.layer, offset: found.at };
+        let part = Part {
+            start,
+            length: found.len,
+            layer: found.layer,
+            offset: found.at,
+        };
         start += found.len;
         match parts.last_mut().filter(|last| continues(last, &part)) {
             Some(last) => last.length += part.length,
@@ -71,7 +80,10 @@ fn continues(last: &Part, next: &Part) -> bool {
 }
 
 fn file_of(part: &Part, chain: &Chain) -> Option<String> {
-    chain.layers.get(part.layer?).map(|l| l.display().to_string())
+    chain
+        .layers
+        .get(part.layer?)
+        .map(|l| l.display().to_string())
 }
 
 fn part_json(part: &Part, chain: &Chain) -> Value {

@@ -1,8 +1,8 @@
 //! `mount`: a disk becomes a block device, and its file system a directory.
 
 use super::{CacheArg, FormatArg};
-use crate::attach;
 use crate::answer::Answer;
+use crate::attach;
 use ploop::image::target::Target;
 use ploop::rundir::State;
 use ploop::serve::supervise::message::{Announce, Cache, KeeperConfig, Mode};
@@ -78,20 +78,27 @@ pub fn device_config(
 
 /// Refuses early, and names the capability.
 pub fn need_privilege(verb: &str) -> Result<()> {
-    let held = rustix::thread::capabilities(None).is_ok_and(|c| {
-        c.effective.contains(CapabilitySet::SYS_ADMIN)
-    });
+    let held = rustix::thread::capabilities(None)
+        .is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
     if held {
         return Ok(());
     }
-    Err(Error::new(Kind::Privilege, format!("{verb} needs root, or the capability CAP_SYS_ADMIN")))
+    Err(Error::new(
+        Kind::Privilege,
+        format!("{verb} needs root, or the capability CAP_SYS_ADMIN"),
+    ))
 }
 
 fn mount_point(path: &Path) -> Result<PathBuf> {
-    let point = path.canonicalize().map_err(|e| Error::from(e).at(path.display()))?;
+    let point = path
+        .canonicalize()
+        .map_err(|e| Error::from(e).at(path.display()))?;
     match point.is_dir() {
         true => Ok(point),
-        false => Err(Error::invalid(format!("{}: not a directory", path.display()))),
+        false => Err(Error::invalid(format!(
+            "{}: not a directory",
+            path.display()
+        ))),
     }
 }
 

@@ -4,8 +4,8 @@
 //! LISTEN_PID, is the one that serves.
 
 use super::{CacheArg, FormatArg};
-use crate::attach;
 use crate::answer::Answer;
+use crate::attach;
 use crate::report::Output;
 use ploop::image::target::Target;
 use ploop::serve::supervise::leftover;
@@ -48,7 +48,9 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         (Some(count), _) => Listen::Inherited(count),
         (None, Some(listen)) => absolute(listen)?,
         (None, None) => {
-            return Err(Error::invalid("say where with --nbd, or pass sockets by LISTEN_FDS"));
+            return Err(Error::invalid(
+                "say where with --nbd, or pass sockets by LISTEN_FDS",
+            ));
         }
     };
     let announce = match &listen {
@@ -60,7 +62,10 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         format: args.format.map(Into::into),
         read_only: args.read_only,
         cache: args.cache.into(),
-        mode: Mode::Nbd { listen, export: args.export },
+        mode: Mode::Nbd {
+            listen,
+            export: args.export,
+        },
         detached: false,
         announce,
         json: output == Output::Json,
@@ -83,7 +88,9 @@ fn inherited() -> Result<Option<u32>> {
         (Some(pid), Some(count)) if pid == std::process::id() => match count {
             0 => Err(Error::invalid("LISTEN_FDS=0: no socket was passed")),
             // More than anyone passes; each is a descriptor in keeper and worker.
-            65.. => Err(Error::unsupported(format!("LISTEN_FDS={count}: at most 64 sockets"))),
+            65.. => Err(Error::unsupported(format!(
+                "LISTEN_FDS={count}: at most 64 sockets"
+            ))),
             count => Ok(Some(count)),
         },
         _ => Ok(None),
@@ -92,9 +99,9 @@ fn inherited() -> Result<Option<u32>> {
 
 fn absolute(listen: Listen) -> Result<Listen> {
     match listen {
-        Listen::Unix(path) => Ok(Listen::Unix(std::path::absolute(&path).map_err(|e| {
-            Error::from(e).at(path.display())
-        })?)),
+        Listen::Unix(path) => Ok(Listen::Unix(
+            std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?,
+        )),
         other => Ok(other),
     }
 }
@@ -107,7 +114,9 @@ fn parse_listen(text: &str) -> std::result::Result<Listen, String> {
         Some(("unix", path)) if !path.is_empty() => Ok(Listen::Unix(Path::new(path).into())),
         Some(("tcp", addr)) => {
             let addr = addr.replacen("localhost:", "127.0.0.1:", 1);
-            addr.parse().map(Listen::Tcp).map_err(|e| format!("tcp:ADDR:PORT: {e}"))
+            addr.parse()
+                .map(Listen::Tcp)
+                .map_err(|e| format!("tcp:ADDR:PORT: {e}"))
         }
         _ => Err("one of unix:PATH, tcp:ADDR:PORT, -".into()),
     }
@@ -120,7 +129,10 @@ mod tests {
     #[test]
     fn an_address_is_a_path_a_port_or_standard_input() {
         assert_eq!(parse_listen("-"), Ok(Listen::Stdio));
-        assert_eq!(parse_listen("unix:/run/a:b"), Ok(Listen::Unix("/run/a:b".into())));
+        assert_eq!(
+            parse_listen("unix:/run/a:b"),
+            Ok(Listen::Unix("/run/a:b".into()))
+        );
         let port = "127.0.0.1:10809".parse().map(Listen::Tcp).expect("address");
         assert_eq!(parse_listen("tcp:localhost:10809"), Ok(port.clone()));
         assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port));

@@ -2,8 +2,8 @@
 //! the middle of a write, and finds every byte again. Everything happens in a temporary folder.
 
 use super::mount::need_privilege;
-use crate::nbd::Client;
 use crate::answer::Answer;
+use crate::nbd::Client;
 use crate::{attach, size};
 use ploop::{Error, Kind, Result};
 use rustix::process::{Pid, Signal, kill_process};
@@ -52,9 +52,7 @@ impl Diary {
     }
 
     fn json(&self) -> Value {
-        let step = |(what, time): &(String, Duration)| {
-            json!({ "what": what, "microseconds": time.as_micros() as u64 })
-        };
+        let step = |(what, time): &(String, Duration)| json!({ "what": what, "microseconds": time.as_micros() as u64 });
         json!({ "steps": self.steps.iter().map(step).collect::<Vec<_>>() })
     }
 }
@@ -106,16 +104,21 @@ fn which(program: &str) -> bool {
 fn ploopctl(args: &[&str]) -> Result<String> {
     let output = Command::new(std::env::current_exe()?).args(args).output()?;
     match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_string()),
+        true => Ok(String::from_utf8_lossy(&output.stdout)
+            .trim_end()
+            .to_string()),
         false => {
-            let said = String::from_utf8_lossy(&output.stderr).trim_end().to_string();
+            let said = String::from_utf8_lossy(&output.stderr)
+                .trim_end()
+                .to_string();
             Err(Error::new(Kind::Io, said))
         }
     }
 }
 
 fn text(path: &Path) -> Result<&str> {
-    path.to_str().ok_or_else(|| Error::invalid("the temporary folder's name is not UTF-8"))
+    path.to_str()
+        .ok_or_else(|| Error::invalid("the temporary folder's name is not UTF-8"))
 }
 
 fn mounted(folder: &Folder, diary: &mut Diary) -> Result<()> {
@@ -123,23 +126,40 @@ fn mounted(folder: &Folder, diary: &mut Diary) -> Result<()> {
     let (disk, at) = (text(&disk)?, text(&point)?);
     std::fs::create_dir(&point)?;
     let size = size::show(DISK);
-    diary.step(format!("ploopctl init -s {size} {disk}"), || ploopctl(&["init", "-s", &size, disk]))?;
-    diary.step(format!("ploopctl mount {disk} {at}"), || ploopctl(&["mount", disk, at]))?;
+    diary.step(format!("ploopctl init -s {size} {disk}"), || {
+        ploopctl(&["init", "-s", &size, disk])
+    })?;
+    diary.step(format!("ploopctl mount {disk} {at}"), || {
+        ploopctl(&["mount", disk, at])
+    })?;
     let mut file = {
         let path = point.join("file");
-        File::options().read(true).write(true).create(true).truncate(true).open(path)?
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)?
     };
     write_while_its_server_dies(folder, diary, &mut file)?;
     drop(file);
-    diary.step(format!("ploopctl umount {at}"), || ploopctl(&["umount", at]))?;
-    diary.step(format!("ploopctl check {disk}"), || ploopctl(&["check", disk]))?;
+    diary.step(format!("ploopctl umount {at}"), || {
+        ploopctl(&["umount", at])
+    })?;
+    diary.step(format!("ploopctl check {disk}"), || {
+        ploopctl(&["check", disk])
+    })?;
     diary.step(format!("ploopctl mount {disk} {at} --read-only"), || {
         ploopctl(&["mount", disk, at, "--read-only"])
     })?;
     let mut file = File::open(point.join("file"))?;
-    diary.step(format!("read {} again", size::show(DATA)), || verify(&mut file))?;
+    diary.step(format!("read {} again", size::show(DATA)), || {
+        verify(&mut file)
+    })?;
     drop(file);
-    diary.step(format!("ploopctl umount {at}"), || ploopctl(&["umount", at]))?;
+    diary.step(format!("ploopctl umount {at}"), || {
+        ploopctl(&["umount", at])
+    })?;
     Ok(())
 }
 
@@ -152,14 +172,24 @@ fn served(folder: &Folder, diary: &mut Diary) -> Result<()> {
     })?;
     let how = format!("ploopctl serve {disk} --nbd unix:{}", socket.display());
     let server = diary.step(how.clone(), || Server::start(disk, &socket))?;
-    let mut client = Reconnecting { socket: socket.clone(), client: Client::connect(&socket)? };
+    let mut client = Reconnecting {
+        socket: socket.clone(),
+        client: Client::connect(&socket)?,
+    };
     write_while_its_server_dies(folder, diary, &mut client)?;
     drop(client);
     diary.step("SIGTERM to the server", || server.stop())?;
-    diary.step(format!("ploopctl check {disk}"), || ploopctl(&["check", disk]))?;
+    diary.step(format!("ploopctl check {disk}"), || {
+        ploopctl(&["check", disk])
+    })?;
     let server = diary.step(how, || Server::start(disk, &socket))?;
-    let mut client = Reconnecting { socket: socket.clone(), client: Client::connect(&socket)? };
-    diary.step(format!("read {} again", size::show(DATA)), || verify(&mut client))?;
+    let mut client = Reconnecting {
+        socket: socket.clone(),
+        client: Client::connect(&socket)?,
+    };
+    diary.step(format!("read {} again", size::show(DATA)), || {
+        verify(&mut client)
+    })?;
     drop(client);
     server.stop()
 }
@@ -222,22 +252,36 @@ fn write_while_its_server_dies(
     let fill = |place: &mut dyn Place, from: u64| {
         (from..from + half).try_for_each(|n| place.write(n * CHUNK, &noise(n)))
     };
-    diary.step(format!("write {much}, none of it flushed"), || fill(place, 0))?;
+    diary.step(format!("write {much}, none of it flushed"), || {
+        fill(place, 0)
+    })?;
     let worker = attach::find(&folder.disk())?.state.worker_pid;
     let pid = worker.and_then(|p| Pid::from_raw(p as i32));
     let pid = pid.ok_or_else(|| Error::new(Kind::NotFound, "no worker to kill"))?;
-    diary.step(format!("kill -9 {} (the worker), write {much} more and sync", pid.as_raw_pid()), || {
-        kill_process(pid, Signal::KILL).map_err(std::io::Error::from)?;
-        fill(place, half)?;
-        place.sync()
-    })?;
-    diary.step(format!("read {} back and compare", size::show(DATA)), || verify(place))
+    diary.step(
+        format!(
+            "kill -9 {} (the worker), write {much} more and sync",
+            pid.as_raw_pid()
+        ),
+        || {
+            kill_process(pid, Signal::KILL).map_err(std::io::Error::from)?;
+            fill(place, half)?;
+            place.sync()
+        },
+    )?;
+    diary.step(
+        format!("read {} back and compare", size::show(DATA)),
+        || verify(place),
+    )
 }
 
 fn verify(place: &mut impl Place) -> Result<()> {
     for n in 0..DATA / CHUNK {
         if place.read(n * CHUNK, CHUNK as usize)? != noise(n) {
-            return Err(Error::damaged(format!("the bytes at {} are not those written", n * CHUNK)));
+            return Err(Error::damaged(format!(
+                "the bytes at {} are not those written",
+                n * CHUNK
+            )));
         }
     }
     Ok(())
@@ -263,7 +307,12 @@ struct Server {
 impl Server {
     fn start(disk: &str, socket: &Path) -> Result<Self> {
         let child = Command::new(std::env::current_exe()?)
-            .args(["serve", disk, "--nbd", &format!("unix:{}", socket.display())])
+            .args([
+                "serve",
+                disk,
+                "--nbd",
+                &format!("unix:{}", socket.display()),
+            ])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()?;
@@ -283,7 +332,10 @@ impl Server {
         let status = self.child.wait()?;
         match status.success() {
             true => Ok(()),
-            false => Err(Error::new(Kind::Io, format!("the server ended with {status}"))),
+            false => Err(Error::new(
+                Kind::Io,
+                format!("the server ended with {status}"),
+            )),
         }
     }
 }

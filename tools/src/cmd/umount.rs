@@ -1,7 +1,7 @@
 //! `umount`: a disk is detached, and its image closed.
 
-use crate::attach;
 use crate::answer::Answer;
+use crate::attach;
 use ploop::Result;
 use serde_json::json;
 use std::path::PathBuf;
@@ -22,5 +22,8 @@ pub fn run(args: &Args) -> Result<Answer> {
     let attached = attach::find(&args.what)?;
     attach::stop(&attached)?;
     let state = attached.state;
-    Ok(Answer::new("", json!({ "path": state.path, "uuid": state.uuid, "device": state.device })))
+    Ok(Answer::new(
+        "",
+        json!({ "path": state.path, "uuid": state.uuid, "device": state.device }),
+    ))
 }

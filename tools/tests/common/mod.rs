@@ -20,7 +20,10 @@ impl Scratch {
     pub fn new() -> Self {
         // Keepers outlive the ploopctl that started them; their remains should outlive nobody.
         let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
-        let dir = tempfile::Builder::new().prefix("ploop-test-").tempdir().expect("temp dir");
+        let dir = tempfile::Builder::new()
+            .prefix("ploop-test-")
+            .tempdir()
+            .expect("temp dir");
         Self { dir }
     }
 
@@ -49,7 +52,11 @@ impl Scratch {
     pub fn attached(&self) -> Vec<Value> {
         let list = json(&["list"]);
         let disks = list["disks"].as_array().expect("disks").clone();
-        let below = |d: &Value| d["path"].as_str().is_some_and(|p| p.starts_with(text(self.dir.path())));
+        let below = |d: &Value| {
+            d["path"]
+                .as_str()
+                .is_some_and(|p| p.starts_with(text(self.dir.path())))
+        };
         disks.into_iter().filter(below).collect()
     }
 }
@@ -70,7 +77,11 @@ pub fn text(path: &Path) -> &str {
 }
 
 pub fn run(args: &[&str]) -> Output {
-    Command::new(PLOOPCTL).args(args).stdin(Stdio::null()).output().expect("ploopctl runs")
+    Command::new(PLOOPCTL)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .expect("ploopctl runs")
 }
 
 /// Runs it, expects success, gives standard output.
@@ -89,7 +100,11 @@ pub fn ok(args: &[&str]) -> String {
 pub fn fails(code: i32, args: &[&str]) -> String {
     let output = run(args);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "ploopctl {args:?}: {said}");
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "ploopctl {args:?}: {said}"
+    );
     said
 }
 
@@ -136,14 +151,20 @@ pub fn has(program: &str) -> bool {
 pub fn eventually(what: &str, mut so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !so() {
-        assert!(start.elapsed() < Duration::from_secs(20), "not within 20 s: {what}");
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "not within 20 s: {what}"
+        );
         std::thread::sleep(Duration::from_millis(10));
     }
 }
 
 /// Ends one process at once.
 pub fn kill9(pid: u64) {
-    let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(rustix::process::Pid::from_raw)
+        .expect("a pid");
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
 }
 
