@@ -635,7 +635,10 @@ fn a_disk_in_use_is_refused_to_a_second_server() {
 fn a_served_disk_is_listed_while_it_is_served_and_not_after() {
     let disk = Disk::new("64M", &[]);
     let server = disk.serve(&[]);
-    let object = common::attach::listed(&disk.path()).expect("a served disk is listed");
+    // Clients may connect before the disk is open: they wait in the socket's queue.
+    let object = eventually("a served disk in the list", Duration::from_secs(20), || {
+        common::attach::listed(&disk.path()).filter(|object| object["state"] == "serving")
+    });
     assert_eq!(object["size"], 64 * MIB, "{object}");
     assert_eq!(object["keeper_pid"], Value::from(server.pid()), "{object}");
     server.stop();
