@@ -16,7 +16,7 @@ use ploop_formats::ploop::header::{CLOSED_V21, FLAG_CONVERTING, IN_USE};
 use ploop_formats::store::Store;
 use ploop_formats::store::fault::{FaultStore, Faults, Operation, Rule};
 use ploop_formats::store::mem::MemStore;
-use ploop_formats::store::mutate::{MutateStore, Mutation, Mutator};
+use ploop_formats::store::mutate::{Break, MutateStore, Mutation, Mutator};
 use ploop_formats::store::pages::Pages;
 use ploop_formats::store::record::{RecordStore, Recording};
 use ploop_formats::store::sim::{Fate, POISON, Rules};
@@ -154,7 +154,11 @@ fn notices(barrier: u64) -> bool {
         let before = view(&made.pages()).unwrap();
         let recording = Recording::new(made.pages());
         let mutator = Mutator::new();
-        mutator.set(Some(Mutation::DropNumber(barrier)));
+        mutator.set(Some(Mutation {
+            covers: None,
+            how: Break::Drop,
+            only: Some(barrier),
+        }));
         let inner = RecordStore::new(MemStore::from_pages(made.pages()), recording.clone());
         mend(&MutateStore::new(inner, mutator, CLUSTER));
         let mut lost = false;

@@ -9,7 +9,6 @@ use super::report::{Report, Tally};
 use super::session::{Session, blind};
 use super::subject::{Bench, Setup, Subject, Wish, words};
 use crate::device::Device;
-use ploop_formats::buf;
 use ploop_formats::store::pages::Pages;
 use ploop_formats::store::sim::{Fate, Rules, Sim};
 use ploop_formats::testkit::exec::now;
@@ -17,6 +16,7 @@ use ploop_formats::testkit::model::Model;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::testkit::workload::Shape;
 use ploop_formats::units::SECTOR;
+use ploop_formats::{Kind, buf};
 
 /// How hard a crash campaign looks.
 #[derive(Debug, Clone, Copy)]
@@ -31,7 +31,7 @@ pub struct Effort {
 
 const EFFORT: Effort = Effort {
     per_point: 6,
-    live_in: 150,
+    live_in: 800,
     cycles: 3,
 };
 const WISH: Wish = Wish {
@@ -111,7 +111,7 @@ impl Cuts {
         model: &Model,
         life: u32,
     ) -> Result<(), String> {
-        let max = if life == 0 { self.effort.per_point } else { 2 };
+        let max = if life == 0 { self.effort.per_point } else { 1 };
         let fates = session.sim().some_fates(session.top(), max, &mut self.rng);
         for fate in fates {
             let files = session.sim().crash(session.top(), &fate);
@@ -170,7 +170,11 @@ impl Cuts {
         let seed = self.rng.next();
         let mut session = old.heir(Sim::of(files, seed), words(self.slots), model.clone(), seed);
         session.replace_bench(self.bench.clone());
-        session.guest_mut().unanswered.clear();
+        {
+            let mut guest = session.guest_mut();
+            guest.unanswered.clear();
+            guest.excused = vec![Kind::NoSpace];
+        }
         session.open(&mut |s: &Session<S>| self.cut_against(s, model, life))?;
         let bytes = session.read_all()?;
         model.survived(0..model.len(), &bytes)?;

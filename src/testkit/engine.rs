@@ -69,7 +69,8 @@ impl Subject for Engine {
     type Device = Disk<BenchStore>;
 
     fn setup(rng: &mut Rng, wish: &Wish) -> Setup {
-        let clusters = rng.range(3, wish.max_clusters);
+        let most = if rng.one_in(2) { 4 } else { wish.max_clusters };
+        let clusters = rng.range(2, most.min(wish.max_clusters));
         let layers = rng.range(wish.min_layers, wish.max_layers);
         let version = *rng.pick(&[Version::V1, Version::V2]);
         let align = *rng.pick(&[1, 512, 512, 4096]);
@@ -120,12 +121,12 @@ impl Subject for Engine {
             in_use: rng.one_in(4),
         };
         let top = delta.make(rng);
-        let tight = (1 + clusters + rng.below(3)) * CLUSTER;
+        let tight = (clusters + rng.below(4)) * CLUSTER;
         let rules = Rules {
             align,
             metadata_end: CLUSTER,
             fresh_zero: !rng.one_in(4),
-            max_len: if rng.one_in(3) {
+            max_len: if rng.one_in(2) {
                 tight.max(top.len())
             } else {
                 u64::MAX

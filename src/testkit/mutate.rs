@@ -4,8 +4,7 @@ use super::report::Tally;
 use super::subject::{Bench, Subject};
 use super::{crash, death, faults, models};
 use ploop_formats::planted::{self, Bug};
-use ploop_formats::store::mutate::{Covers, Mutation, Mutator};
-use std::collections::BTreeSet;
+use ploop_formats::store::mutate::{Break, Covers, Mutation};
 use std::fmt;
 
 /// A campaign, by the name that `torture` knows it by.
@@ -126,41 +125,39 @@ pub fn bug<S: Subject>(bug: Bug, seed: u64, states: u64) -> Catch {
     )
 }
 
-/// Names of the barriers that ordinary runs need.
-pub fn barriers<S: Subject>(seed: u64) -> BTreeSet<Covers> {
-    let bench = Bench {
-        mutator: Mutator::new(),
-        ..Bench::default()
-    };
-    for run in 0..40 {
-        // What is wrong with a run is the campaigns' business, not this one's.
-        let _ = models::run::<S>(seed.wrapping_add(run), &mut Tally::default(), &bench);
-    }
-    bench
-        .mutator
-        .seen()
-        .into_keys()
-        .filter(|covers| *covers != Covers::default())
-        .collect()
+/// Every way to break a barrier that must not go unnoticed: every name, dropped and stepped over,
+/// each time and only once.
+pub fn mutations() -> Vec<Mutation> {
+    let names = [
+        Covers::Data,
+        Covers::Metadata,
+        Covers::Length,
+        Covers::Punch,
+    ];
+    let ways = names
+        .into_iter()
+        .flat_map(|covers| [(covers, Break::Drop), (covers, Break::Swap)]);
+    ways.flat_map(|(covers, how)| {
+        [None, Some(0), Some(1)].map(|only| Mutation {
+            covers: Some(covers),
+            how,
+            only,
+        })
+    })
+    .filter(|m| !is_harmless(m))
+    .collect()
+}
+
+/// A length barrier protects the index that will name the new clusters. Stepping over it moves one
+/// data write into a cluster that nothing names before the barrier has then happened.
+fn is_harmless(mutation: &Mutation) -> bool {
+    (mutation.covers, mutation.how) == (Some(Covers::Length), Break::Swap)
 }
 
 /// Breaks a barrier and looks for it with the campaigns that cut power or kill.
 pub fn barrier<S: Subject>(mutation: Mutation, seed: u64, states: u64) -> Catch {
-    let bench = Bench {
-        mutator: Mutator::new(),
-        ..Bench::default()
-    };
+    let bench = Bench::default();
     bench.mutator.set(Some(mutation));
-    let name = match mutation {
-        Mutation::Drop(covers) => format!("drop of the barrier after {covers}"),
-        Mutation::Swap(covers) => format!("step before the barrier after {covers}"),
-        other => format!("{other:?}"),
-    };
-    hunt::<S>(
-        name,
-        seed,
-        states,
-        &bench,
-        &[Campaign::Crash, Campaign::WorkerDeath],
-    )
+    let campaigns = [Campaign::Crash, Campaign::WorkerDeath];
+    hunt::<S>(mutation.to_string(), seed, states, &bench, &campaigns)
 }

@@ -11,52 +11,58 @@
 use super::{Reach, Space, Store, StoreInfo};
 use crate::Result;
 use bytes::{Bytes, BytesMut};
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What changed since the barrier before: the name of a barrier.
+/// The name of a barrier: what it makes durable, by the most telling of the changes since the
+/// barrier before. A pass that ends a close, say, is for metadata although it also cuts the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct Covers {
-    /// Guest data.
-    pub data: bool,
-    /// Header or table.
-    pub metadata: bool,
-    /// The length.
-    pub length: bool,
+pub enum Covers {
+    /// Nothing changed.
+    #[default]
+    Nothing,
     /// Punched ranges.
-    pub punch: bool,
+    Punch,
+    /// Guest data.
+    Data,
+    /// The length.
+    Length,
+    /// Header or table.
+    Metadata,
 }
 
-impl fmt::Display for Covers {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = [
-            (self.data, "data"),
-            (self.metadata, "metadata"),
-            (self.length, "length"),
-            (self.punch, "punch"),
-        ];
-        let named: Vec<&str> = names
-            .iter()
-            .filter(|(yes, _)| *yes)
-            .map(|(_, n)| *n)
-            .collect();
-        f.write_str(if named.is_empty() { "nothing" } else { "" })?;
-        f.write_str(&named.join("+"))
-    }
+/// What happens to a barrier.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Break {
+    /// It does nothing, and says that it did.
+    Drop,
+    /// The first change after it happens before it.
+    Swap,
 }
 
 /// What is broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mutation {
-    /// Barriers that cover this do nothing, and say that they did.
-    Drop(Covers),
-    /// The first change after such a barrier happens before it.
-    Swap(Covers),
-    /// The barrier with this number, from 0, does nothing.
-    DropNumber(u64),
-    /// The first change after the barrier with this number happens before it.
-    SwapNumber(u64),
+pub struct Mutation {
+    /// Barriers of this name; of any name when `None`.
+    pub covers: Option<Covers>,
+    /// What happens to them.
+    pub how: Break,
+    /// Only the one with this number, counted from 0 among those that `covers` selects.
+    pub only: Option<u64>,
+}
+
+impl fmt::Display for Mutation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} of ", self.how)?;
+        match self.only {
+            Some(n) => write!(f, "number {n} of the ")?,
+            None => write!(f, "every one of the ")?,
+        }
+        match self.covers {
+            Some(name) => write!(f, "{name:?} barriers"),
+            None => write!(f, "barriers"),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -64,9 +70,7 @@ struct State {
     mutation: Option<Mutation>,
     dirty: Covers,
     late: bool,
-    barriers: u64,
-    seen: BTreeMap<Covers, u64>,
-    hits: u64,
+    selected: u64,
 }
 
 /// The mutation that a [`MutateStore`] carries out; clones share it.
@@ -79,32 +83,22 @@ enum Barrier {
 }
 
 impl Mutator {
-    /// Nothing is broken; barriers are counted.
+    /// Nothing is broken.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Breaks `mutation` from now on, or nothing.
+    /// Breaks `mutation` from now on, or nothing; counts from 0 again.
     pub fn set(&self, mutation: Option<Mutation>) {
-        let mut state = self.lock();
-        state.mutation = mutation;
-        state.barriers = 0;
-        state.hits = 0;
+        *self.lock() = State {
+            mutation,
+            ..State::default()
+        };
     }
 
     /// What is broken.
     pub fn mutation(&self) -> Option<Mutation> {
         self.lock().mutation
-    }
-
-    /// How many barriers of each name were asked for.
-    pub fn seen(&self) -> BTreeMap<Covers, u64> {
-        self.lock().seen.clone()
-    }
-
-    /// How many barriers were broken.
-    pub fn hits(&self) -> u64 {
-        self.lock().hits
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -113,28 +107,24 @@ impl Mutator {
 
     fn barrier(&self) -> Barrier {
         let mut state = self.lock();
-        let (number, name) = (state.barriers, std::mem::take(&mut state.dirty));
-        state.barriers += 1;
-        *state.seen.entry(name).or_default() += 1;
-        let (hit, late) = match state.mutation {
-            Some(Mutation::Drop(covers)) => (covers == name, false),
-            Some(Mutation::Swap(covers)) => (covers == name, true),
-            Some(Mutation::DropNumber(n)) => (n == number, false),
-            Some(Mutation::SwapNumber(n)) => (n == number, true),
-            None => (false, false),
+        let name = std::mem::take(&mut state.dirty);
+        let selects = |m: &Mutation| m.covers.is_none_or(|covers| covers == name);
+        let Some(mutation) = state.mutation.filter(selects) else {
+            return Barrier::Real;
         };
-        if !hit {
+        let number = state.selected;
+        state.selected += 1;
+        if mutation.only.is_some_and(|n| n != number) {
             return Barrier::Real;
         }
-        state.hits += 1;
-        state.late = late;
+        state.late = mutation.how == Break::Swap;
         Barrier::Skipped
     }
 
     /// Notes a change; true when the barrier before it was held back and is due now.
-    fn changed(&self, note: impl FnOnce(&mut Covers)) -> bool {
+    fn changed(&self, what: Covers) -> bool {
         let mut state = self.lock();
-        note(&mut state.dirty);
+        state.dirty = state.dirty.max(what);
         std::mem::take(&mut state.late)
     }
 }
@@ -183,22 +173,24 @@ impl<S: Store> Store for MutateStore<S> {
     }
 
     async fn write_at(&self, at: u64, data: Bytes, reach: Reach) -> Result<()> {
-        let due = self.mutator.changed(|dirty| match at < self.metadata_end {
-            true => dirty.metadata = true,
-            false => dirty.data = true,
+        let metadata = at < self.metadata_end;
+        let due = self.mutator.changed(if metadata {
+            Covers::Metadata
+        } else {
+            Covers::Data
         });
         self.inner.write_at(at, data, reach).await?;
         self.overdue(due).await
     }
 
     async fn set_len(&self, len: u64) -> Result<()> {
-        let due = self.mutator.changed(|dirty| dirty.length = true);
+        let due = self.mutator.changed(Covers::Length);
         self.inner.set_len(len).await?;
         self.overdue(due).await
     }
 
     async fn punch(&self, at: u64, len: u64, space: Space) -> Result<()> {
-        let due = self.mutator.changed(|dirty| dirty.punch = true);
+        let due = self.mutator.changed(Covers::Punch);
         self.inner.punch(at, len, space).await?;
         self.overdue(due).await
     }
@@ -247,15 +239,13 @@ mod tests {
     }
 
     #[test]
-    fn a_barrier_is_dropped_or_stepped_over_by_name_or_number() {
-        let data = Covers {
-            data: true,
-            ..Covers::default()
-        };
-        assert_eq!(trace(Mutation::Drop(data)), "dm|");
-        assert_eq!(trace(Mutation::Swap(data)), "dm||");
-        assert_eq!(trace(Mutation::DropNumber(1)), "d|m");
-        assert_eq!(trace(Mutation::SwapNumber(7)), "d|m|");
-        assert_eq!(data.to_string(), "data");
+    fn a_barrier_is_dropped_or_stepped_over_by_name_and_number() {
+        let broken = |covers, how, only| trace(Mutation { covers, how, only });
+        assert_eq!(broken(Some(Covers::Data), Break::Drop, None), "dm|");
+        assert_eq!(broken(Some(Covers::Data), Break::Swap, None), "dm||");
+        assert_eq!(broken(Some(Covers::Metadata), Break::Drop, Some(0)), "d|m");
+        assert_eq!(broken(Some(Covers::Metadata), Break::Drop, Some(1)), "d|m|");
+        assert_eq!(broken(Some(Covers::Length), Break::Drop, None), "d|m|");
+        assert_eq!(broken(None, Break::Drop, Some(1)), "d|m");
     }
 }

@@ -214,7 +214,7 @@ impl Model {
         legal: impl Fn(&Sector) -> Vec<Write>,
         crashed: bool,
     ) -> Result<(), String> {
-        let tears = |w: &Write| crashed && w.answered == NEVER && w.value != ZERO;
+        let tears = |w: &Write| crashed && w.answered == NEVER && w.firm;
         for (n, bytes) in sectors.zip(bytes.chunks_exact(SECTOR as usize)) {
             let sector = &self.sectors[n];
             let seen = stamp::look(bytes, n as u64);

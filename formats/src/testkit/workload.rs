@@ -122,7 +122,7 @@ impl Shape {
 
     /// Any range, mostly short, often at the edge of a cluster.
     fn range(&self, rng: &mut Rng) -> Range<usize> {
-        if rng.one_in(12) {
+        if rng.one_in(8) {
             return self.whole(rng);
         }
         let len = match rng.below(8) {

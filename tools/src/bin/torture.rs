@@ -6,7 +6,6 @@
 use clap::{Parser, Subcommand};
 use ploop::testkit::{Engine, Report, crash, death, faults, models, mutate};
 use ploop_formats::planted::Bug;
-use ploop_formats::store::mutate::Mutation;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -89,14 +88,12 @@ fn timed(campaign: fn(u64, u64) -> Report, effort: Effort) -> bool {
 }
 
 fn power(effort: Effort) -> bool {
-    let barriers = mutate::barriers::<Engine>(effort.seed);
-    let mutations = barriers
-        .iter()
-        .flat_map(|b| [Mutation::Drop(*b), Mutation::Swap(*b)]);
-    let broken = mutations.map(|m| mutate::barrier::<Engine>(m, effort.seed, effort.states));
+    let Effort { seed, states, .. } = effort;
     let planted = Bug::ALL
         .into_iter()
-        .map(|b| mutate::bug::<Engine>(b, effort.seed, effort.states));
+        .map(|b| mutate::bug::<Engine>(b, seed, states));
+    let mutations = mutate::mutations().into_iter();
+    let broken = mutations.map(|m| mutate::barrier::<Engine>(m, seed, states));
     let (mut caught, mut missed) = (0, 0);
     for catch in planted.chain(broken) {
         println!("{catch}");
