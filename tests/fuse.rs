@@ -221,6 +221,11 @@ impl Mounted {
     fn finish(mut self) -> End {
         self.detach();
         fuse::unmount(&self.file(), false).unwrap();
+        self.end()
+    }
+
+    /// How the worker ends without being told to.
+    fn end(&mut self) -> End {
         let (worker, _stop) = self.worker.take().unwrap();
         worker.join().unwrap()
     }
@@ -592,7 +597,7 @@ fn nothing_is_left_after_detach_and_unmount() {
         0,
         "the empty file is back"
     );
-    assert_eq!(mounted.stop(), Some(End::Unmounted));
+    assert_eq!(mounted.end(), End::Unmounted);
 }
 
 #[test]

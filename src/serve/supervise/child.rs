@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
 
 /// The descriptor of the socket pair in a worker.
 pub const CONTROL_FD: RawFd = 3;
@@ -28,8 +29,8 @@ pub struct Worker {
     control: OwnedFd,
     /// What it prints, when it does not print to our own standard error.
     pub output: Option<OwnedFd>,
-    /// Whether it said that it serves.
-    pub ready: bool,
+    /// When it said that it serves.
+    pub ready: Option<Instant>,
     told: bool,
     /// It closed its end: nothing more will be said, though it may take long to end.
     mute: bool,
@@ -96,7 +97,7 @@ impl Worker {
             pidfd,
             control,
             output,
-            ready: false,
+            ready: None,
             told: false,
             mute: false,
         };

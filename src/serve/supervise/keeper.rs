@@ -402,7 +402,7 @@ impl Keeper {
             }
             (true, _, Some(_)) => {}
             (true, _, None) => {
-                if let Some(worker) = self.worker.as_mut().filter(|w| w.ready) {
+                if let Some(worker) = self.worker.as_mut().filter(|w| w.ready.is_some()) {
                     worker.order_stop();
                 }
             }
@@ -454,7 +454,9 @@ impl Keeper {
         self.last_words = None;
         match started {
             Ok(worker) => self.worker = Some(worker),
-            Err(e) if self.served => self.survive(&format!("no worker could be started: {e}")),
+            Err(e) if self.served => {
+                self.survive(&format!("no worker could be started: {e}"), Duration::ZERO);
+            }
             Err(e) => self.give_up(Failure::from(&e)),
         }
         self.publish();
@@ -539,7 +541,7 @@ impl Keeper {
                     cache,
                 } => {
                     if let Some(worker) = self.worker.as_mut() {
-                        worker.ready = true;
+                        worker.ready = Some(Instant::now());
                     }
                     self.served = true;
                     self.state.size = size;
@@ -562,18 +564,19 @@ impl Keeper {
         let how = worker
             .reap()
             .map_or_else(|e| e.to_string(), |s| s.to_string());
+        let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         match self.last_words.take() {
             Some(Event::Closed) => {
                 self.settled = true;
                 self.stop();
             }
             Some(Event::Failed(failure)) if self.is_final(&failure) => self.give_up(failure),
-            Some(Event::Failed(failure)) => self.survive(&failure.message),
+            Some(Event::Failed(failure)) => self.survive(&failure.message, served),
             _ if !self.served => {
                 let what = format!("the worker died before it served ({how}); see the log");
                 self.give_up(Failure::from(&Error::new(Kind::Io, what)));
             }
-            _ => self.survive(&format!("the worker died ({how})")),
+            _ => self.survive(&format!("the worker died ({how})"), served),
         }
         self.publish();
     }
@@ -585,10 +588,10 @@ impl Keeper {
         !self.served || self.stopping || !passing.contains(&kind)
     }
 
-    /// Replaces the worker, unless that is hopeless.
-    fn survive(&mut self, why: &str) {
+    /// Replaces the worker, which had served for so long, unless that is hopeless.
+    fn survive(&mut self, why: &str, served: Duration) {
         let pause = match self.held.survives() {
-            true => self.restarts.died(Instant::now()),
+            true => self.restarts.died(served),
             false => None,
         };
         let Some(pause) = pause else {

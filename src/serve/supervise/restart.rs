@@ -1,43 +1,39 @@
 //! Restart: how often a worker may die before the disk is given up.
 //!
-//! A crash is survived, a crash loop is not hidden: ten deaths within a minute end with EIO for
-//! everyone above, which is better than requests that never return.
+//! A crash is survived, a crash loop is not hidden: ten workers in a row that die over what they
+//! were resent end with EIO for everyone above, which is better than requests that never return.
 
-use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// Deaths within [`WINDOW`] after which the keeper gives up.
-const LIMIT: usize = 10;
-/// What "often" is counted over.
-const WINDOW: Duration = Duration::from_secs(60);
+/// Deaths in a row after which the keeper gives up.
+const LIMIT: u32 = 10;
+/// A worker that served so long has outlived whatever killed the one before: what was unanswered
+/// is resent at once, and a request that kills would have killed again.
+const PROOF: Duration = Duration::from_millis(100);
 /// Longest pause before a restart.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 
-/// The recent deaths.
+/// The deaths so far.
 #[derive(Debug, Default)]
 pub struct Restarts {
-    recent: VecDeque<Instant>,
+    in_a_row: u32,
     total: u32,
 }
 
 impl Restarts {
-    /// Counts a death: how long to wait before the next start, or `None` to give up.
-    pub fn died(&mut self, now: Instant) -> Option<Duration> {
-        self.recent.retain(|t| now.duration_since(*t) < WINDOW);
-        self.recent.push_back(now);
-        self.total = self.total.saturating_add(1);
-        if self.recent.len() > LIMIT {
-            return None;
+    /// Counts the death of a worker that had served for so long: how long to wait before the next
+    /// start, or `None` to give up.
+    pub fn died(&mut self, served: Duration) -> Option<Duration> {
+        if served >= PROOF {
+            self.in_a_row = 0;
         }
-        // The first restart is immediate: a single crash should be a short pause.
-        let doublings = self.recent.len().saturating_sub(2) as u32;
-        match self.recent.len() {
+        self.in_a_row = self.in_a_row.saturating_add(1);
+        self.total = self.total.saturating_add(1);
+        match self.in_a_row {
+            // A single crash should be a short pause.
             1 => Some(Duration::ZERO),
-            _ => Some(
-                Duration::from_millis(10)
-                    .saturating_mul(1 << doublings)
-                    .min(PAUSE_MAX),
-            ),
+            n if n > LIMIT => None,
+            n => Some(Duration::from_millis(5 << n).min(PAUSE_MAX)),
         }
     }
 
@@ -52,22 +48,25 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_crash_loop_is_given_up_and_rare_crashes_are_not() {
-        let start = Instant::now();
-        let mut loops = Restarts::default();
-        let pauses: Vec<_> = (0..11).map(|_| loops.died(start)).collect();
+    fn a_crash_loop_is_given_up_with_growing_pauses() {
+        let mut restarts = Restarts::default();
+        let pauses: Vec<_> = (0..=LIMIT)
+            .map(|_| restarts.died(Duration::from_millis(3)))
+            .collect();
         assert_eq!(pauses[0], Some(Duration::ZERO));
         assert!(
-            pauses[1..10]
-                .windows(2)
-                .all(|w| w[0] <= w[1] && w[0].is_some()),
+            pauses[..10].is_sorted() && pauses[9] == Some(PAUSE_MAX),
             "{pauses:?}"
         );
         assert_eq!(pauses[10], None);
+    }
 
-        let mut rare = Restarts::default();
-        let apart = (0..100).map(|n| start + Duration::from_secs(7 * n));
-        assert!(apart.into_iter().all(|t| rare.died(t).is_some()));
-        assert_eq!(rare.total(), 100);
+    #[test]
+    fn workers_that_served_in_between_may_die_for_ever() {
+        let mut restarts = Restarts::default();
+        for _ in 0..100 {
+            assert_eq!(restarts.died(PROOF), Some(Duration::ZERO));
+        }
+        assert_eq!(restarts.total(), 100);
     }
 }
