@@ -2,22 +2,21 @@
 //! QEMU writes, this engine checks clean, reads alike and goes on writing.
 //!
 //! Every legal cluster size in both format versions is driven with random requests beside a flat
-//! model. QEMU cannot create v1 images; it reads and checks them. Without qemu-img and qemu-io the
-//! tests say that they are skipped.
+//! model, in real files, with and without the page cache. QEMU cannot create v1 images; it reads
+//! and checks them. Without qemu-img and qemu-io the tests say that they are skipped.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-use bytes::Bytes;
 use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
+use ploop::io::exec;
+use ploop::io::file::{Cache, FileStore};
 use ploop::stack::AnyLayer;
 use ploop_formats::buf;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::check::check;
 use ploop_formats::ploop::create::{create, create_preallocated};
 use ploop_formats::ploop::{Header, Ploop, Version};
-use ploop_formats::store::mem::MemStore;
 use ploop_formats::store::pages::Pages;
-use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::units::ClusterSize;
 use std::fs::File;
@@ -61,23 +60,29 @@ fn qemu(tool: &str, args: &[&str], context: &str) -> String {
     try_qemu(tool, args).unwrap_or_else(|e| panic!("{context}: {e}"))
 }
 
+/// Runs what a server's thread would run.
+fn block<F: Future>(future: F) -> F::Output {
+    exec::run(exec::Engine::detect().0, future).unwrap()
+}
+
 /// A disk beside a model of its content.
 struct Twin {
-    store: MemStore,
-    disk: Disk<MemStore>,
+    image: PathBuf,
+    disk: Disk<FileStore>,
     model: Pages,
     rng: Rng,
 }
 
 impl Twin {
-    fn new(store: MemStore, model: Pages, seed: u64) -> Self {
-        let disk = open(&store);
+    async fn new(image: &Path, model: Pages, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        let disk = open(image, cache(&mut rng)).await;
         assert_eq!(disk.size(), model.len());
         Self {
-            store,
+            image: image.to_owned(),
             disk,
             model,
-            rng: Rng::new(seed),
+            rng,
         }
     }
 
@@ -101,7 +106,7 @@ impl Twin {
         )
     }
 
-    fn step(&mut self) {
+    async fn step(&mut self) {
         let (at, len) = self.range();
         match self.rng.below(10) {
             0..=5 => {
@@ -114,44 +119,55 @@ impl Twin {
                     to.copy_from_slice(&word.to_le_bytes());
                 }
                 self.model.write(at, &data);
-                now(self.disk.write(at, data.freeze(), self.rng.one_in(8))).unwrap();
+                let fua = self.rng.one_in(8);
+                self.disk.write(at, data.freeze(), fua).await.unwrap();
             }
             6 => {
                 let how = *self.rng.pick(&[Zero::MayFree, Zero::Allocate]);
-                now(self.disk.zero(at, len, how, false)).unwrap();
+                self.disk.zero(at, len, how, false).await.unwrap();
                 self.model.zero(at, len);
             }
-            7 => self.discard(),
-            8 => now(self.disk.flush()).unwrap(),
-            _ => self.reopen(),
+            7 => self.discard().await,
+            8 => self.disk.flush().await.unwrap(),
+            _ => self.reopen().await,
         }
     }
 
     /// Whole clusters, of which the old content may stay.
-    fn discard(&mut self) {
+    async fn discard(&mut self) {
         let cluster = self.disk.preferred_block();
         let at = self.rng.below(self.disk.size() / cluster) * cluster;
-        now(self.disk.discard(at, cluster)).unwrap();
-        let bytes = now(self.disk.read(at, buf::aligned(cluster as usize))).unwrap();
+        self.disk.discard(at, cluster).await.unwrap();
+        let bytes = self
+            .disk
+            .read(at, buf::aligned(cluster as usize))
+            .await
+            .unwrap();
         if bytes.iter().all(|b| *b == 0) {
             self.model.zero(at, cluster);
         }
     }
 
-    fn reopen(&mut self) {
-        now(self.disk.close()).unwrap();
-        self.disk = open(&self.store);
+    async fn reopen(&mut self) {
+        self.disk.close().await.unwrap();
+        let cache = cache(&mut self.rng);
+        self.disk = open(&self.image, cache).await;
     }
 
-    /// Closes the disk; the image and its content.
-    fn close(self) -> (Pages, Pages) {
-        now(self.disk.close()).unwrap();
-        (self.store.pages(), self.model)
+    /// Closes the disk; its content.
+    async fn close(self) -> Pages {
+        self.disk.close().await.unwrap();
+        self.model
     }
 }
 
-fn open(store: &MemStore) -> Disk<MemStore> {
-    let top = now(Ploop::open_write(store.clone(), Ledger::local())).unwrap();
+fn cache(rng: &mut Rng) -> Cache {
+    *rng.pick(&[Cache::None, Cache::Writeback])
+}
+
+async fn open(image: &Path, cache: Cache) -> Disk<FileStore> {
+    let store = FileStore::open(image, true, cache).unwrap();
+    let top = Ploop::open_write(store, Ledger::local()).await.unwrap();
     Disk::new(vec![AnyLayer::Ploop(top)], false).unwrap()
 }
 
@@ -208,6 +224,26 @@ impl Bench {
         }
     }
 
+    /// An image that has just been made, blank or preallocated; its guest's bytes.
+    async fn new_image(&self, version: Version, cluster: u64, rng: &mut Rng) -> u64 {
+        let most = (24u64 << 20).div_ceil(cluster).clamp(3, 200);
+        let size = ClusterSize::new(cluster).unwrap();
+        let header = Header::new(version, rng.range(2, most) * cluster, size).unwrap();
+        File::create(&self.image).unwrap();
+        let store = FileStore::open(&self.image, true, cache(rng)).unwrap();
+        match rng.one_in(5) {
+            true => create_preallocated(&store, &header).await.unwrap(),
+            false => create(&store, &header).await.unwrap(),
+        }
+        header.sectors * 512
+    }
+
+    async fn assert_clean(&self, context: &str) {
+        let store = FileStore::open(&self.image, false, Cache::Writeback).unwrap();
+        let report = check(&store).await.unwrap();
+        assert!(report.is_clean(), "{context}: {:?}", report.findings);
+    }
+
     fn image(&self) -> &str {
         self.image.to_str().unwrap()
     }
@@ -216,9 +252,8 @@ impl Bench {
         self.flat.to_str().unwrap()
     }
 
-    /// Whether QEMU finds nothing wrong and reads what the model holds.
-    fn verdict(&self, image: &Pages, model: &Pages) -> Result<(), String> {
-        save(image, &self.image);
+    /// Whether QEMU finds nothing wrong in the image and reads what the model holds.
+    fn verdict(&self, model: &Pages) -> Result<(), String> {
         save(model, &self.flat);
         try_qemu("qemu-img", &["check", "-f", "parallels", self.image()])?;
         let compare = [
@@ -239,8 +274,8 @@ impl Bench {
         }
     }
 
-    fn qemu_agrees(&self, image: &Pages, model: &Pages, context: &str) {
-        self.verdict(image, model)
+    fn qemu_agrees(&self, model: &Pages, context: &str) {
+        self.verdict(model)
             .unwrap_or_else(|e| panic!("{context}: {e}"));
     }
 
@@ -280,18 +315,13 @@ impl Bench {
     }
 }
 
-fn assert_clean(store: &MemStore, context: &str) {
-    let report = now(check(store)).unwrap();
-    assert!(report.is_clean(), "{context}: {:?}", report.findings);
-}
-
 /// All content, in pieces.
-fn content(disk: &Disk<MemStore>) -> Pages {
+async fn content(disk: &Disk<FileStore>) -> Pages {
     let mut pages = Pages::new(disk.size());
     let mut at = 0;
     while at < disk.size() {
         let len = (disk.size() - at).min(1 << 20);
-        let bytes = now(disk.read(at, buf::aligned(len as usize))).unwrap();
+        let bytes = disk.read(at, buf::aligned(len as usize)).await.unwrap();
         if bytes.iter().any(|b| *b != 0) {
             pages.write(at, &bytes);
         }
@@ -312,20 +342,6 @@ fn assert_same(ours: &Pages, theirs: &Pages, context: &str) {
     }
 }
 
-/// A blank or preallocated image of some clusters.
-fn new_image(version: Version, cluster: u64, rng: &mut Rng) -> (MemStore, u64) {
-    let most = (24u64 << 20).div_ceil(cluster).clamp(3, 200);
-    let size = ClusterSize::new(cluster).unwrap();
-    let header = Header::new(version, rng.range(2, most) * cluster, size).unwrap();
-    let store = MemStore::new(0);
-    if rng.one_in(5) {
-        now(create_preallocated(&store, &header)).unwrap();
-    } else {
-        now(create(&store, &header)).unwrap();
-    }
-    (store, header.sectors * 512)
-}
-
 fn our_images(version: Version, per_size: u64) {
     let name = format!("images of format {version:?}");
     if !qemu_is_here(&name) {
@@ -336,14 +352,17 @@ fn our_images(version: Version, per_size: u64) {
         for n in 0..per_size {
             let context = format!("{name}, clusters of {cluster}, number {n}");
             let seed = cluster ^ n;
-            let (store, size) = new_image(version, cluster, &mut Rng::new(seed));
-            let mut twin = Twin::new(store, Pages::new(size), seed);
-            for _ in 0..40 {
-                twin.step();
-            }
-            let (image, model) = twin.close();
-            assert_clean(&MemStore::from_pages(image.clone()), &context);
-            bench.qemu_agrees(&image, &model, &context);
+            let model = block(async {
+                let size = bench.new_image(version, cluster, &mut Rng::new(seed)).await;
+                let mut twin = Twin::new(&bench.image, Pages::new(size), seed).await;
+                for _ in 0..40 {
+                    twin.step().await;
+                }
+                let model = twin.close().await;
+                bench.assert_clean(&context).await;
+                model
+            });
+            bench.qemu_agrees(&model, &context);
             images += 1;
         }
     }
@@ -396,12 +415,15 @@ fn qemu_writes_on_in_images_that_we_made() {
     for cluster in cluster_sizes() {
         let context = format!("made by us and written by QEMU, clusters of {cluster}");
         let mut rng = Rng::new(cluster ^ 0xA7);
-        let (store, size) = new_image(Version::V2, cluster, &mut rng);
-        let mut twin = Twin::new(store, Pages::new(size), cluster);
-        for _ in 0..20 {
-            twin.step();
-        }
-        save(&twin.close().0, &bench.image);
+        let size = block(async {
+            let size = bench.new_image(Version::V2, cluster, &mut rng).await;
+            let mut twin = Twin::new(&bench.image, Pages::new(size), cluster).await;
+            for _ in 0..20 {
+                twin.step().await;
+            }
+            twin.close().await;
+            size
+        });
         bench.qemu_writes(&mut rng, size, &context);
         read_and_go_on(&bench, rng.next(), &context);
         images += 1;
@@ -412,16 +434,17 @@ fn qemu_writes_on_in_images_that_we_made() {
 /// An image that QEMU has closed: nothing is wrong with it, it reads as QEMU reads it, and both
 /// stays so when this engine has written to it.
 fn read_and_go_on(bench: &Bench, seed: u64, context: &str) {
-    let store = MemStore::from_pages(load(&bench.image));
-    assert_clean(&store, context);
     let model = bench.as_qemu_reads(context);
-    let mut twin = Twin::new(store, model, seed);
-    assert_same(&content(&twin.disk), &twin.model, context);
-    for _ in 0..20 {
-        twin.step();
-    }
-    let (image, model) = twin.close();
-    bench.qemu_agrees(&image, &model, context);
+    let model = block(async {
+        bench.assert_clean(context).await;
+        let mut twin = Twin::new(&bench.image, model, seed).await;
+        assert_same(&content(&twin.disk).await, &twin.model, context);
+        for _ in 0..20 {
+            twin.step().await;
+        }
+        twin.close().await
+    });
+    bench.qemu_agrees(&model, context);
 }
 
 #[test]
@@ -429,10 +452,17 @@ fn a_difference_would_be_noticed() {
     if !qemu_is_here("the comparison itself") {
         return;
     }
-    let (store, size) = new_image(Version::V2, 1 << 16, &mut Rng::new(1));
-    let twin = Twin::new(store, Pages::new(size), 1);
-    now(twin.disk.write(4096, Bytes::from(vec![1; 512]), false)).unwrap();
-    let (image, model) = twin.close();
-    let verdict = Bench::new().verdict(&image, &model);
+    let bench = Bench::new();
+    let model = block(async {
+        let size = bench
+            .new_image(Version::V2, 1 << 16, &mut Rng::new(1))
+            .await;
+        let twin = Twin::new(&bench.image, Pages::new(size), 1).await;
+        let mut data = buf::aligned(512);
+        data.fill(1);
+        twin.disk.write(4096, data.freeze(), false).await.unwrap();
+        twin.close().await
+    });
+    let verdict = bench.verdict(&model);
     assert!(verdict.is_err_and(|e| e.contains("mismatch at offset 4096")));
 }
