@@ -189,6 +189,33 @@ fn every_source_file_says_what_it_owns_and_is_plain_text() {
     }
 }
 
+/// Names in backquotes that look like those of tests: several words joined by underscores.
+fn tests_named(text: &str) -> impl Iterator<Item = &str> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.filter(|word| {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        word.chars().all(plain) && word.matches('_').count() >= 2
+    })
+}
+
+#[test]
+fn every_test_that_a_promise_names_exists() {
+    let places = ["tests", "formats", "src", "tools"];
+    let all: Vec<String> = places
+        .iter()
+        .flat_map(|place| sources(place))
+        .map(|path| fs::read_to_string(path).unwrap())
+        .collect();
+    let promises = fs::read_to_string(root().join("docs/PROMISES.md")).unwrap();
+    let missing: Vec<&str> = tests_named(&promises)
+        .filter(|name| !all.iter().any(|text| text.contains(&format!("fn {name}("))))
+        .collect();
+    assert!(
+        tests_named(&promises).count() >= 5 && missing.is_empty(),
+        "{missing:?}"
+    );
+}
+
 /// Licences that we link: all of them let a user do what ours let them do.
 const LICENCES: &[&str] = &[
     "MIT",
