@@ -274,6 +274,7 @@ fn idle_streams_do_not_keep_files_from_being_read() {
         let target = disk::Target {
             fd: &fd,
             witness: &witness,
+            here: false,
         };
         let read = disk::read(target, BytesMut::zeroed(4), 0, 0);
         let (buf, n) = timeout(Duration::from_secs(20), read)
@@ -363,6 +364,7 @@ fn leave_with_writes_in_flight(panicking: bool) {
                     let target = disk::Target {
                         fd: &fd,
                         witness: &witness,
+                        here: false,
                     };
                     let _ = disk::write(target, data, (i * SIZE) as u64, false).await;
                 });
