@@ -470,6 +470,41 @@ fn no_wake_from_another_thread_is_lost() {
 }
 
 #[test]
+fn a_wake_comes_through_when_the_submission_queue_was_full() {
+    for engine in ENGINES {
+        let silent: Vec<_> = (0..128).map(|_| sockets(SocketFlags::empty())).collect();
+        let (first, begin) = tokio::sync::oneshot::channel();
+        let (second, end) = tokio::sync::oneshot::channel();
+        let other = thread::spawn(move || {
+            for gate in [first, second] {
+                thread::sleep(Duration::from_millis(50));
+                let _ = gate.send(());
+            }
+        });
+        run(engine, async move {
+            // Wakes this executor, so that its bell has to be armed again...
+            begin.await.unwrap();
+            // ...while the submission queue is full of what will never end.
+            let mut waits: Vec<_> = silent
+                .iter()
+                .map(|(a, _)| Box::pin(recv(a, BytesMut::zeroed(8))))
+                .collect();
+            std::future::poll_fn(|cx| {
+                assert!(waits.iter_mut().all(|w| w.as_mut().poll(cx).is_pending()));
+                Poll::Ready(())
+            })
+            .await;
+            let start = Instant::now();
+            let late = timeout(Duration::from_secs(20), end).await;
+            assert!(late.is_some(), "{engine:?}");
+            assert!(start.elapsed() < Duration::from_secs(10), "{engine:?}");
+        })
+        .unwrap();
+        other.join().unwrap();
+    }
+}
+
+#[test]
 fn many_threads_may_wake_many_tasks_at_once() {
     const TASKS: usize = 50;
     const EACH: usize = 2_000;

@@ -16,7 +16,7 @@ use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::memfd::SharedWords;
 use crate::rundir::{Outcome, Phase, RunDir, State};
-use crate::serve::fuse;
+use crate::serve::{fuse, loopdev};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -381,6 +381,15 @@ impl Keeper {
 
     /// Starts whatever the present state calls for. Idempotent.
     fn advance(&mut self) {
+        let stopping = self.stopping;
+        self.step();
+        // To stop may be the outcome, and calls for other things: nothing else would wake us.
+        if self.stopping != stopping {
+            self.step();
+        }
+    }
+
+    fn step(&mut self) {
         let due = |t: Option<Instant>| t.is_some_and(|t| t <= Instant::now());
         if due(self.next_start) && self.worker.is_none() {
             self.next_start = None;
@@ -440,8 +449,8 @@ impl Keeper {
             return;
         }
         if let Err(e) = self.announcer.ready(&self.state) {
-            tracing::warn!("nobody waits for this disk any more ({e})");
-            self.stop();
+            let nobody = Error::from(e).at("nobody waits for this disk any more");
+            self.fail(Failure::from(&nobody));
         }
     }
 
@@ -492,7 +501,12 @@ impl Keeper {
                 self.state.device = Some(device.display().to_string());
             }
             Ok(_) => self.state.device = None,
-            Err(failure) if attaching => self.fail(failure),
+            Err(failure) if attaching => {
+                // It may have died with the device attached, which is then detached like any.
+                let left = loopdev::attached_under(&self.run.disk()).unwrap_or_default();
+                self.state.device = left.first().map(|l| format!("/dev/loop{}", l.number));
+                self.fail(failure);
+            }
             Err(failure) => {
                 tracing::warn!("detaching: {}", failure.message);
                 self.next_detach = Some(Instant::now() + DETACH_AGAIN);
@@ -653,13 +667,17 @@ impl Keeper {
             failure,
             ..
         } = self;
-        if let Endpoint::Fuse { fds, .. } = held.endpoint {
-            let disk = run.disk();
-            let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
-            if let Err(e) = unmounted {
-                tracing::warn!("{e}");
+        match held.endpoint {
+            Endpoint::Fuse { fds, .. } => {
+                let disk = run.disk();
+                let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
+                if let Err(e) = unmounted {
+                    tracing::warn!("{e}");
+                }
+                drop(fds);
             }
-            drop(fds);
+            // Before anybody is told that we are gone: the next one may want the same address.
+            Endpoint::Nbd(sockets) => drop(sockets),
         }
         tracing::info!("detached");
         drop(held._locks);
