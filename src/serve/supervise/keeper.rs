@@ -605,7 +605,7 @@ impl Keeper {
     /// Replaces the worker, which had served for so long, unless that is hopeless.
     fn survive(&mut self, why: &str, served: Duration) {
         let pause = match self.held.survives() {
-            true => self.restarts.died(served),
+            true => self.restarts.died(Instant::now(), served),
             false => None,
         };
         let Some(pause) = pause else {
