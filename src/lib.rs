@@ -8,6 +8,7 @@ pub mod image;
 pub mod io;
 pub mod policy;
 pub mod rundir;
+pub mod sandbox;
 pub mod serve;
 pub mod stack;
 #[cfg(feature = "testkit")]

@@ -9,6 +9,7 @@
 use super::core::Core;
 use super::op::{Op, Orphan};
 use super::wake::Mailbox;
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use std::collections::VecDeque;
 use std::future::Future;
@@ -122,7 +123,7 @@ impl Ring {
                 "io_uring of this kernel is too old (5.11 is needed)",
             ));
         }
-        probe(&ring)?;
+        enable(&ring)?;
         Ok(Self {
             ring,
             slots: Vec::new(),
@@ -475,9 +476,27 @@ fn tag(slot: u32, generation: u32) -> u64 {
     u64::from(generation) << 32 | u64::from(slot)
 }
 
+/// The operations used here. A ring accepts no other: it could open files and sockets behind the
+/// sandbox's back.
+const OPERATIONS: [u8; 9] = [
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Writev::CODE,
+    opcode::SendMsg::CODE,
+    opcode::Accept::CODE,
+    opcode::PollAdd::CODE,
+    opcode::AsyncCancel::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
+
 fn build() -> io::Result<IoUring> {
-    let best = IoUring::builder()
-        .setup_cqsize(COMPLETIONS)
+    let sized = || {
+        let mut builder = IoUring::builder();
+        builder.setup_cqsize(COMPLETIONS).setup_r_disabled();
+        builder
+    };
+    let best = sized()
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_coop_taskrun()
@@ -485,39 +504,24 @@ fn build() -> io::Result<IoUring> {
         .build(SUBMISSIONS);
     // Kernels before 6.1 know no deferred task work, those before 5.19 none of the flags.
     best.or_else(|_| {
-        let mut builder = IoUring::builder();
-        builder
-            .setup_cqsize(COMPLETIONS)
+        sized()
             .setup_coop_taskrun()
-            .setup_taskrun_flag();
-        builder.build(SUBMISSIONS)
-    })
-    .or_else(|_| {
-        IoUring::builder()
-            .setup_cqsize(COMPLETIONS)
+            .setup_taskrun_flag()
             .build(SUBMISSIONS)
     })
+    .or_else(|_| sized().build(SUBMISSIONS))
 }
 
-/// Whether the ring knows every operation used here.
-fn probe(ring: &IoUring) -> io::Result<()> {
+/// Starts a ring that knows every operation used here, and makes it refuse any other.
+fn enable(ring: &IoUring) -> io::Result<()> {
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
-    let needed = [
-        opcode::Read::CODE,
-        opcode::Write::CODE,
-        opcode::Writev::CODE,
-        opcode::SendMsg::CODE,
-        opcode::Accept::CODE,
-        opcode::PollAdd::CODE,
-        opcode::AsyncCancel::CODE,
-        opcode::Fsync::CODE,
-        opcode::Fallocate::CODE,
-    ];
-    match needed.iter().find(|&&code| !probe.is_supported(code)) {
-        Some(code) => Err(io::Error::other(format!("io_uring lacks operation {code}"))),
-        None => Ok(()),
+    if let Some(code) = OPERATIONS.iter().find(|&&code| !probe.is_supported(code)) {
+        return Err(io::Error::other(format!("io_uring lacks operation {code}")));
     }
+    let mut allowed = OPERATIONS.map(Restriction::sqe_op);
+    ring.submitter().register_restrictions(&mut allowed)?;
+    ring.submitter().register_enable_rings()
 }
 
 /// An operation's result, to come. Dropping it leaves the operation, its memory and its

@@ -1,0 +1,165 @@
+//! Sandbox: what a process that parses foreign bytes may still do.
+//!
+//! Entered before the first byte of an image is looked at, and never left. Landlock keeps files to
+//! one directory and refuses TCP, seccomp keeps system calls to a list, and nothing can be executed
+//! with more privileges. A thread that serves gives up, with [`narrow`], what only starting needs.
+//!
+//! A ring could make calls that seccomp does not see: rings accept only the operations that the
+//! executor uses, and a narrowed thread makes no new one.
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
+    RulesetCreatedAttr, RulesetStatus, Scope,
+};
+use ploop_formats::{Error, Kind, Result};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use std::os::fd::AsFd;
+
+/// What may be done with the files of the one directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Files {
+    /// They are read.
+    Read,
+    /// They are read, written, made and removed.
+    Write,
+}
+
+/// The newest Landlock that is asked for; an older kernel does what it can.
+const LANDLOCK: ABI = ABI::V6;
+
+/// Calls of a thread that serves: descriptors it has, memory, time, and its own end.
+const SERVING: &[libc::c_long] = &[
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_pread64,
+    libc::SYS_preadv2,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_pwritev2,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendto,
+    libc::SYS_sendmsg,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_ppoll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    libc::SYS_io_uring_enter,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_fcntl,
+    libc::SYS_close,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_getrandom,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_tgkill,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// What opening an image and starting threads need besides.
+const STARTING: &[libc::c_long] = &[
+    libc::SYS_openat2,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fstatfs,
+    libc::SYS_flock,
+    libc::SYS_fadvise64,
+    libc::SYS_unlinkat,
+    libc::SYS_fsync,
+    libc::SYS_clone3,
+    libc::SYS_clone,
+    libc::SYS_prctl,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_eventfd2,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_register,
+    libc::SYS_seccomp,
+];
+
+/// Confines this thread and all that it starts from now on: of all files only those beneath `dir`
+/// can be opened.
+///
+/// Says what this kernel could not enforce. `Unsupported` when it enforces nothing at all.
+pub fn enter(dir: impl AsFd, files: Files) -> Result<Option<String>> {
+    rustix::thread::set_no_new_privs(true)
+        .map_err(|e| Error::from(std::io::Error::from(e)).at("the sandbox"))?;
+    let landlock = confine_files(dir, files);
+    let seccomp = filter(&[SERVING, STARTING]);
+    match (landlock, seccomp) {
+        (Err(a), Err(b)) => Err(Error::new(
+            Kind::Unsupported,
+            format!("the sandbox: {a}; {b}; --sandbox=off serves without it"),
+        )),
+        (Ok(()), Ok(())) => Ok(None),
+        (Err(missing), _) | (_, Err(missing)) => Ok(Some(missing)),
+    }
+}
+
+/// Takes from this thread what only starting needed: it opens nothing and starts nothing.
+pub fn narrow() -> std::result::Result<(), String> {
+    filter(&[SERVING])
+}
+
+fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<(), String> {
+    let within = match files {
+        Files::Read => AccessFs::ReadFile | AccessFs::ReadDir,
+        Files::Write => {
+            AccessFs::from_read(LANDLOCK) & !AccessFs::Execute
+                | AccessFs::WriteFile
+                | AccessFs::Truncate
+                | AccessFs::MakeReg
+                | AccessFs::RemoveFile
+        }
+    };
+    let confined = || {
+        Ruleset::default()
+            .set_compatibility(CompatLevel::BestEffort)
+            .handle_access(AccessFs::from_all(LANDLOCK))?
+            .handle_access(AccessNet::from_all(LANDLOCK))?
+            .scope(Scope::from_all(LANDLOCK))?
+            .create()?
+            .add_rule(PathBeneath::new(dir, within))?
+            .restrict_self()
+    };
+    let status = confined().map_err(|e: landlock::RulesetError| format!("Landlock: {e}"))?;
+    match status.ruleset {
+        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
+        RulesetStatus::NotEnforced => Err("this kernel has no Landlock".into()),
+    }
+}
+
+fn filter(lists: &[&[libc::c_long]]) -> std::result::Result<(), String> {
+    let refused = |e: &dyn std::fmt::Display| format!("seccomp: {e}");
+    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|e| refused(&e))?;
+    let calls = lists.iter().flat_map(|list| list.iter());
+    let rules = calls.map(|call| (*call, Vec::new())).collect();
+    let otherwise = SeccompAction::Errno(libc::EPERM as u32);
+    let program: BpfProgram = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)
+        .and_then(BpfProgram::try_from)
+        .map_err(|e| refused(&e))?;
+    seccompiler::apply_filter(&program).map_err(|e| refused(&e))
+}
