@@ -18,7 +18,8 @@ pub struct Flush {
 struct Last {
     /// Passes begun so far.
     begun: u64,
-    /// How the last one failed, if it did.
+    /// The last one that ran to its end, and how it failed, if it did.
+    ended: u64,
     failure: Option<Error>,
 }
 
@@ -34,17 +35,52 @@ impl Flush {
         let _one = self.one.lock().await;
         {
             let mut last = self.last();
-            if last.begun >= wanted {
+            if last.ended >= wanted {
                 return last.failure.as_ref().map_or(Ok(()), |e| Err(e.duplicate()));
             }
             last.begun += 1;
         }
         let outcome = pass().await;
-        self.last().failure = outcome.as_ref().err().map(Error::duplicate);
+        let mut last = self.last();
+        last.ended = last.begun;
+        last.failure = outcome.as_ref().err().map(Error::duplicate);
         outcome
     }
 
     fn last(&self) -> std::sync::MutexGuard<'_, Last> {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::future::{pending, ready};
+    use std::pin::Pin;
+    use std::task::{Context, Poll, Waker};
+
+    fn poll<T>(future: &mut Pin<Box<impl Future<Output = T>>>) -> Poll<T> {
+        let mut cx = Context::from_waker(Waker::noop());
+        future.as_mut().poll(&mut cx)
+    }
+
+    #[test]
+    fn a_pass_that_its_thread_did_not_survive_answers_nobody() {
+        let (flush, ran) = (Flush::default(), Cell::new(false));
+        let mut first = Box::pin(flush.join(pending));
+        assert!(poll(&mut first).is_pending());
+        let mut second = Box::pin(flush.join(pending));
+        assert!(poll(&mut second).is_pending());
+        let mut third = Box::pin(flush.join(|| {
+            ran.set(true);
+            ready(Ok(()))
+        }));
+        assert!(poll(&mut third).is_pending());
+        drop(first);
+        assert!(poll(&mut second).is_pending());
+        drop(second);
+        assert!(poll(&mut third).is_ready());
+        assert!(ran.get(), "answered by a pass that never ended");
     }
 }
