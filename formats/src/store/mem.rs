@@ -105,6 +105,7 @@ impl Store for MemStore {
             len: self.lock().len(),
             align: self.align,
             fresh_zero: true,
+            punches: true,
         }
     }
 

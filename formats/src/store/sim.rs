@@ -420,6 +420,7 @@ impl Store for SimStore {
             len: disk.now().len(),
             align,
             fresh_zero,
+            punches: true,
         }
     }
 
