@@ -389,10 +389,18 @@ impl Keeper {
         if self.errand.is_some() {
             return;
         }
-        match (self.stopping, self.is_device(), &self.state.device) {
-            (false, true, None) if self.served => self.attach(),
-            (false, _, _) if self.served => self.announce(),
-            (true, _, Some(device)) if self.next_detach.is_none() || due(self.next_detach) => {
+        if self.served && !self.stopping {
+            match (self.is_device(), &self.state.device) {
+                (true, None) => self.attach(),
+                _ => self.announce(),
+            }
+        }
+        // What failed on the way up goes down at once: no event would come to start it.
+        if self.errand.is_some() || !self.stopping {
+            return;
+        }
+        match &self.state.device {
+            Some(device) if self.next_detach.is_none() || due(self.next_detach) => {
                 self.next_detach = None;
                 let device = PathBuf::from(device);
                 self.send(Task::Detach {
@@ -400,13 +408,12 @@ impl Keeper {
                     file: self.run.disk(),
                 });
             }
-            (true, _, Some(_)) => {}
-            (true, _, None) => {
+            Some(_) => {}
+            None => {
                 if let Some(worker) = self.worker.as_mut().filter(|w| w.ready.is_some()) {
                     worker.order_stop();
                 }
             }
-            _ => {}
         }
     }
 
@@ -440,8 +447,8 @@ impl Keeper {
             return;
         }
         if let Err(e) = self.announcer.ready(&self.state) {
-            tracing::warn!("nobody waits for this disk any more ({e})");
-            self.stop();
+            let what = format!("nobody waits for this disk any more ({e})");
+            self.fail(Failure::from(&Error::new(Kind::Io, what)));
         }
     }
 
