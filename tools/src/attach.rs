@@ -114,6 +114,14 @@ pub fn ploopd() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from("ploopd"))
 }
 
+/// Why ploopd could not be started.
+pub fn not_started(program: &Path, e: std::io::Error) -> Error {
+    Error::from(e).at(format!(
+        "starting {}, looked for beside ploopctl and on the PATH",
+        program.display()
+    ))
+}
+
 /// Starts a keeper of its own session and waits until the disk can be used.
 pub fn start(mut config: KeeperConfig) -> Result<State> {
     leftover::sweep()?;
@@ -133,9 +141,7 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
         .stdout(Stdio::null())
         .fd_mappings(vec![mapping])
         .map_err(|e| Error::invalid(e.to_string()))?;
-    let mut child = command
-        .spawn()
-        .map_err(|e| Error::from(e).at(program.display()))?;
+    let mut child = command.spawn().map_err(|e| not_started(&program, e))?;
     drop(command);
     let mut report = Vec::new();
     reader.read_to_end(&mut report)?;

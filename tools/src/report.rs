@@ -51,6 +51,7 @@ fn hint(kind: Kind) -> Option<&'static str> {
         }
         Kind::Poisoned => Some("an earlier write failed; detach the disk, then `ploopctl check`"),
         Kind::NoSpace => Some("free space on the file system that holds the disk's files"),
+        Kind::ReadOnly => Some("`--read-only` serves or mounts what cannot be written"),
         Kind::Privilege => Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root"),
         _ => None,
     }

@@ -45,6 +45,11 @@ fn a_file_system_is_found_again_after_umount() {
     let mut listed = scratch.attached().remove(0);
     listed["schema"] = 1.into();
     assert_eq!(listed, state, "mount and list show the same object");
+    let doc = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OUTPUT.md");
+    let doc = fs::read_to_string(doc).expect("docs/OUTPUT.md");
+    for name in state.as_object().expect("an object").keys() {
+        assert!(doc.contains(&format!("| `{name}` |")), "{name}");
+    }
 
     let data = noise(20 << 20, 1);
     fs::write(point.join("file"), &data).expect("write");
