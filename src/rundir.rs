@@ -165,7 +165,7 @@ impl RunDir {
                     .lock
                     .set_len(0)
                     .map_err(|e| Error::from(e).at("lock"))?;
-                if claimed.path.join("state.json").exists() {
+                if has_remains(&claimed.path) {
                     leftover(&claimed);
                     claimed.forget();
                 }
@@ -242,6 +242,15 @@ impl RunDir {
     }
 }
 
+/// Whether somebody left more than a lock: a keeper that died early has mounted `disk` and written
+/// no state yet. Only names are read, because a dead mount cannot even be looked at.
+fn has_remains(dir: &Path) -> bool {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name())
+        .any(|name| name != "lock")
+}
+
 /// Whether a process runs. One that is dead but not reaped yet does not.
 fn alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -283,7 +292,7 @@ pub fn entries() -> Result<Vec<Entry>> {
     let mut found = Vec::new();
     for item in listing.flatten() {
         let path = item.path();
-        if !path.join("lock").exists() {
+        if !path.join("lock").exists() && !has_remains(&path) {
             // Between making the directory and its lock, or between removing both.
             let _ = std::fs::remove_dir(&path);
             continue;
@@ -297,7 +306,9 @@ pub fn entries() -> Result<Vec<Entry>> {
 fn look(path: PathBuf) -> Result<Option<Entry>> {
     let start = Instant::now();
     loop {
-        if let Some(lock) = try_lock(&path, false)? {
+        // The lock goes last: remains without one could not be removed, and are a leftover, too.
+        let stuck = !path.join("lock").exists() && has_remains(&path);
+        if let Some(lock) = try_lock(&path, stuck)? {
             return Ok(Some(Entry::Leftover(RunDir { path, lock })));
         }
         if !path.join("lock").exists() {
@@ -359,5 +370,49 @@ impl Departure {
                 ),
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// The run directory of a disk that nobody else has, with a keeper's early remains in it.
+    fn early_death() -> (tempfile::TempDir, Identity, PathBuf) {
+        let disk = tempfile::tempdir().expect("temp dir");
+        let id = Identity::of(disk.path()).expect("identity");
+        let dir = root().expect("root").join(id.to_string());
+        make_dir(&dir).expect("run directory");
+        std::fs::write(dir.join("disk"), "").expect("mount point");
+        (disk, id, dir)
+    }
+
+    #[test]
+    fn a_keeper_that_died_before_it_wrote_its_state_is_cleaned_up_after() {
+        let (_disk, id, dir) = early_death();
+        let cleaned = Cell::new(0);
+        let run = RunDir::claim(&id, |_| cleaned.set(cleaned.get() + 1)).expect("claimed");
+        assert_eq!(cleaned.get(), 1);
+        assert!(!dir.join("disk").exists());
+        run.finish(&Outcome { failure: None });
+        let run = RunDir::claim(&id, |_| cleaned.set(cleaned.get() + 1)).expect("claimed");
+        assert_eq!(cleaned.get(), 1, "nothing was left");
+        run.finish(&Outcome { failure: None });
+        assert!(!dir.exists());
+    }
+
+    #[test]
+    fn remains_that_lost_their_lock_are_a_leftover() {
+        let (_disk, _, dir) = early_death();
+        let left = entries()
+            .expect("entries")
+            .into_iter()
+            .find_map(|e| match e {
+                Entry::Leftover(run) if run.path() == dir => Some(run),
+                _ => None,
+            });
+        left.expect("found").finish(&Outcome { failure: None });
+        assert!(!dir.exists());
     }
 }

@@ -33,6 +33,9 @@ pub enum Cache {
 
 /// Cached reads from this size on are cheaper copied at once than sent through a ring.
 const INLINE_MIN: usize = 128 << 10;
+/// Cached writes up to this size are copied at once: most file systems make a ring hand them to a
+/// thread of its own, which costs several times the copy.
+const INLINE_WRITE_MAX: usize = 128 << 10;
 /// Bytes of zeros written at a time where the storage cannot zero by itself.
 const ZEROS: u64 = 1 << 20;
 
@@ -45,6 +48,8 @@ struct Inner {
     path: PathBuf,
     writable: bool,
     regular: bool,
+    /// It lies in memory (tmpfs), where reads wait for nothing and a ring cannot tell.
+    in_memory: bool,
     cache: Cache,
     why_cached: Option<String>,
     align: Alignment,
@@ -114,12 +119,14 @@ impl FileStore {
         if let Some(why) = &why_cached {
             tracing::warn!("{}: the page cache is used, because {why}", path.display());
         }
+        let in_memory = rustix::fs::fstatfs(&fd).map_err(place)?.f_type == libc::TMPFS_MAGIC;
         let fate = Arc::new(Fate::default());
         Ok(Self(Arc::new(Inner {
             fd: Arc::new(fd),
             path: path.to_owned(),
             writable,
             regular: kind == FileType::RegularFile,
+            in_memory,
             cache,
             why_cached,
             align,
@@ -261,6 +268,15 @@ impl Inner {
         disk::Target {
             fd: &self.fd,
             witness,
+            here: false,
+        }
+    }
+
+    /// For calls that do not wait for the disk, when `here`.
+    fn near<'a>(&'a self, witness: &'a Arc<dyn Witness>, here: bool) -> disk::Target<'a> {
+        disk::Target {
+            here,
+            ..self.target(witness)
         }
     }
 
@@ -322,7 +338,8 @@ impl Inner {
     async fn read(&self, at: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let len = buf.len();
         let mut done = 0;
-        if self.cache == Cache::Writeback && len >= INLINE_MIN && exec::on_ring() {
+        let here = self.in_memory && self.cache == Cache::Writeback;
+        if self.cache == Cache::Writeback && !here && len >= INLINE_MIN && exec::on_ring() {
             // What is not in memory comes through the ring; so does every error.
             let inline = disk::read_cached(self.target(&self.quiet), &mut buf, 0, at).await;
             done = inline.unwrap_or(0);
@@ -330,7 +347,7 @@ impl Inner {
         while done < len {
             let result;
             let from = at + done as u64;
-            (buf, result) = disk::read(self.target(&self.quiet), buf, done, from).await;
+            (buf, result) = disk::read(self.near(&self.quiet, here), buf, done, from).await;
             let got = result.map_err(|e| self.fail("reading", at, len as u64, e))?;
             if got == 0 || !(got as u64).is_multiple_of(self.align.offset) {
                 let end = from + got as u64;
@@ -346,8 +363,9 @@ impl Inner {
         let len = data.len() as u64;
         let mut from = at;
         let witness = if durable { &self.barrier } else { &self.quiet };
+        let here = !durable && self.cache == Cache::Writeback && data.len() <= INLINE_WRITE_MAX;
         while !data.is_empty() {
-            let result = disk::write(self.target(witness), data.clone(), from, durable).await;
+            let result = disk::write(self.near(witness, here), data.clone(), from, durable).await;
             let result = result.and_then(|n| match n {
                 0 => Err(io::ErrorKind::WriteZero.into()),
                 n => Ok(n),

@@ -254,6 +254,33 @@ fn a_dead_worker_is_replaced_and_its_answers_are_kept() {
 }
 
 #[test]
+fn a_server_that_cannot_say_where_it_is_ends_and_closes_the_image() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full");
+    let child = Command::new(PLOOPCTL)
+        .args(["serve", text(&disk), "--nbd"])
+        .arg(format!("unix:{}", text(&scratch.path("s"))))
+        .stdout(full.expect("/dev/full"))
+        .stderr(Stdio::null())
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("ploopctl runs");
+    let mut server = Server {
+        child,
+        uri: String::new(),
+    };
+    let mut end = None;
+    eventually("the server ends", || {
+        end = server.child.try_wait().expect("wait");
+        end.is_some()
+    });
+    assert!(!end.expect("ended").success());
+    assert!(!scratch.path("s").exists());
+    assert_eq!(json(&["info", text(&disk)])["layers"][0]["in_use"], false);
+}
+
+#[test]
 fn a_disk_has_one_server() {
     let scratch = Scratch::new();
     let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);

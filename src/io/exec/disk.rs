@@ -25,11 +25,18 @@ const LEN_MAX: usize = 1 << 30;
 pub(crate) struct Target<'a> {
     pub(crate) fd: &'a Arc<OwnedFd>,
     pub(crate) witness: &'a Arc<dyn Witness>,
+    /// Makes the call on this thread although it has a ring: for what never waits for a disk, and
+    /// what the ring would only hand to a thread of its own.
+    pub(crate) here: bool,
 }
 
 impl Target<'_> {
     fn raw(&self) -> types::Fd {
         types::Fd(self.fd.as_raw_fd())
+    }
+
+    fn ring(&self) -> Option<Rc<Core>> {
+        core::current().filter(|core| core.has_ring() && !self.here)
     }
 
     fn op(&self, memory: Memory) -> Op {
@@ -40,10 +47,6 @@ impl Target<'_> {
             orphan,
         }
     }
-}
-
-fn ring() -> Option<Rc<Core>> {
-    core::current().filter(|core| core.has_ring())
 }
 
 fn interrupted(result: &io::Result<usize>) -> bool {
@@ -61,7 +64,7 @@ pub(crate) async fn read(
 ) -> (BytesMut, io::Result<usize>) {
     loop {
         let result;
-        (buf, result) = match ring() {
+        (buf, result) = match target.ring() {
             Some(core) => ring_read(&core, target, buf, from, at).await,
             None => {
                 breathe().await;
@@ -125,7 +128,7 @@ pub(crate) async fn write(
         ReadWriteFlags::empty()
     };
     loop {
-        let result = match ring() {
+        let result = match target.ring() {
             Some(core) => {
                 let len = data.len().min(LEN_MAX) as u32;
                 let entry = opcode::Write::new(target.raw(), data.as_ptr(), len)
@@ -183,7 +186,7 @@ async fn plain(
     call: impl Fn() -> rustix::io::Result<()>,
 ) -> io::Result<()> {
     loop {
-        let result = match ring() {
+        let result = match target.ring() {
             Some(core) => {
                 let op = target.op(Memory::None);
                 // SAFETY: both callers' entries name no memory.

@@ -274,6 +274,7 @@ fn idle_streams_do_not_keep_files_from_being_read() {
         let target = disk::Target {
             fd: &fd,
             witness: &witness,
+            here: false,
         };
         let read = disk::read(target, BytesMut::zeroed(4), 0, 0);
         let (buf, n) = timeout(Duration::from_secs(20), read)
@@ -363,6 +364,7 @@ fn leave_with_writes_in_flight(panicking: bool) {
                     let target = disk::Target {
                         fd: &fd,
                         witness: &witness,
+                        here: false,
                     };
                     let _ = disk::write(target, data, (i * SIZE) as u64, false).await;
                 });
@@ -461,6 +463,41 @@ fn no_wake_from_another_thread_is_lost() {
                 let came = timeout(Duration::from_secs(20), there.notified()).await;
                 assert!(came.is_some(), "round {i} of {engine:?}");
             }
+        })
+        .unwrap();
+        other.join().unwrap();
+    }
+}
+
+#[test]
+fn a_wake_comes_through_when_the_submission_queue_was_full() {
+    for engine in ENGINES {
+        let silent: Vec<_> = (0..128).map(|_| sockets(SocketFlags::empty())).collect();
+        let (first, begin) = tokio::sync::oneshot::channel();
+        let (second, end) = tokio::sync::oneshot::channel();
+        let other = thread::spawn(move || {
+            for gate in [first, second] {
+                thread::sleep(Duration::from_millis(50));
+                let _ = gate.send(());
+            }
+        });
+        run(engine, async move {
+            // Wakes this executor, so that its bell has to be armed again...
+            begin.await.unwrap();
+            // ...while the submission queue is full of what will never end.
+            let mut waits: Vec<_> = silent
+                .iter()
+                .map(|(a, _)| Box::pin(recv(a, BytesMut::zeroed(8))))
+                .collect();
+            std::future::poll_fn(|cx| {
+                assert!(waits.iter_mut().all(|w| w.as_mut().poll(cx).is_pending()));
+                Poll::Ready(())
+            })
+            .await;
+            let start = Instant::now();
+            let late = timeout(Duration::from_secs(20), end).await;
+            assert!(late.is_some(), "{engine:?}");
+            assert!(start.elapsed() < Duration::from_secs(10), "{engine:?}");
         })
         .unwrap();
         other.join().unwrap();

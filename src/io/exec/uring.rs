@@ -246,7 +246,11 @@ impl Ring {
             self.fill();
             self.reap(mail, harvest);
         }
-        let wait = wait && harvest.wakers.is_empty() && self.ring.completion().is_empty();
+        // Without a bell nobody could end the sleep: it rang just now, or the queue had no room.
+        let wait = wait
+            && self.bell_armed
+            && harvest.wakers.is_empty()
+            && self.ring.completion().is_empty();
         self.enter(wait, time)?;
         self.reap(mail, harvest);
         Ok(())
@@ -440,6 +444,7 @@ impl Ring {
                 tracing::error!("cannot wait for {} operations: {error}", self.owed);
                 mem::forget(mem::take(&mut self.slots));
                 self.owed = 0;
+                return;
             }
             self.reap(mail, harvest);
         }

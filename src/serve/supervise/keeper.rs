@@ -16,7 +16,7 @@ use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::memfd::SharedWords;
 use crate::rundir::{Outcome, Phase, RunDir, State};
-use crate::serve::fuse;
+use crate::serve::{fuse, loopdev};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -381,6 +381,15 @@ impl Keeper {
 
     /// Starts whatever the present state calls for. Idempotent.
     fn advance(&mut self) {
+        let stopping = self.stopping;
+        self.step();
+        // To stop may be the outcome, and calls for other things: nothing else would wake us.
+        if self.stopping != stopping {
+            self.step();
+        }
+    }
+
+    fn step(&mut self) {
         let due = |t: Option<Instant>| t.is_some_and(|t| t <= Instant::now());
         if due(self.next_start) && self.worker.is_none() {
             self.next_start = None;
@@ -389,18 +398,10 @@ impl Keeper {
         if self.errand.is_some() {
             return;
         }
-        if self.served && !self.stopping {
-            match (self.is_device(), &self.state.device) {
-                (true, None) => self.attach(),
-                _ => self.announce(),
-            }
-        }
-        // What failed on the way up goes down at once: no event would come to start it.
-        if self.errand.is_some() || !self.stopping {
-            return;
-        }
-        match &self.state.device {
-            Some(device) if self.next_detach.is_none() || due(self.next_detach) => {
+        match (self.stopping, self.is_device(), &self.state.device) {
+            (false, true, None) if self.served => self.attach(),
+            (false, _, _) if self.served => self.announce(),
+            (true, _, Some(device)) if self.next_detach.is_none() || due(self.next_detach) => {
                 self.next_detach = None;
                 let device = PathBuf::from(device);
                 self.send(Task::Detach {
@@ -408,12 +409,13 @@ impl Keeper {
                     file: self.run.disk(),
                 });
             }
-            Some(_) => {}
-            None => {
+            (true, _, Some(_)) => {}
+            (true, _, None) => {
                 if let Some(worker) = self.worker.as_mut().filter(|w| w.ready.is_some()) {
                     worker.order_stop();
                 }
             }
+            _ => {}
         }
     }
 
@@ -447,8 +449,8 @@ impl Keeper {
             return;
         }
         if let Err(e) = self.announcer.ready(&self.state) {
-            let what = format!("nobody waits for this disk any more ({e})");
-            self.fail(Failure::from(&Error::new(Kind::Io, what)));
+            let nobody = Error::from(e).at("nobody waits for this disk any more");
+            self.fail(Failure::from(&nobody));
         }
     }
 
@@ -499,7 +501,12 @@ impl Keeper {
                 self.state.device = Some(device.display().to_string());
             }
             Ok(_) => self.state.device = None,
-            Err(failure) if attaching => self.fail(failure),
+            Err(failure) if attaching => {
+                // It may have died with the device attached, which is then detached like any.
+                let left = loopdev::attached_under(&self.run.disk()).unwrap_or_default();
+                self.state.device = left.first().map(|l| format!("/dev/loop{}", l.number));
+                self.fail(failure);
+            }
             Err(failure) => {
                 tracing::warn!("detaching: {}", failure.message);
                 self.next_detach = Some(Instant::now() + DETACH_AGAIN);
@@ -598,7 +605,7 @@ impl Keeper {
     /// Replaces the worker, which had served for so long, unless that is hopeless.
     fn survive(&mut self, why: &str, served: Duration) {
         let pause = match self.held.survives() {
-            true => self.restarts.died(served),
+            true => self.restarts.died(Instant::now(), served),
             false => None,
         };
         let Some(pause) = pause else {
@@ -660,13 +667,17 @@ impl Keeper {
             failure,
             ..
         } = self;
-        if let Endpoint::Fuse { fds, .. } = held.endpoint {
-            let disk = run.disk();
-            let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
-            if let Err(e) = unmounted {
-                tracing::warn!("{e}");
+        match held.endpoint {
+            Endpoint::Fuse { fds, .. } => {
+                let disk = run.disk();
+                let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
+                if let Err(e) = unmounted {
+                    tracing::warn!("{e}");
+                }
+                drop(fds);
             }
-            drop(fds);
+            // Before anybody is told that we are gone: the next one may want the same address.
+            Endpoint::Nbd(sockets) => drop(sockets),
         }
         tracing::info!("detached");
         drop(held._locks);

@@ -19,6 +19,9 @@ use std::path::{Path, PathBuf};
 /// Sockets of one disk.
 #[derive(Debug, Default)]
 pub struct Sockets {
+    /// First, so that the name is gone before nobody listens: a newcomer who finds a dead socket
+    /// replaces it, and the replacement may get the number of the inode that we would remove.
+    made: Option<Made>,
     /// Listening sockets.
     pub listeners: Vec<OwnedFd>,
     /// One established connection, until a worker has it: where requests come from and where
@@ -26,7 +29,6 @@ pub struct Sockets {
     pub connection: Option<(OwnedFd, OwnedFd)>,
     /// Where clients connect, as an NBD URI without the export's name.
     pub uri: Option<Uri>,
-    made: Option<Made>,
 }
 
 /// An address in the form of NBD URIs.
