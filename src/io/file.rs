@@ -399,7 +399,11 @@ impl Inner {
                 self.fate.poison(e.to_string());
             }
         }
-        result
+        // A poisoned store gives nobody reason to wait for space.
+        result.map_err(|e| match self.cache {
+            Cache::Writeback => e.into_final(),
+            Cache::None => e,
+        })
     }
 
     /// Before a buffered write: takes the space it may need, so that a full file system answers

@@ -698,6 +698,29 @@ fn data_that_a_durable_write_reported_lost_is_not_forgotten_by_the_next_worker()
 }
 
 #[test]
+fn a_description_of_its_own_learns_of_losses_that_a_dead_process_was_told_of() {
+    use crate::image::open::has_lost_data;
+    let Some(below) = Small::tmpfs("4m") else {
+        return;
+    };
+    let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+        return;
+    };
+    let store = new_file(&small.path(), 32 << 20, Cache::Writeback);
+    let witness = std::fs::File::open(small.path()).unwrap();
+    assert!(!has_lost_data(&witness));
+    drive(None, async {
+        for i in 0..32 {
+            let data = aligned_copy(&vec![1; 1 << 20]);
+            store.write_at(i << 20, data, Reach::Cache).await.unwrap();
+        }
+        store.flush().await.unwrap_err();
+    });
+    drop(store);
+    assert!(has_lost_data(&witness));
+}
+
+#[test]
 fn free_clusters_are_not_written_full_of_zeros_where_there_are_no_holes() {
     use ploop_formats::layer::Layer;
     use ploop_formats::ledger::Ledger;

@@ -218,6 +218,9 @@ pub struct WorkerConfig {
     pub source: Source,
     /// The ledger's memfd, inherited. A read-only disk has none.
     pub ledger_fd: Option<RawFd>,
+    /// The top on the keeper's own description, which remembers what the kernel lost; inherited.
+    /// There is one with the ledger.
+    pub witness_fd: Option<RawFd>,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
     /// How long the fence may take, in milliseconds.
