@@ -54,10 +54,12 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     let top = stack.top();
     let geometry = top.geometry();
     let start = geometry.cluster.start(cluster);
-    let end = (start + geometry.cluster.bytes()).min(geometry.size);
+    let guest_end = (start + geometry.cluster.bytes()).min(geometry.size);
     let depth = stack.depth() - 1;
-    let lower_zero = stack.reads_zero(start, end, depth).await?;
-    let only_zeros = matches!(piece, Piece::Zero { .. }) && piece.range() == (start, end);
+    let lower_zero = stack.reads_zero(start, guest_end, depth).await?;
+    let only_zeros = matches!(piece, Piece::Zero { .. }) && piece.range() == (start, guest_end);
+    // The file has the whole cluster, the guest perhaps not: the last block is written whole.
+    let end = guest_end.next_multiple_of(stack.align());
 
     let mut reserved = top.reserve().await?;
     let host = reserved.host();
@@ -111,7 +113,7 @@ async fn assemble<S: Store>(
         return Ok(overlaid(stack.align(), piece, cut_from, cut_to));
     }
     if (cut_from, cut_to) == (from, to) {
-        return Ok(slice(piece, from, to).map(|bytes| (from, bytes)));
+        return Ok(overlaid(stack.align(), piece, from, to));
     }
     let depth = stack.depth() - 1;
     let mut whole = buf::aligned((to - from) as usize);

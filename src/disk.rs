@@ -162,8 +162,14 @@ impl<S: Store> Disk<S> {
         let writes = parts
             .into_iter()
             .map(|(host, bytes)| self.stack.write_data(host, bytes, reach));
-        all(writes).await?;
+        let written = all(writes).await;
         drop(_shared);
+        if durable && written.is_err() {
+            // The store may have heard here, and never again, that earlier data is lost: then its
+            // flush fails, which whoever comes after this process finds written down.
+            let _ = self.flush_once().await;
+        }
+        written?;
         if fua && !durable {
             self.flush_once().await?;
         }
@@ -279,6 +285,9 @@ impl<S: Store> Disk<S> {
         {
             let cluster = VirtCluster(self.table_index(guest)?);
             self.with_room(|| top.release(cluster)).await?;
+            return Ok(len);
+        }
+        if how == Wipe::Advise && !top.store().info().punches {
             return Ok(len);
         }
         let space = if how == Wipe::Keep {

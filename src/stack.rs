@@ -228,11 +228,21 @@ impl<S: Store> Stack<S> {
         self.align
     }
 
+    /// How far layer `i` is looked at. Reads of whole blocks reach past the end of a size that is
+    /// no multiple of them; in the top the last cluster is there as a whole, below that is nothing.
+    fn reach(&self, i: usize, size: u64) -> u64 {
+        if i + 1 == self.layers.len() {
+            size.next_multiple_of(self.align)
+        } else {
+            size
+        }
+    }
+
     /// The first segment of a guest range, as the lowest `depth` layers tell it.
     pub async fn resolve(&self, guest: u64, len: u64, depth: usize) -> Result<Segment> {
         let mut len = len;
         for (i, layer) in self.layers.iter().enumerate().take(depth).rev() {
-            let size = layer.geometry().size;
+            let size = self.reach(i, layer.geometry().size);
             if guest >= size {
                 continue;
             }

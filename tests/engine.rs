@@ -254,3 +254,73 @@ fn an_unknown_feature_is_kept_dropped_or_refused_as_its_flags_say() {
     assert!(now(Ploop::open_read(store.clone())).is_err());
     assert_eq!(store.to_vec(), before, "a refused image is untouched");
 }
+
+/// A stack whose top wants `align`, over a full parent of `sectors` sectors.
+fn over_a_parent(sectors: u64, align: u64) -> (Disk<MemStore>, Vec<u8>) {
+    let make = || {
+        let store = blank(Version::V2);
+        now(async {
+            let mut page = store.read_at(0, buf::aligned(4096)).await.unwrap();
+            let mut header = Header::parse(&page).unwrap();
+            header.sectors = sectors;
+            page[..64].copy_from_slice(&header.encode());
+            store
+                .write_at(0, page.freeze(), Reach::Cache)
+                .await
+                .unwrap();
+        });
+        store
+    };
+    let base = make();
+    let below = open(std::slice::from_ref(&base));
+    let model: Vec<u8> = (0..sectors * 512).map(|i| (i / 512 + 1) as u8).collect();
+    now(below.write(0, Bytes::from(model.clone()), false)).unwrap();
+    now(below.close()).unwrap();
+    (open(&[base, make().aligned_to(align)]), model)
+}
+
+#[test]
+fn a_write_that_is_aligned_to_nothing_gets_its_clusters_over_a_parent() {
+    for (align, at) in [(512, 100), (4096, 512), (4096, 100)] {
+        let (disk, mut model) = over_a_parent(SIZE / 512, align);
+        let mut data = buf::aligned(3 * CLUSTER as usize);
+        data.fill(0xEE);
+        model[at..at + data.len()].fill(0xEE);
+        now(disk.write(at as u64, data.freeze(), false)).unwrap();
+        now(disk.flush()).unwrap();
+        assert!(
+            read(&disk, 0, model.len())[..] == model[..],
+            "align {align}, at {at}"
+        );
+    }
+}
+
+#[test]
+fn a_size_that_no_block_divides_is_served_to_its_last_sector() {
+    for align in [1, 512, 4096] {
+        for sectors in [SIZE / 512 - 63, SIZE / 512 - 1] {
+            let (disk, mut model) = over_a_parent(sectors, align);
+            let last = model.len() - 512;
+            assert!(read(&disk, 0, model.len())[..] == model[..]);
+            assert!(read(&disk, last as u64, 512)[..] == model[last..]);
+            let mut data = buf::aligned(512);
+            data.fill(0xEE);
+            now(disk.write(last as u64, data.freeze(), true)).unwrap();
+            model[last..].fill(0xEE);
+            assert!(read(&disk, 0, model.len())[..] == model[..]);
+            let mut data = buf::aligned(model.len());
+            data.fill(0xDD);
+            now(disk.write(0, data.freeze(), true)).unwrap();
+            model.fill(0xDD);
+            assert!(read(&disk, 0, model.len())[..] == model[..]);
+            now(disk.zero(0, model.len() as u64, Zero::MayFree, true)).unwrap();
+            assert!(read(&disk, 0, model.len()).iter().all(|b| *b == 0));
+            now(disk.close()).unwrap();
+        }
+        let (disk, mut model) = over_a_parent(SIZE / 512 - 1, align);
+        let tail = model.len() - CLUSTER as usize;
+        now(disk.zero(tail as u64, CLUSTER, Zero::Allocate, true)).unwrap();
+        model[tail..].fill(0);
+        assert!(read(&disk, 0, model.len())[..] == model[..]);
+    }
+}

@@ -15,6 +15,7 @@ use ploop_formats::store::Store;
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
@@ -134,7 +135,7 @@ fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
     // The table has its space from the start: a full host disk must never stop an index write.
     let len = reserve.metadata()?.len();
     match fallocate(&reserve, FallocateFlags::empty(), 0, len) {
-        Err(e) if preallocate || e == rustix::io::Errno::NOSPC => {
+        Err(e) if preallocate || matches!(e, Errno::NOSPC | Errno::DQUOT) => {
             return Err(Error::from(io::Error::from(e)).at("reserving space"));
         }
         _ => reserve.sync_all()?,
@@ -165,7 +166,8 @@ impl Drop for Draft {
         if self.finished {
             return;
         }
-        for name in [IMAGE.to_string(), aside()] {
+        // The descriptor, too: its rename may have been done, and only the last fsync failed.
+        for name in [DESCRIPTOR.to_string(), IMAGE.to_string(), aside()] {
             let _ = fs::remove_file(self.dir.join(name));
         }
         if self.made_dir {

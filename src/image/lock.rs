@@ -28,7 +28,7 @@ pub struct DiskLocks {
     _directory: Option<OwnedFd>,
     _disk: Option<lock::DiskLock>,
     _base: Option<OwnedFd>,
-    _top: Held,
+    top: Held,
 }
 
 impl DiskLocks {
@@ -58,8 +58,13 @@ impl DiskLocks {
             _directory: None,
             _disk: disk,
             _base: base,
-            _top: top,
+            top,
         })
+    }
+
+    /// The top, on a description of its own, opened before anything of it was written.
+    pub fn top(&self) -> impl AsFd + '_ {
+        &self.top
     }
 
     fn to_read(dir: impl AsFd, source: &Source) -> Result<Self> {
@@ -76,7 +81,7 @@ impl DiskLocks {
             _directory: directory,
             _disk: None,
             _base: Some(base),
-            _top: top,
+            top,
         })
     }
 }

@@ -59,6 +59,14 @@ impl Top {
     }
 }
 
+/// Whether the kernel has lost data of the top since `witness`, a description of its own, was
+/// opened. Each description is told of an error once; a dead process may have been told, and have
+/// had no time to say so. Blocks.
+pub fn has_lost_data(witness: impl AsFd) -> bool {
+    let synced = rustix::io::retry_on_intr(|| rustix::fs::fdatasync(witness.as_fd()));
+    synced.is_err()
+}
+
 /// Opens a disk for writing. `top` is the fenced top, `ledger` outlives this process.
 pub async fn open_write(
     dir: impl AsFd,

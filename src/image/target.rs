@@ -115,7 +115,14 @@ impl Target {
                 dir.display()
             )));
         }
-        if !dir.join(DESCRIPTOR).is_file() {
+        let descriptor = dir.join(DESCRIPTOR);
+        let there = match std::fs::metadata(&descriptor) {
+            Ok(meta) => meta.is_file(),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => false,
+            // Who may not look cannot say that nothing is there.
+            Err(e) => return Err(Error::from(e).at(descriptor.display())),
+        };
+        if !there {
             return Err(Error::new(
                 Kind::NotFound,
                 format!(

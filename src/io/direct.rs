@@ -23,10 +23,26 @@ pub(super) fn enable(fd: &OwnedFd, len: u64) -> Result<Alignment, String> {
     fcntl_setfl(fd, flags | OFlags::DIRECT)
         .map_err(|e| format!("the file system refuses O_DIRECT: {e}"))?;
     let found = told(fd).unwrap_or_else(|| tried(fd, len));
+    let found = found.and_then(|align| usable(align, len));
     if found.is_err() {
         fcntl_setfl(fd, flags).map_err(|e| e.to_string())?;
     }
     found
+}
+
+/// Refuses what the engine cannot keep to. Buffers are as aligned as offsets, pages at most; the
+/// last bytes of a file that no block divides cannot be read directly.
+fn usable(align: Alignment, len: u64) -> Result<Alignment, String> {
+    let offset = align.offset.max(align.memory as u64);
+    if offset > SAFE || !offset.is_power_of_two() {
+        return Err(format!("direct I/O wants blocks of {offset} bytes"));
+    }
+    if !len.is_multiple_of(offset) {
+        return Err(format!(
+            "{len} bytes are no multiple of its blocks of {offset}"
+        ));
+    }
+    Ok(Alignment { offset, ..align })
 }
 
 /// What statx(2) says, from Linux 6.1 on and where the file system knows.
@@ -78,6 +94,15 @@ mod tests {
         let told = enable(&fd, 1 << 20).unwrap();
         assert!(tried(&fd, 1 << 20).unwrap().offset >= told.offset);
         assert_eq!(tried(&fd, 100).unwrap().offset, SAFE);
+    }
+
+    #[test]
+    fn blocks_that_do_not_fit_the_file_or_a_page_are_refused() {
+        let align = |offset, memory| Alignment { offset, memory };
+        assert_eq!(usable(align(512, 4), 512), Ok(align(512, 4)));
+        assert_eq!(usable(align(512, 4096), 8192), Ok(align(4096, 4096)));
+        assert!(usable(align(4096, 512), 8192 + 512).is_err());
+        assert!(usable(align(16384, 512), 1 << 20).is_err());
     }
 
     #[test]

@@ -120,6 +120,10 @@ impl FileStore {
             tracing::warn!("{}: the page cache is used, because {why}", path.display());
         }
         let in_memory = rustix::fs::fstatfs(&fd).map_err(place)?.f_type == libc::TMPFS_MAGIC;
+        let no_punching = writable && kind == FileType::RegularFile && !punches(&fd, len);
+        if no_punching {
+            tracing::warn!("{}: the storage cannot punch holes", path.display());
+        }
         let fate = Arc::new(Fate::default());
         Ok(Self(Arc::new(Inner {
             fd: Arc::new(fd),
@@ -137,7 +141,7 @@ impl FileStore {
             barrier: Arc::new(Barrier(Arc::clone(&fate))),
             fate,
             no_space_taking: AtomicBool::new(false),
-            no_punching: AtomicBool::new(false),
+            no_punching: AtomicBool::new(no_punching),
             no_zeroing: AtomicBool::new(false),
         })))
     }
@@ -182,6 +186,7 @@ impl Store for FileStore {
             // Without O_DIRECT only file systems that were tested for it may promise this. So
             // far none was.
             fresh_zero: inner.regular && inner.cache == Cache::None,
+            punches: !inner.no_punching.load(Ordering::Relaxed),
         }
     }
 
@@ -394,7 +399,11 @@ impl Inner {
                 self.fate.poison(e.to_string());
             }
         }
-        result
+        // A poisoned store gives nobody reason to wait for space.
+        result.map_err(|e| match self.cache {
+            Cache::Writeback => e.into_final(),
+            Cache::None => e,
+        })
     }
 
     /// Before a buffered write: takes the space it may need, so that a full file system answers
@@ -572,6 +581,16 @@ impl Inner {
             Ok(hole) if hole > at => (true, hole.min(len)),
             _ => (true, len),
         }
+    }
+}
+
+/// Whether the file system knows holes. Asked past the end of the file, where nothing is.
+fn punches(fd: &OwnedFd, len: u64) -> bool {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let past = len.next_multiple_of(UNIT);
+    match rustix::fs::fallocate(fd, mode, past, UNIT) {
+        Err(e) => !unsupported(&e.into()),
+        Ok(()) => true,
     }
 }
 

@@ -15,12 +15,15 @@ use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Number of the report's pipe in ploopd.
 const REPORT_FD: i32 = 3;
 /// How long a keeper may take to close an image.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long somebody may have a device open without it counting as use.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// An attached disk: its run directory, and what it says.
 #[derive(Debug, Clone)]
@@ -111,6 +114,14 @@ pub fn ploopd() -> PathBuf {
         .unwrap_or_else(|| PathBuf::from("ploopd"))
 }
 
+/// Why ploopd could not be started.
+pub fn not_started(program: &Path, e: std::io::Error) -> Error {
+    Error::from(e).at(format!(
+        "starting {}, looked for beside ploopctl and on the PATH",
+        program.display()
+    ))
+}
+
 /// Starts a keeper of its own session and waits until the disk can be used.
 pub fn start(mut config: KeeperConfig) -> Result<State> {
     leftover::sweep()?;
@@ -130,9 +141,7 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
         .stdout(Stdio::null())
         .fd_mappings(vec![mapping])
         .map_err(|e| Error::invalid(e.to_string()))?;
-    let mut child = command
-        .spawn()
-        .map_err(|e| Error::from(e).at(program.display()))?;
+    let mut child = command.spawn().map_err(|e| not_started(&program, e))?;
     drop(command);
     let mut report = Vec::new();
     reader.read_to_end(&mut report)?;
@@ -161,6 +170,18 @@ pub fn stop(attached: &Attached) -> Result<()> {
     if let Some(device) = &attached.state.device {
         unmount_all(attached, Path::new(device))?;
     }
+    close(attached)
+}
+
+/// Detaches without asking who uses the device: for a disk that nobody was told of yet.
+pub fn abandon(attached: &Attached) -> Result<()> {
+    for point in mounted_at(&attached.state).iter().rev() {
+        mounts::detach(point, true)?;
+    }
+    close(attached)
+}
+
+fn close(attached: &Attached) -> Result<()> {
     let Some(mut departure) = Departure::of(&attached.run) else {
         return leftover::sweep();
     };
@@ -188,11 +209,25 @@ pub fn stop(attached: &Attached) -> Result<()> {
 }
 
 fn unmount_all(attached: &Attached, device: &Path) -> Result<()> {
-    let openers = holders::of_device(device);
-    if !openers.is_empty() {
-        return Err(busy(device, &openers));
+    // Looks like udev's probe, after a write, last an instant.
+    let start = Instant::now();
+    let mut openers = holders::of_device(device);
+    while !openers.is_empty() {
+        if start.elapsed() > PROBE_PATIENCE {
+            return Err(busy(device, &openers));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        openers = holders::of_device(device);
     }
-    for point in mounted_at(&attached.state).iter().rev() {
+    let points = mounted_at(&attached.state);
+    // Before the first is undone: a disk that is in use keeps all its mounts.
+    for point in &points {
+        let users = holders::of_mount(point);
+        if !users.is_empty() {
+            return Err(busy(point, &users));
+        }
+    }
+    for point in points.iter().rev() {
         if let Err(e) = mounts::detach(point, false) {
             let users = holders::of_mount(point);
             return Err(if e.kind() == Kind::Busy {
@@ -202,13 +237,19 @@ fn unmount_all(attached: &Attached, device: &Path) -> Result<()> {
             });
         }
     }
-    Ok(())
+    // Told to stop now, the keeper would wait for whoever else has claimed the device.
+    match holders::is_claimed(device) {
+        true => Err(busy(device, &holders::of_claim(device))),
+        false => Ok(()),
+    }
 }
 
 fn busy(what: &Path, users: &[holders::Holder]) -> Error {
     let names: Vec<String> = users.iter().map(ToString::to_string).collect();
     let who = match names.is_empty() {
-        true => "somebody in another mount namespace, or the kernel".to_string(),
+        true => {
+            "something mounted on it, a mount namespace out of sight, or the kernel".to_string()
+        }
         false => names.join(", "),
     };
     Error::new(Kind::Busy, format!("{} is in use by {who}", what.display()))

@@ -3,7 +3,9 @@
 //! Read from `/proc`, best effort: processes of other users are visible to root only, and what
 //! goes away while we look is not there.
 
-use rustix::fs::{AtFlags, CWD, StatxFlags, major, makedev, minor, statx};
+use ploop::serve::supervise::mounts;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, major, makedev, minor, open, statx};
+use rustix::io::Errno;
 use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -100,5 +102,31 @@ pub fn of_device(device: &Path) -> Vec<Holder> {
     processes()
         .filter(|(_, proc)| open_files(proc).any(|(_, own)| own == rdev && rdev != 0))
         .map(|(pid, proc)| holder(pid, &proc, "has the device open"))
+        .collect()
+}
+
+/// Whether the kernel has the device in use: a mount in whatever namespace, swap, device mapper.
+pub fn is_claimed(device: &Path) -> bool {
+    let exclusive = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+    matches!(open(device, exclusive, Mode::empty()), Err(Errno::BUSY))
+}
+
+/// Who keeps it claimed although it is mounted nowhere in our own mount namespace.
+pub fn of_claim(device: &Path) -> Vec<Holder> {
+    let Ok(rdev) = fs::metadata(device).map(|m| m.rdev()) else {
+        return Vec::new();
+    };
+    let use_of = |proc: &Path| {
+        let mounted = mounts::seen_by(proc).unwrap_or_default();
+        if mounted.iter().any(|m| m.dev == rdev || m.source == device) {
+            Some("has it mounted in another mount namespace")
+        } else if open_files(proc).any(|(on, _)| on == rdev) {
+            Some("has files open on it")
+        } else {
+            None
+        }
+    };
+    processes()
+        .filter_map(|(pid, proc)| use_of(&proc).map(|how| holder(pid, &proc, how)))
         .collect()
 }

@@ -6,6 +6,7 @@
 
 mod answer;
 mod attach;
+mod cancel;
 mod cmd;
 mod holders;
 mod nbd;
@@ -49,7 +50,9 @@ fn main() -> ExitCode {
 /// Prints what clap has to say, as JSON where that was asked for in vain.
 fn usage(e: &clap::Error) -> ExitCode {
     let help = matches!(e.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-    let args: Vec<String> = std::env::args().collect();
+    let args: Vec<String> = std::env::args_os()
+        .map(|a| a.to_string_lossy().into_owned())
+        .collect();
     let json = args
         .windows(2)
         .any(|w| matches!(w, [o, v] if (o == "-o" || o == "--output") && v == "json"))

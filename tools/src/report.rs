@@ -46,9 +46,12 @@ pub fn print_error(code: u8, kind: &str, message: &str, hint: Option<&str>, outp
 /// The way out that most failures of a kind share.
 fn hint(kind: Kind) -> Option<&'static str> {
     match kind {
-        Kind::Damaged => Some("`ploopctl check DISK` says what is wrong, `--repair` mends it"),
+        Kind::Damaged => {
+            Some("`ploopctl check DISK` says more; `--repair` mends what can be mended")
+        }
         Kind::Poisoned => Some("an earlier write failed; detach the disk, then `ploopctl check`"),
         Kind::NoSpace => Some("free space on the file system that holds the disk's files"),
+        Kind::ReadOnly => Some("`--read-only` serves or mounts what cannot be written"),
         Kind::Privilege => Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root"),
         _ => None,
     }

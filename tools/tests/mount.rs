@@ -45,6 +45,11 @@ fn a_file_system_is_found_again_after_umount() {
     let mut listed = scratch.attached().remove(0);
     listed["schema"] = 1.into();
     assert_eq!(listed, state, "mount and list show the same object");
+    let doc = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OUTPUT.md");
+    let doc = fs::read_to_string(doc).expect("docs/OUTPUT.md");
+    for name in state.as_object().expect("an object").keys() {
+        assert!(doc.contains(&format!("| `{name}` |")), "{name}");
+    }
 
     let data = noise(20 << 20, 1);
     fs::write(point.join("file"), &data).expect("write");
@@ -201,6 +206,149 @@ fn who_holds_a_busy_disk_is_named_and_it_stays_attached() {
     holder.wait().expect("wait");
     ok(&["umount", text(&point)]);
     fails(11, &["umount", text(&disk)]);
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn a_disk_that_is_busy_in_one_place_stays_mounted_in_all() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let point = scratch.mountpoint();
+    let second = scratch.path("second");
+    fs::create_dir(&second).expect("directory");
+    ok(&["mount", text(&disk), text(&point)]);
+    rustix::mount::mount_bind(point.join("lost+found"), &second).expect("bind");
+    let held = fs::File::create(point.join("held")).expect("file");
+    fails(4, &["umount", text(&disk)]);
+    let mounts = fs::read_to_string("/proc/self/mounts").expect("mounts");
+    assert!(mounts.contains(text(&second)), "{mounts}");
+    drop(held);
+    ok(&["umount", text(&disk)]);
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn who_has_it_mounted_in_another_namespace_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let point = scratch.mountpoint();
+    ok(&["mount", text(&disk), text(&point)]);
+    let mut container = Command::new("unshare")
+        .args(["-m", "--propagation", "private", "sleep", "60"])
+        .spawn()
+        .expect("unshare runs");
+    let comm = format!("/proc/{}/comm", container.id());
+    let inside = || fs::read_to_string(&comm).is_ok_and(|name| name.trim() == "sleep");
+    eventually("the container runs", inside);
+    let said = fails(4, &["umount", text(&disk)]);
+    assert!(said.contains(&container.id().to_string()), "{said}");
+    assert_eq!(scratch.attached()[0]["state"], "serving");
+    container.kill().expect("kill");
+    container.wait().expect("wait");
+    // The namespace goes shortly after its last process.
+    eventually("it can be detached", || {
+        common::run(&["umount", text(&disk)]).status.success()
+    });
+    nothing_is_left(&scratch);
+}
+
+/// What udev does after a write to a device: looks at it, and goes.
+#[test]
+fn a_glance_at_the_device_does_not_keep_it() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    ok(&["mount", text(&disk)]);
+    let device = scratch.attached()[0]["device"].clone();
+    let glance = fs::File::open(device.as_str().expect("device")).expect("open");
+    let looking = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        drop(glance);
+    });
+    ok(&["umount", text(&disk)]);
+    looking.join().expect("thread");
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn a_cancelled_verb_leaves_nothing() {
+    if !can_mount() {
+        return;
+    }
+    use std::os::unix::process::CommandExt;
+    let scratch = Scratch::new();
+    let mounted = scratch.disk("m", &["-s", "64M"]);
+    let disk = scratch.path("d");
+    let init = ["init", "-s", "64M", text(&disk)];
+    let mount = ["mount", text(&mounted)];
+    // The first milliseconds belong to the loader: a signal then ends a process that did nothing.
+    for pause in (4..60).step_by(4) {
+        for args in [&init[..], &mount[..]] {
+            let mut child = Command::new(common::PLOOPCTL)
+                .args(args)
+                .process_group(0)
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("ploopctl runs");
+            std::thread::sleep(std::time::Duration::from_millis(pause));
+            let group = rustix::process::Pid::from_child(&child);
+            // It may have ended.
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::INT);
+            let code = child.wait().expect("wait").code();
+            assert!(matches!(code, None | Some(0 | 10)), "{args:?}: {code:?}");
+            if code == Some(0) && args[0] == "mount" {
+                ok(&["umount", text(&mounted)]);
+            }
+            if code == Some(0) && args[0] == "init" {
+                fs::remove_dir_all(&disk).expect("a finished disk");
+            }
+            let what = format!("after {pause} ms nothing of {args:?} is left");
+            eventually(&what, || scratch.attached().is_empty());
+            assert!(!disk.exists() || code.is_none(), "{what}");
+            let _ = fs::remove_dir_all(&disk);
+        }
+    }
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn names_need_not_be_text() {
+    if !can_mount() {
+        return;
+    }
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    let scratch = Scratch::new();
+    let odd = scratch.path("").join(OsStr::from_bytes(b"\xff \n\\"));
+    let point = odd.join(OsStr::from_bytes(b"m\xfe"));
+    fs::create_dir_all(&point).expect("directory");
+    let disk = odd.join(OsStr::from_bytes(b"d\xfd"));
+    let done = |args: &[&OsStr]| {
+        let output = Command::new(common::PLOOPCTL).args(args).output();
+        let output = output.expect("ploopctl runs");
+        assert!(output.status.success(), "{args:?}: {output:?}");
+    };
+    let (disk, point) = (disk.as_os_str(), point.as_os_str());
+    done(&["init".as_ref(), "-s".as_ref(), "64M".as_ref(), disk]);
+    done(&["mount".as_ref(), disk, point]);
+    done(&["umount".as_ref(), point]);
+    done(&["mount".as_ref(), disk, point]);
+    done(&["umount".as_ref(), disk]);
+    done(&["check".as_ref(), disk]);
+    let wrong = Command::new(common::PLOOPCTL)
+        .arg(OsStr::from_bytes(b"--\xff"))
+        .output()
+        .expect("ploopctl runs");
+    assert_eq!(wrong.status.code(), Some(2), "{wrong:?}");
     nothing_is_left(&scratch);
 }
 

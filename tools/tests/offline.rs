@@ -172,3 +172,59 @@ fn the_map_of_a_new_disk_is_one_hole() {
     assert_eq!(extents[0]["zero"], true);
     assert_eq!(extents[0]["offset"], Value::Null);
 }
+
+/// Every name in a value, at any depth.
+fn names(value: &Value, into: &mut std::collections::BTreeSet<String>) {
+    match value {
+        Value::Object(object) => {
+            for (name, value) in object {
+                into.insert(name.clone());
+                names(value, into);
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|v| names(v, into)),
+        _ => {}
+    }
+}
+
+#[test]
+fn every_name_in_json_is_documented() {
+    let doc = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OUTPUT.md");
+    let doc = std::fs::read_to_string(doc).expect("docs/OUTPUT.md");
+    let scratch = Scratch::new();
+    let disk = scratch.path("d");
+    let disk = text(&disk);
+    let mut found = std::collections::BTreeSet::new();
+    names(
+        &json(&["init", "-s", "10M", "--fs", "none", disk]),
+        &mut found,
+    );
+    // A cluster that no entry names: a finding.
+    let image = std::fs::File::options()
+        .append(true)
+        .open(format!("{disk}/root.hds"));
+    std::io::Write::write_all(&mut image.expect("image"), &[7; 65536]).expect("write");
+    for args in [&["info", disk][..], &["map", disk], &["list"]] {
+        names(&json(args), &mut found);
+    }
+    let checked = run(&["check", disk, "-o", "json"]);
+    assert_eq!(checked.status.code(), Some(3), "{checked:?}");
+    names(
+        &serde_json::from_slice(&checked.stdout).expect("JSON"),
+        &mut found,
+    );
+    let failed = run(&["info", "/nonexistent", "-o", "json"]);
+    names(
+        &serde_json::from_slice(&failed.stderr).expect("JSON"),
+        &mut found,
+    );
+    assert!(
+        found.contains("findings") && found.contains("severity"),
+        "{found:?}"
+    );
+    let missing: Vec<_> = found
+        .iter()
+        .filter(|n| !doc.contains(&format!("`{n}`")))
+        .collect();
+    assert!(missing.is_empty(), "not in docs/OUTPUT.md: {missing:?}");
+}

@@ -316,3 +316,20 @@ fn qemu_keeps_its_hands_off_a_served_image() {
     assert_eq!(server.stop(), Some(0));
     assert!(check().status.success());
 }
+
+#[test]
+fn a_server_that_cannot_say_where_it_is_ends() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "10M", "--fs", "none"]);
+    let full = std::fs::File::options().write(true).open("/dev/full");
+    let mut server = Command::new(common::PLOOPCTL)
+        .args(["serve", text(&disk), "--nbd"])
+        .arg(format!("unix:{}", scratch.path("s").display()))
+        .stdout(full.expect("/dev/full"))
+        .spawn()
+        .expect("ploopctl runs");
+    eventually("it ends", || server.try_wait().expect("wait").is_some());
+    assert_eq!(server.wait().expect("wait").code(), Some(5));
+    assert!(scratch.attached().is_empty());
+    assert!(!scratch.path("s").exists());
+}

@@ -8,7 +8,7 @@
 //! Every pending entry also stands in the ledger, written before the guest is answered. No I/O here.
 
 use super::alloc::Alloc;
-use super::header::Header;
+use super::header::{HEADER_LEN, Header};
 use crate::ledger::Ledger;
 use crate::limits;
 use crate::planted::{self, Bug};
@@ -74,6 +74,16 @@ pub(super) struct Index {
 pub(super) fn place(header: &Header, n: u32) -> (u32, usize) {
     let at = header.entry_at(n);
     ((at / limits::PAGE) as u32, (at % limits::PAGE) as usize)
+}
+
+/// The first entry in a page, and the one past its last.
+fn entries_of(page: u32) -> (u32, u32) {
+    let start = |page: u64| {
+        let entry = page.saturating_mul(limits::PAGE).saturating_sub(HEADER_LEN) / 4;
+        u32::try_from(entry).unwrap_or(u32::MAX)
+    };
+    let page = u64::from(page);
+    (start(page), start(page.saturating_add(1)))
 }
 
 /// The raw entry at byte `at` of a page.
@@ -258,8 +268,10 @@ impl Index {
         Ok(())
     }
 
-    /// Begins a pass: what is pending now is what it covers.
+    /// Begins a pass: what is pending now is what it covers, and what a pass that was given up
+    /// half-way left behind.
     pub(super) fn freeze(&mut self) {
+        self.pass_undone();
         self.frozen = Frozen {
             entries: std::mem::take(&mut self.pending),
             freed: std::mem::take(&mut self.freed),
@@ -292,12 +304,7 @@ impl Index {
     pub(super) fn page_image(&self, page: u32, durable: &[u8]) -> Result<Bytes> {
         let mut image: BytesMut = crate::buf::aligned(durable.len());
         image.copy_from_slice(durable);
-        let per_page = (limits::PAGE / 4) as u32;
-        let first = page.saturating_mul(per_page).saturating_sub(16);
-        let last = page
-            .saturating_add(1)
-            .saturating_mul(per_page)
-            .saturating_sub(16);
+        let (first, last) = entries_of(page);
         let later =
             planted::is(Bug::LaterEntriesInPageImage).then(|| self.pending.range(first..last));
         let frozen = self.frozen.entries.range(first..last);
@@ -340,7 +347,7 @@ impl Index {
         self.epoch = self.epoch.wrapping_add(1);
     }
 
-    /// The pass found no space: everything it covered is pending again.
+    /// The pass did not end well: everything it covered is pending again.
     pub(super) fn pass_undone(&mut self) {
         let frozen = std::mem::take(&mut self.frozen);
         for (n, entry) in frozen.entries {
@@ -348,5 +355,26 @@ impl Index {
         }
         self.freed.extend(frozen.freed);
         self.epoch = self.epoch.wrapping_add(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ploop::Version;
+    use crate::units::ClusterSize;
+
+    #[test]
+    fn every_entry_is_in_the_page_that_is_written_for_it() -> Result<()> {
+        let cluster = ClusterSize::new(limits::CLUSTER_MIN)?;
+        let size = limits::BAT_ENTRIES_MAX.saturating_mul(cluster.bytes());
+        let header = Header::new(Version::V2, size, cluster)?;
+        let high = 0xFFFF_FFE0..header.entries;
+        for n in (0..2100).chain(high) {
+            let (page, _) = place(&header, n);
+            let (first, last) = entries_of(page);
+            assert!(first <= n && n < last, "entry {n:#x}, page {page}");
+        }
+        Ok(())
     }
 }

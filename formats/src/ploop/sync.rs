@@ -93,8 +93,12 @@ impl<S: Store> Ploop<S> {
         Ok(images)
     }
 
-    /// Step 5, the space: best effort, since a cluster that keeps its space is still free.
+    /// Step 5, the space: best effort, since a cluster that keeps its space is still free. Where
+    /// there are no holes, only clusters that are wanted again are zeroed, when they are.
     async fn return_space(&self) {
+        if !self.store.info().punches {
+            return;
+        }
         while matches!(self.punch_free(u32::MAX).await, Ok(true)) {}
     }
 }

@@ -42,6 +42,16 @@ pub(super) fn admit(at: u64, len: u64, align: u64, end: Option<u64>) -> Result<(
     }
 }
 
+/// Refuses memory that direct I/O would not take.
+pub(super) fn admit_memory(data: &[u8], align: u64) -> Result<()> {
+    if data.is_empty() || crate::buf::is_aligned(data, align as usize) {
+        return Ok(());
+    }
+    Err(Error::invalid(format!(
+        "memory that does not start at a multiple of the store's alignment {align}"
+    )))
+}
+
 impl MemStore {
     /// `len` zero bytes, any alignment accepted.
     pub fn new(len: u64) -> Self {
@@ -95,12 +105,14 @@ impl Store for MemStore {
             len: self.lock().len(),
             align: self.align,
             fresh_zero: true,
+            punches: true,
         }
     }
 
     async fn read_at(&self, at: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let pages = self.lock();
         admit(at, buf.len() as u64, self.align, Some(pages.len()))?;
+        admit_memory(&buf, self.align)?;
         pages.read(at, &mut buf);
         Ok(buf)
     }
@@ -108,6 +120,7 @@ impl Store for MemStore {
     async fn write_at(&self, at: u64, data: Bytes, _: Reach) -> Result<()> {
         let mut pages = self.lock();
         admit(at, data.len() as u64, self.align, Some(pages.len()))?;
+        admit_memory(&data, self.align)?;
         pages.write(at, &data);
         Ok(())
     }
@@ -166,7 +179,9 @@ mod tests {
         let store = MemStore::new(8192).aligned_to(512);
         assert!(now(store.read_at(1, BytesMut::zeroed(512))).is_err());
         assert!(now(store.read_at(0, BytesMut::zeroed(100))).is_err());
-        assert!(now(store.read_at(512, BytesMut::zeroed(512))).is_ok());
+        let mut odd = crate::buf::aligned(513).split_off(1);
+        assert!(now(store.read_at(512, odd.split())).is_err());
+        assert!(now(store.read_at(512, crate::buf::aligned(512))).is_ok());
     }
 
     #[test]

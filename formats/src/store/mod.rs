@@ -48,6 +48,9 @@ pub struct StoreInfo {
     /// punched ranges after a flush, until the first write to them. False for block devices and
     /// for caches that may write back in any order.
     pub fresh_zero: bool,
+    /// A punch gives space back. Where it cannot, the zeros are written, which nobody should ask
+    /// for without need.
+    pub punches: bool,
 }
 
 /// Bytes at rest.

@@ -21,7 +21,7 @@ mod fate;
 pub use disk::{Change, Choice, Choices, Disk, POISON, Record, Rules};
 pub use fate::{EXHAUSTIVE_SECTORS, Fate};
 
-use super::mem::admit;
+use super::mem::{admit, admit_memory};
 use super::pages::Pages;
 use super::{Reach, Space, Store, StoreInfo};
 use crate::testkit::rng::Rng;
@@ -394,9 +394,10 @@ impl SimStore {
         self.sim.lock().files[self.file].rules()
     }
 
-    fn admit(&self, at: u64, len: u64) -> Result<()> {
+    fn admit(&self, at: u64, data: &[u8]) -> Result<()> {
         let info = self.info();
-        admit(at, len, info.align, Some(info.len))
+        admit(at, data.len() as u64, info.align, Some(info.len))?;
+        admit_memory(data, info.align)
     }
 
     fn ask(&self, ask: Ask) -> Operation<'_> {
@@ -419,16 +420,17 @@ impl Store for SimStore {
             len: disk.now().len(),
             align,
             fresh_zero,
+            punches: true,
         }
     }
 
     async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
-        self.admit(at, buf.len() as u64)?;
+        self.admit(at, &buf)?;
         self.ask(Ask::Read { at, buf }).await
     }
 
     async fn write_at(&self, at: u64, data: Bytes, reach: Reach) -> Result<()> {
-        self.admit(at, data.len() as u64)?;
+        self.admit(at, &data)?;
         self.ask(Ask::Change(Change::Write { at, data }, reach))
             .await?;
         Ok(())

@@ -658,6 +658,106 @@ fn a_failed_flush_is_final() {
     }
 }
 
+#[test]
+fn data_that_a_durable_write_reported_lost_is_not_forgotten_by_the_next_worker() {
+    use crate::device::Device;
+    use crate::disk::Disk;
+    use crate::stack::AnyLayer;
+    use ploop_formats::ledger::Ledger;
+    use ploop_formats::raw::Raw;
+    use ploop_formats::units::ClusterSize;
+    for driver in DRIVERS {
+        let Some(below) = Small::tmpfs("4m") else {
+            return;
+        };
+        let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+            return;
+        };
+        let ledger = Ledger::local();
+        let open = |store| {
+            let cluster = ClusterSize::new(64 << 10).unwrap();
+            let raw = Raw::open_write(store, cluster, ledger.clone()).unwrap();
+            Disk::new(vec![AnyLayer::Raw(raw)], false).unwrap()
+        };
+        let disk = open(new_file(&small.path(), 32 << 20, Cache::Writeback));
+        drive(driver, async {
+            for i in 0..32 {
+                let data = aligned_copy(&vec![1; 1 << 20]);
+                disk.write(i << 20, data, false).await.unwrap();
+            }
+            // The kernel writes back, and tells those who hold the file open, each once.
+            command(&format!("sync -f {}", small.at.path().display()));
+            let data = aligned_copy(&[2; 1 << 20]);
+            disk.write(31 << 20, data, true).await.unwrap_err();
+        });
+        drop(disk);
+        let next = FileStore::open(&small.path(), true, Cache::Writeback).unwrap();
+        let error = drive(driver, open(next).flush()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Poisoned, "{error}");
+    }
+}
+
+#[test]
+fn a_description_of_its_own_learns_of_losses_that_a_dead_process_was_told_of() {
+    use crate::image::open::has_lost_data;
+    let Some(below) = Small::tmpfs("4m") else {
+        return;
+    };
+    let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+        return;
+    };
+    let store = new_file(&small.path(), 32 << 20, Cache::Writeback);
+    let witness = std::fs::File::open(small.path()).unwrap();
+    assert!(!has_lost_data(&witness));
+    drive(None, async {
+        for i in 0..32 {
+            let data = aligned_copy(&vec![1; 1 << 20]);
+            store.write_at(i << 20, data, Reach::Cache).await.unwrap();
+        }
+        store.flush().await.unwrap_err();
+    });
+    drop(store);
+    assert!(has_lost_data(&witness));
+}
+
+#[test]
+fn free_clusters_are_not_written_full_of_zeros_where_there_are_no_holes() {
+    use ploop_formats::layer::Layer;
+    use ploop_formats::ledger::Ledger;
+    use ploop_formats::ploop::{Header, Ploop, Version, create};
+    use ploop_formats::units::ClusterSize;
+    for cache in [Cache::None, Cache::Writeback] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("f");
+        let store = new_file(&path, 0, Cache::Writeback);
+        let size = ClusterSize::new(64 << 10).unwrap();
+        let header = Header::new(Version::V2, 64 << 20, size).unwrap();
+        drive(None, create::create(&store, &header)).unwrap();
+        drop(store);
+        // Its last user left 32 MiB of free clusters.
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        file.set_len(32 << 20).unwrap();
+        let used = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&path).unwrap());
+        drive(Some(Engine::Poll), async {
+            let store = FileStore::open(&path, true, cache).unwrap();
+            assert!(store.info().punches);
+            store.0.no_punching.store(true, Ordering::Relaxed);
+            store.0.no_space_taking.store(true, Ordering::Relaxed);
+            let image = Ploop::open_write(store.clone(), Ledger::local())
+                .await
+                .unwrap();
+            let before = used();
+            image.sync().await.unwrap();
+            store.flush().await.unwrap();
+            assert!(used() < before + 128, "{} blocks more", used() - before);
+            // What is wanted is zeroed.
+            let taken = image.reserve().await.unwrap();
+            drop(taken);
+            image.close().await.unwrap();
+        });
+    }
+}
+
 /// A loop device over a file.
 struct Device(String, #[allow(dead_code)] tempfile::TempDir);
 

@@ -49,7 +49,7 @@ struct Holdings {
     source: Source,
     ledger: Option<SharedWords>,
     endpoint: Endpoint,
-    _locks: DiskLocks,
+    locks: DiskLocks,
 }
 
 /// One attached disk.
@@ -215,7 +215,7 @@ impl Holdings {
             source,
             ledger,
             endpoint,
-            _locks: locks,
+            locks,
         })
     }
 
@@ -223,9 +223,9 @@ impl Holdings {
     fn pack(&mut self, config: &KeeperConfig, takeover: bool) -> Result<(WorkerConfig, Baggage)> {
         let mut bag = Baggage::default();
         let dir_fd = bag.pack(&self.dir)?;
-        let ledger_fd = match &self.ledger {
-            Some(words) => Some(bag.pack(words)?),
-            None => None,
+        let (ledger_fd, witness_fd) = match &self.ledger {
+            Some(words) => (Some(bag.pack(words)?), Some(bag.pack(self.locks.top())?)),
+            None => (None, None),
         };
         let mode = match (&mut self.endpoint, &config.mode) {
             (Endpoint::Nbd(sockets), Mode::Nbd { listen, export }) => {
@@ -257,6 +257,7 @@ impl Holdings {
             dir_fd,
             source: self.source.clone(),
             ledger_fd,
+            witness_fd,
             takeover,
             fence_ms: FENCE.as_millis() as u64,
             cache: config.cache,
@@ -680,7 +681,7 @@ impl Keeper {
             Endpoint::Nbd(sockets) => drop(sockets),
         }
         tracing::info!("detached");
-        drop(held._locks);
+        drop(held.locks);
         run.finish(&Outcome {
             failure: failure.clone(),
         });

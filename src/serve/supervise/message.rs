@@ -47,11 +47,26 @@ impl From<file::Cache> for Cache {
     }
 }
 
+/// A path in JSON: as bytes where it is not UTF-8.
+mod any_path {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::ffi::OsString;
+    use std::path::{Path, PathBuf};
+
+    pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        OsString::deserialize(from).map(PathBuf::from)
+    }
+}
+
 /// Where NBD clients come from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Listen {
     /// A unix socket at this path.
-    Unix(PathBuf),
+    Unix(#[serde(with = "any_path")] PathBuf),
     /// A loopback address.
     Tcp(SocketAddr),
     /// One client, on standard input and output; the server ends with it.
@@ -79,6 +94,7 @@ pub enum Mode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeeperConfig {
     /// DISK, absolute.
+    #[serde(with = "any_path")]
     pub disk: PathBuf,
     /// Stated format, when it is a bare file.
     pub format: Option<Format>,
@@ -202,6 +218,9 @@ pub struct WorkerConfig {
     pub source: Source,
     /// The ledger's memfd, inherited. A read-only disk has none.
     pub ledger_fd: Option<RawFd>,
+    /// The top on the keeper's own description, which remembers what the kernel lost; inherited.
+    /// There is one with the ledger.
+    pub witness_fd: Option<RawFd>,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
     /// How long the fence may take, in milliseconds.

@@ -22,9 +22,9 @@ pub struct Mount {
 }
 
 /// Undoes the octal escapes of mountinfo.
-fn unescape(field: &str) -> PathBuf {
+fn unescape(field: &[u8]) -> PathBuf {
     let mut out = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
+    let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
         let octal = (byte == b'\\')
             .then(|| tail.get(..3))
@@ -45,24 +45,29 @@ fn unescape(field: &str) -> PathBuf {
     PathBuf::from(OsString::from_vec(out))
 }
 
-fn parse(line: &str) -> Option<Mount> {
-    let (fixed, tail) = line.split_once(" - ")?;
-    let mut fields = fixed.split(' ');
-    let (major, minor) = fields.nth(2)?.split_once(':')?;
+/// A line of mountinfo; paths in it are bytes.
+fn parse(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|b| *b == b' ');
+    let numbers = std::str::from_utf8(fields.nth(2)?).ok()?;
+    let (major, minor) = numbers.split_once(':')?;
     let dev = rustix::fs::makedev(major.parse().ok()?, minor.parse().ok()?);
     let point = unescape(fields.nth(1)?);
-    let source = unescape(tail.split(' ').nth(1)?);
+    // Options, any number of tags, a dash, the type, the source.
+    fields.find(|f| *f == b"-")?;
+    let source = unescape(fields.nth(1)?);
     Some(Mount { dev, point, source })
 }
 
 /// Everything mounted that this process can see, oldest first.
 pub fn all() -> Result<Vec<Mount>> {
-    let path = "/proc/self/mountinfo";
-    let text = std::fs::read(path).map_err(|e| Error::from(e).at(path))?;
-    Ok(String::from_utf8_lossy(&text)
-        .lines()
-        .filter_map(parse)
-        .collect())
+    seen_by(Path::new("/proc/self"))
+}
+
+/// Everything mounted that a process can see; `proc` is its directory in `/proc`.
+pub fn seen_by(proc: &Path) -> Result<Vec<Mount>> {
+    let path = proc.join("mountinfo");
+    let text = std::fs::read(&path).map_err(|e| Error::from(e).at(path.display()))?;
+    Ok(text.split(|b| *b == b'\n').filter_map(parse).collect())
 }
 
 /// Where the file system on a block device is mounted, in the order of mounting.
@@ -95,10 +100,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mount_point_with_a_space_is_read_as_it_is() {
-        let line = "36 25 7:3 / /mnt/a\\040b\\134c rw,relatime shared:9 - ext4 /dev/loop3 rw";
+    fn a_mount_point_with_odd_bytes_is_read_as_it_is() {
+        let line = b"36 25 7:3 / /mnt/a\\040b\\134c\xff rw,relatime shared:9 - ext4 /dev/loop3 rw";
         let mount = parse(line).expect("a line of the kernel");
-        assert_eq!(mount.point, Path::new("/mnt/a b\\c"));
+        let point = PathBuf::from(OsString::from_vec(b"/mnt/a b\\c\xff".to_vec()));
+        assert_eq!(mount.point, point);
         assert_eq!(mount.source, Path::new("/dev/loop3"));
         assert_eq!(numbers(mount.dev), "7:3");
     }

@@ -1,7 +1,7 @@
 //! Worker: opens the image and serves it. It may die at any moment; everything it has answered is
 //! in the files or in the ledger.
 //!
-//! In order: the files, the fence, the ledger, the stack, "ready", the resend, service. The fence
+//! In order: the files, the fence, what the kernel lost, the ledger, the stack, "ready", the resend, service. The fence
 //! comes before the first byte of the top is looked at: a dead predecessor's last writes may still
 //! be landing.
 
@@ -92,12 +92,19 @@ async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
 async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> Result<()> {
     let dir = inherit::take(config.dir_fd)?;
     let ledger = ledger(&config)?;
+    let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk = match ledger {
         Some(ledger) => {
             let patience = Duration::from_millis(config.fence_ms);
             let top = Top::fenced(&dir, chain.top(), patience)?;
             let store = top.store(chain.top(), config.cache.into())?;
+            if let (true, Some(witness)) = (config.takeover, &witness)
+                && open::has_lost_data(witness)
+            {
+                tracing::error!("{}: the host lost data of it", chain.top().display());
+                ledger.poison();
+            }
             open::open_write(&dir, &chain, store, ledger).await?
         }
         None => open::open_read(&dir, &chain, config.cache.into()).await?,

@@ -2,6 +2,7 @@
 
 use super::mount::{device_config, need_privilege};
 use crate::answer::Answer;
+use crate::cancel::Cancel;
 use crate::{attach, size};
 use ploop::formats::ploop::header::Version;
 use ploop::formats::units::ClusterSize;
@@ -63,10 +64,12 @@ pub fn run(args: &Args) -> Result<Answer> {
         version,
         preallocate: args.preallocate,
     };
+    let cancel = Cancel::on_signals()?;
     let draft = init::begin(&new)?;
     if args.fs != Fs::None {
-        make_fs(&draft.image(), args.fs)?;
+        make_fs(&draft.image(), args.fs, &cancel)?;
     }
+    cancel.check()?;
     let disk = draft.finish()?;
     let fs = format!("{:?}", args.fs).to_lowercase();
     Ok(Answer::new(
@@ -87,19 +90,23 @@ pub fn run(args: &Args) -> Result<Answer> {
 }
 
 /// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
-fn make_fs(image: &Path, fs: Fs) -> Result<()> {
+fn make_fs(image: &Path, fs: Fs, cancel: &Cancel) -> Result<()> {
     let target = Target::resolve(image, Some(Format::Ploop))?;
     let config = device_config(&target, Some(super::FormatArg::Ploop), false, Cache::None);
     let state = attach::start(config)?;
     let device = state.device.clone().unwrap_or_default();
-    let made = run_mkfs(fs, Path::new(&device));
-    let stopped = attach::find(image).and_then(|a| attach::stop(&a));
+    let made = cancel
+        .check()
+        .and_then(|()| run_mkfs(fs, Path::new(&device), cancel));
+    let attached = attach::find(image)?;
+    // Whoever looks at the device in passing must not keep a disk attached whose file goes.
+    let stopped = attach::stop(&attached).or_else(|e| attach::abandon(&attached).and(Err(e)));
     made.and(stopped)
 }
 
 /// A new disk reads as zeros and has nothing to discard: what mkfs would do about that is left
 /// out.
-fn run_mkfs(fs: Fs, device: &Path) -> Result<()> {
+fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel) -> Result<()> {
     let (program, attempts): (&str, &[&[&str]]) = match fs {
         Fs::Ext4 => (
             "mkfs.ext4",
@@ -120,12 +127,13 @@ fn run_mkfs(fs: Fs, device: &Path) -> Result<()> {
     };
     let mut said = String::new();
     for options in attempts {
-        let output = Command::new(program).args(*options).arg(device).output();
-        let output = output.map_err(|e| {
-            Error::new(
+        let output = cancel.run(Command::new(program).args(*options).arg(device));
+        let output = output.map_err(|e| match e.kind() {
+            Kind::Cancelled => e,
+            _ => Error::new(
                 Kind::NotFound,
                 format!("{program}: {e}; install it, or use --fs none"),
-            )
+            ),
         })?;
         if output.status.success() {
             return Ok(());

@@ -44,7 +44,8 @@ pub fn run(args: &Args) -> Result<Answer> {
     let chain = target.chain(&dir)?;
     let _locks = DiskLocks::take(&dir, &target.source(), Access::Read)
         .map_err(|e| e.at(target.path().display()))?;
-    let parts = exec::run(Engine::Poll, parts(&dir, &chain))??;
+    let parts =
+        exec::run(Engine::Poll, parts(&dir, &chain))?.map_err(|e| e.at(target.path().display()))?;
     let extents: Vec<Value> = parts.iter().map(|p| part_json(p, &chain)).collect();
     let text: String = parts.iter().map(|p| part_line(p, &chain)).collect();
     Ok(Answer::new(

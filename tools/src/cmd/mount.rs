@@ -3,6 +3,7 @@
 use super::{CacheArg, FormatArg};
 use crate::answer::Answer;
 use crate::attach;
+use crate::cancel::Cancel;
 use ploop::image::target::Target;
 use ploop::rundir::State;
 use ploop::serve::supervise::message::{Announce, Cache, KeeperConfig, Mode};
@@ -41,14 +42,17 @@ pub fn run(args: &Args) -> Result<Answer> {
     let point = args.mountpoint.as_deref().map(mount_point).transpose()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let config = device_config(&target, args.format, args.read_only, args.cache.into());
+    let cancel = Cancel::on_signals()?;
     let mut state = attach::start(config)?;
-    if let Some(point) = point {
-        if let Err(e) = mount(&state, &point, args) {
-            undo(&state);
-            return Err(e);
-        }
-        state.mountpoint = Some(point.display().to_string());
+    let mounted = cancel.check().and_then(|()| match &point {
+        Some(point) => mount(&state, point, args),
+        None => Ok(()),
+    });
+    if let Err(e) = mounted.and_then(|()| cancel.check()) {
+        undo(&target);
+        return Err(e);
     }
+    state.mountpoint = point.map(|p| p.display().to_string());
     let device = state.device.clone().unwrap_or_default();
     let text = match &state.mountpoint {
         Some(point) => format!("{device} {point}"),
@@ -130,8 +134,8 @@ fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
     ))
 }
 
-fn undo(state: &State) {
-    let stopped = attach::find(Path::new(&state.path)).and_then(|a| attach::stop(&a));
+fn undo(target: &Target) {
+    let stopped = attach::find(target.path()).and_then(|a| attach::stop(&a));
     if let Err(e) = stopped {
         tracing::warn!("detaching after a failed mount: {e}");
     }

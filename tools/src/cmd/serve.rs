@@ -78,7 +78,7 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         .env_remove("LISTEN_PID")
         .env_remove("LISTEN_FDNAMES")
         .exec();
-    Err(Error::from(failed).at(program.display()))
+    Err(attach::not_started(&program, failed))
 }
 
 /// How many sockets a socket activator passed to this very process.

@@ -1,0 +1,55 @@
+//! Cancel: Ctrl-C, SIGTERM and a hang-up end a verb in order, so that nothing half made stays.
+//!
+//! The first signal is noted and looked at between steps; a second one ends the process at once.
+
+use ploop::{Error, Kind, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::flag;
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Whether the user wants it to end.
+#[derive(Debug)]
+pub struct Cancel {
+    asked: Arc<AtomicBool>,
+}
+
+impl Cancel {
+    /// Notes signals from now on.
+    pub fn on_signals() -> Result<Self> {
+        let asked = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM, SIGHUP] {
+            flag::register_conditional_default(signal, Arc::clone(&asked))?;
+            flag::register(signal, Arc::clone(&asked))?;
+        }
+        Ok(Self { asked })
+    }
+
+    /// `Cancelled` once a signal came.
+    pub fn check(&self) -> Result<()> {
+        match self.asked.load(Ordering::Relaxed) {
+            true => Err(Error::new(
+                Kind::Cancelled,
+                "cancelled by a signal; what was begun is undone",
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// Runs a program that says little, and ends it when a signal comes.
+    pub fn run(&self, command: &mut Command) -> Result<Output> {
+        let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut child = quiet.stderr(Stdio::piped()).spawn()?;
+        while child.try_wait()?.is_none() {
+            if self.check().is_err() {
+                let _ = child.kill();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let output = child.wait_with_output()?;
+        self.check()?;
+        Ok(output)
+    }
+}
