@@ -120,8 +120,8 @@ pub fn enter(dir: impl AsFd, files: Files) -> Result<Option<String>> {
 }
 
 /// Takes from this thread what only starting needed: it opens nothing and starts nothing.
-pub fn narrow() -> std::result::Result<(), String> {
-    filter(&[SERVING])
+pub fn narrow() -> Result<()> {
+    filter(&[SERVING]).map_err(|e| Error::new(Kind::Unsupported, format!("the sandbox: {e}")))
 }
 
 fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<(), String> {

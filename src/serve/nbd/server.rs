@@ -13,6 +13,7 @@ use super::session::{self, Link, Summary};
 use super::stop::{Stop, Watcher};
 use crate::device::Device;
 use crate::io::exec::{self, Engine};
+use crate::sandbox;
 use bytes::{Bytes, BytesMut};
 use ploop_formats::{Error, Result};
 use std::cell::RefCell;
@@ -45,6 +46,8 @@ pub struct Options {
     pub max_connections: usize,
     /// Stop once the last client has left, after at least one came.
     pub end_with_last_client: bool,
+    /// The process is in the sandbox: threads of clients give up what only starting needs.
+    pub confined: bool,
 }
 
 impl Default for Options {
@@ -53,6 +56,7 @@ impl Default for Options {
             export: Export::default(),
             max_connections: limits::CONNECTIONS_DEFAULT,
             end_with_last_client: false,
+            confined: false,
         }
     }
 }
@@ -282,11 +286,18 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
                 device,
                 engine,
                 stop,
+                options,
                 ..
             } = &*server.0;
-            let session = session::run(link, early, Arc::clone(device), terms, stop);
+            let session = async {
+                if options.confined {
+                    sandbox::narrow()?;
+                }
+                Ok::<_, Error>(session::run(link, early, Arc::clone(device), terms, stop).await)
+            };
             match exec::run(*engine, session) {
-                Ok(summary) => report(number, &summary),
+                Ok(Ok(summary)) => report(number, &summary),
+                Ok(Err(error)) => warn!("NBD connection {number}: {error}"),
                 Err(error) => warn!("NBD connection {number}: no executor: {error}"),
             }
             // Last, so that whoever waits for the seat finds the device released.

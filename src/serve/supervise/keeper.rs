@@ -259,6 +259,7 @@ impl Holdings {
             ledger_fd,
             witness_fd,
             takeover,
+            sandbox: config.sandbox,
             fence_ms: FENCE.as_millis() as u64,
             cache: config.cache,
             mode,

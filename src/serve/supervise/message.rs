@@ -106,6 +106,8 @@ pub struct KeeperConfig {
     pub mode: Mode,
     /// Whether to run in a session of its own and log into the run directory.
     pub detached: bool,
+    /// Whether the worker is confined before it looks at an image.
+    pub sandbox: bool,
     /// Who is told once the disk can be used.
     pub announce: Announce,
     /// Whether output and errors of this process are JSON.
@@ -223,6 +225,8 @@ pub struct WorkerConfig {
     pub witness_fd: Option<RawFd>,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
+    /// Whether to be confined before looking at an image.
+    pub sandbox: bool,
     /// How long the fence may take, in milliseconds.
     pub fence_ms: u64,
     /// Cache mode of the top layer.

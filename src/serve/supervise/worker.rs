@@ -15,6 +15,7 @@ use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
 use crate::io::memfd::SharedWords;
+use crate::sandbox;
 use crate::serve::{fuse, nbd};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
@@ -91,6 +92,7 @@ async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
 /// Opens the disk, serves it, and closes it.
 async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> Result<()> {
     let dir = inherit::take(config.dir_fd)?;
+    confine(&dir, config.sandbox)?;
     let ledger = ledger(&config)?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
@@ -111,7 +113,11 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     };
     let cache = disk.stack().top().store().cache();
     let disk = Arc::new(disk);
-    let transport = Transport::take(config.mode, &disk, engine)?;
+    let transport = Transport::take(config.mode, &disk, engine, config.sandbox)?;
+    if config.sandbox && !matches!(transport, Transport::Nbd { .. }) {
+        // The only thread there will be.
+        sandbox::narrow()?;
+    }
     if let (true, Transport::Fuse { fds, session }) = (config.takeover, &transport) {
         fds.first().map_or(Ok(()), |fd| fuse::resend(fd, session))?;
     }
@@ -136,6 +142,18 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let _ = ended.await;
     served?;
     disk.close().await
+}
+
+/// From here on foreign bytes are looked at.
+fn confine(dir: &OwnedFd, wanted: bool) -> Result<()> {
+    if !wanted {
+        tracing::warn!("serving without a sandbox, as asked");
+        return Ok(());
+    }
+    if let Some(missing) = sandbox::enter(dir, sandbox::Files::Write)? {
+        tracing::warn!("the sandbox is weaker than it should be: {missing}");
+    }
+    Ok(())
 }
 
 /// The ledger of everything answered; without it a predecessor's answers would be lost silently.
@@ -195,7 +213,12 @@ enum Transport {
 }
 
 impl Transport {
-    fn take(mode: WorkerMode, disk: &Arc<Disk<FileStore>>, engine: Engine) -> Result<Self> {
+    fn take(
+        mode: WorkerMode,
+        disk: &Arc<Disk<FileStore>>,
+        engine: Engine,
+        confined: bool,
+    ) -> Result<Self> {
         let all = |fds: Vec<RawFd>| {
             fds.into_iter()
                 .map(inherit::take)
@@ -218,6 +241,7 @@ impl Transport {
                         ..Default::default()
                     },
                     end_with_last_client: until_idle,
+                    confined,
                     ..Default::default()
                 };
                 let server = nbd::Server::new(Arc::clone(disk), options, engine)?;

@@ -1,6 +1,6 @@
 //! `check`: is a disk sound, and can it be made so.
 
-use super::FormatArg;
+use super::{FormatArg, confine};
 use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::formats::ploop::check::{Finding, Report};
@@ -8,6 +8,7 @@ use ploop::image::check;
 use ploop::image::lock::{Access, DiskLocks};
 use ploop::image::target::Target;
 use ploop::io::exec::{self, Engine};
+use ploop::sandbox::Files;
 use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -35,6 +36,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         return Err(Error::new(Kind::Busy, what));
     }
     let dir = target.open_dir()?;
+    confine(&dir, Files::Write)?;
     let chain = target.chain(&dir)?;
     let access = if args.repair {
         Access::Write

@@ -1,11 +1,12 @@
 //! `info`: what a disk is made of.
 
-use super::FormatArg;
+use super::{FormatArg, confine};
 use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::Result;
 use ploop::image::survey::{self, Closed, LayerInfo};
 use ploop::image::target::{Format, Target};
+use ploop::sandbox::Files;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -23,10 +24,11 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let identity = target.identity()?;
+    let attached = attach::by_identity(&identity)?.map(|a| a.state);
     let dir = target.open_dir()?;
+    confine(&dir, Files::Read)?;
     let chain = target.chain(&dir)?;
     let layers = survey::layers(&dir, &chain)?;
-    let attached = attach::by_identity(&identity)?.map(|a| a.state);
     let size = layers.last().map_or(0, |l| l.size);
     let json = json!({
         "path": target.path().display().to_string(),

@@ -8,7 +8,6 @@ use ploop::formats::ploop::header::Version;
 use ploop::formats::units::ClusterSize;
 use ploop::image::init::{self, New};
 use ploop::image::target::{Format, Target};
-use ploop::serve::supervise::message::Cache;
 use ploop::{Error, Kind, Result};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -92,7 +91,7 @@ pub fn run(args: &Args) -> Result<Answer> {
 /// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
 fn make_fs(image: &Path, fs: Fs, cancel: &Cancel) -> Result<()> {
     let target = Target::resolve(image, Some(Format::Ploop))?;
-    let config = device_config(&target, Some(super::FormatArg::Ploop), false, Cache::None);
+    let config = device_config(&target, Some(super::FormatArg::Ploop));
     let state = attach::start(config)?;
     let device = state.device.clone().unwrap_or_default();
     let made = cancel

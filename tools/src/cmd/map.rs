@@ -1,6 +1,6 @@
 //! `map`: where every part of a disk is.
 
-use super::FormatArg;
+use super::{FormatArg, confine};
 use crate::answer::Answer;
 use crate::attach;
 use ploop::device::Device;
@@ -10,6 +10,7 @@ use ploop::image::open;
 use ploop::image::target::Target;
 use ploop::io::exec::{self, Engine};
 use ploop::io::file::Cache;
+use ploop::sandbox::Files;
 use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -41,6 +42,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         return Err(Error::new(Kind::Busy, what));
     }
     let dir = target.open_dir()?;
+    confine(&dir, Files::Read)?;
     let chain = target.chain(&dir)?;
     let _locks = DiskLocks::take(&dir, &target.source(), Access::Read)
         .map_err(|e| e.at(target.path().display()))?;

@@ -12,8 +12,10 @@ mod umount;
 
 use crate::answer::Answer;
 use crate::report::Output;
-use ploop::Result;
 use ploop::image::target::Format;
+use ploop::sandbox::{self, Files};
+use ploop::{Kind, Result};
+use std::os::fd::AsFd;
 
 /// A verb and its arguments.
 #[derive(Debug, clap::Subcommand)]
@@ -60,6 +62,24 @@ impl From<FormatArg> for Format {
             FormatArg::Raw => Format::Raw,
         }
     }
+}
+
+/// Confines this process before it looks at an image: it needs no file but the disk's any more.
+/// Where a kernel can enforce nothing, its user reads with the rights they have.
+pub fn confine(dir: impl AsFd, files: Files) -> Result<()> {
+    match sandbox::enter(dir, files) {
+        Err(e) if e.kind() != Kind::Unsupported => Err(e),
+        _ => Ok(()),
+    }
+}
+
+/// `--sandbox` of the serving process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum SandboxArg {
+    /// No file but the disk's, no program, no new connection
+    On,
+    /// Everything that this user may do
+    Off,
 }
 
 /// `--cache` of the writable layer.

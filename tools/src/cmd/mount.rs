@@ -1,6 +1,6 @@
 //! `mount`: a disk becomes a block device, and its file system a directory.
 
-use super::{CacheArg, FormatArg};
+use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
 use crate::cancel::Cancel;
@@ -34,6 +34,9 @@ pub struct Args {
     /// Cache mode of the writable layer
     #[arg(long, default_value = "none")]
     cache: CacheArg,
+    /// What the process that serves may do, should an image or a client take it over
+    #[arg(long, default_value = "on")]
+    sandbox: SandboxArg,
 }
 
 /// Does it.
@@ -41,7 +44,12 @@ pub fn run(args: &Args) -> Result<Answer> {
     need_privilege("mount")?;
     let point = args.mountpoint.as_deref().map(mount_point).transpose()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
-    let config = device_config(&target, args.format, args.read_only, args.cache.into());
+    let config = KeeperConfig {
+        read_only: args.read_only,
+        cache: args.cache.into(),
+        sandbox: args.sandbox == SandboxArg::On,
+        ..device_config(&target, args.format)
+    };
     let cancel = Cancel::on_signals()?;
     let mut state = attach::start(config)?;
     let mounted = cancel.check().and_then(|()| match &point {
@@ -61,20 +69,16 @@ pub fn run(args: &Args) -> Result<Answer> {
     Ok(Answer::new(text, json!(state)))
 }
 
-/// What a keeper is told to attach a disk as a device.
-pub fn device_config(
-    target: &Target,
-    format: Option<FormatArg>,
-    read_only: bool,
-    cache: Cache,
-) -> KeeperConfig {
+/// What a keeper is told to attach a disk as a device, unless its user wants it otherwise.
+pub fn device_config(target: &Target, format: Option<FormatArg>) -> KeeperConfig {
     KeeperConfig {
         disk: target.path().to_path_buf(),
         format: format.map(Into::into),
-        read_only,
-        cache,
+        read_only: false,
+        cache: Cache::None,
         mode: Mode::Device,
         detached: true,
+        sandbox: true,
         announce: Announce::Nobody,
         json: false,
     }

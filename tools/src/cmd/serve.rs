@@ -3,7 +3,7 @@
 //! ploopctl becomes ploopd by exec: the process that a socket activator started, and named in
 //! LISTEN_PID, is the one that serves.
 
-use super::{CacheArg, FormatArg};
+use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
 use crate::report::Output;
@@ -35,6 +35,9 @@ pub struct Args {
     /// Cache mode of the writable layer
     #[arg(long, default_value = "writeback")]
     cache: CacheArg,
+    /// What the process that serves may do, should an image or a client take it over
+    #[arg(long, default_value = "on")]
+    sandbox: SandboxArg,
     /// Format of a bare image file
     #[arg(long)]
     format: Option<FormatArg>,
@@ -67,6 +70,7 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
             export: args.export,
         },
         detached: false,
+        sandbox: args.sandbox == SandboxArg::On,
         announce,
         json: output == Output::Json,
     };
