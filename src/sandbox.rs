@@ -80,6 +80,10 @@ const SERVING: &[libc::c_long] = &[
 /// What opening an image and starting threads need besides.
 const STARTING: &[libc::c_long] = &[
     libc::SYS_openat2,
+    libc::SYS_openat,
+    libc::SYS_readlinkat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
