@@ -9,6 +9,7 @@
 mod common;
 
 use ploop::testkit::fuzz::{TARGETS, mutate};
+use ploop_formats::planted::{self, Bug};
 use ploop_formats::testkit::rng::Rng;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -100,6 +101,18 @@ fn any_bytes_of_a_negotiating_client_are_answered_in_whole_replies() {
 #[test]
 fn any_bytes_of_a_served_client_end_in_a_closed_session() {
     replay(4);
+}
+
+#[test]
+fn a_planted_bug_is_caught_by_the_replay_of_requests() {
+    let caught = |bug| {
+        let _planted = planted::plant(bug);
+        let run = |bytes: Vec<u8>| catch_unwind(|| (TARGETS[1].run)(&bytes));
+        inputs(1).any(|(_, bytes)| run(bytes).is_err())
+    };
+    for bug in [Bug::FreshForReused, Bug::DiscardExposesParent] {
+        assert!(caught(bug), "{bug:?} was missed");
+    }
 }
 
 #[test]
