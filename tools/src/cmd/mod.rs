@@ -1,6 +1,7 @@
 //! The verbs, one file each.
 
 mod check;
+mod doctor;
 mod info;
 mod init;
 mod list;
@@ -28,6 +29,7 @@ pub enum Command {
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
+    Doctor(doctor::Args),
     Tour(tour::Args),
 }
 
@@ -42,6 +44,7 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Tour(args) => tour::run(&args),
     }
 }
