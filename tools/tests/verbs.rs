@@ -2,12 +2,13 @@
 
 mod common;
 
-use common::Scratch;
-use common::json;
+use common::{Scratch, can_mount, eventually, fails, json, kill9, ok, run, text};
 use serde_json::Value;
 use std::fs;
+use std::io::Read;
 
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 
 fn check<'a>(doctor: &'a Value, name: &str) -> &'a Value {
     let checks = doctor["checks"].as_array().expect("checks");
@@ -58,4 +59,273 @@ fn the_doctor_fails_where_no_disk_can_be_served() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("missing  ploopd"), "{said}");
     assert!(said.contains("put ploopd beside ploopctl"), "{said}");
+}
+
+fn plain(scratch: &Scratch, name: &str) -> PathBuf {
+    scratch.disk(name, &["-s", "64M", "--fs", "none"])
+}
+
+/// Serves over NBD in the background, as anyone can.
+fn serve(disk: &Path, socket: &Path) -> Child {
+    let uri = format!("unix:{}", text(socket));
+    let child = Command::new(common::PLOOPCTL)
+        .args(["serve", text(disk), "--nbd", &uri])
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("serve");
+    eventually("it serves", || {
+        let all = json(&["list"]);
+        let disks = all["disks"].as_array().expect("disks").clone();
+        disks
+            .iter()
+            .any(|d| d["path"] == text(disk) && d["state"] == "serving")
+    });
+    child
+}
+
+#[test]
+fn a_deleted_disk_is_gone_with_its_directory() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    let deleted = json(&["delete", text(&disk)]);
+    assert_eq!(deleted["removed"], serde_json::json!(["root.hds"]));
+    assert!(deleted["freed"].as_u64() > Some(0), "{deleted}");
+    assert!(!disk.exists());
+    fails(11, &["delete", text(&disk)]);
+}
+
+#[test]
+fn an_attached_disk_is_not_deleted() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    let mut server = serve(&disk, &scratch.path("s"));
+    let said = fails(4, &["delete", text(&disk)]);
+    assert!(said.contains("umount it first"), "{said}");
+    ok(&["umount", text(&disk)]);
+    server.wait().expect("serve ends");
+    ok(&["delete", text(&disk)]);
+}
+
+#[test]
+fn a_disk_that_another_program_has_locked_is_not_deleted() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    let locked = fs::File::create(disk.join("DiskDescriptor.xml.lck")).expect("lock file");
+    rustix::fs::flock(&locked, rustix::fs::FlockOperation::LockExclusive).expect("flock");
+    let said = fails(4, &["delete", text(&disk)]);
+    assert!(said.contains("DiskDescriptor.xml.lck"), "{said}");
+    assert!(said.contains("locked"), "{said}");
+    drop(locked);
+    ok(&["delete", text(&disk)]);
+}
+
+#[test]
+fn files_that_are_not_the_disks_are_named_and_kept() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    fs::write(disk.join("notes.txt"), "mine").expect("write");
+    fs::create_dir(disk.join("folder")).expect("folder");
+    let said = fails(1, &["delete", text(&disk)]);
+    assert!(
+        said.contains("notes.txt") && said.contains("folder"),
+        "{said}"
+    );
+    ok(&["check", text(&disk)]);
+    fs::remove_file(disk.join("notes.txt")).expect("remove");
+    fs::remove_dir(disk.join("folder")).expect("remove");
+    ok(&["delete", text(&disk)]);
+}
+
+#[test]
+fn a_link_in_place_of_a_layer_is_neither_followed_nor_removed() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    let outside = scratch.path("outside.hds");
+    fs::rename(disk.join("root.hds"), &outside).expect("move");
+    std::os::unix::fs::symlink(&outside, disk.join("root.hds")).expect("link");
+    fails(1, &["delete", text(&disk)]);
+    assert!(outside.exists() && disk.join("DiskDescriptor.xml").exists());
+}
+
+#[test]
+fn a_layer_that_another_disk_shares_only_loses_a_name() {
+    let scratch = Scratch::new();
+    let (disk, other) = (plain(&scratch, "d"), scratch.path("other.hds"));
+    fs::hard_link(disk.join("root.hds"), &other).expect("link");
+    let before = fs::read(&other).expect("read");
+    let deleted = json(&["delete", text(&disk)]);
+    assert_eq!(deleted["shared"], serde_json::json!(["root.hds"]));
+    assert_eq!(
+        (&deleted["removed"], &deleted["freed"]),
+        (&serde_json::json!([]), &0.into())
+    );
+    assert!(fs::read(&other).expect("read") == before);
+}
+
+#[test]
+fn a_half_deleted_disk_is_no_disk_and_the_same_command_finishes_it() {
+    let scratch = Scratch::new();
+    for layers_gone in [false, true] {
+        let disk = plain(&scratch, "d");
+        let aside = disk.join("DiskDescriptor.xml.deleted");
+        fs::rename(disk.join("DiskDescriptor.xml"), aside).expect("rename");
+        if layers_gone {
+            fs::remove_file(disk.join("root.hds")).expect("remove");
+        }
+        let said = fails(11, &["check", text(&disk)]);
+        assert!(said.contains("`ploopctl delete` finishes it"), "{said}");
+        ok(&["delete", text(&disk)]);
+        assert!(!disk.exists());
+    }
+}
+
+#[test]
+fn a_descriptor_that_names_a_file_elsewhere_deletes_nothing() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    let victim = scratch.path("victim");
+    fs::write(&victim, "precious").expect("write");
+    let descriptor = disk.join("DiskDescriptor.xml");
+    let xml = fs::read_to_string(&descriptor).expect("read");
+    fs::write(&descriptor, xml.replace("root.hds", "sub/../../victim")).expect("write");
+    let output = run(&["delete", text(&disk)]);
+    assert!(!output.status.success());
+    assert!(victim.exists() && descriptor.exists() && disk.join("root.hds").exists());
+}
+
+#[test]
+fn a_bare_image_is_deleted_alone_and_only_with_its_format() {
+    let scratch = Scratch::new();
+    let file = scratch.path("x.raw");
+    fs::write(&file, vec![0; 1 << 20]).expect("write");
+    fs::write(scratch.path("y"), "other").expect("write");
+    fails(1, &["delete", text(&file)]);
+    ok(&["delete", text(&file), "--format", "raw"]);
+    assert!(!file.exists() && scratch.path("y").exists());
+    let disk = plain(&scratch, "d");
+    let member = disk.join("root.hds");
+    fails(1, &["delete", text(&member), "--format", "ploop"]);
+    assert!(member.exists());
+}
+
+/// A mount namespace with a run directory of its own: elsewhere the next command of any other test
+/// removes what a dead keeper left.
+struct Alone {
+    holder: Child,
+}
+
+impl Alone {
+    fn new() -> Self {
+        let script = "mount -t tmpfs -o mode=700 none /run/ploop && echo ready && exec sleep 600";
+        ok(&["list"]);
+        let mut holder = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", script])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("unshare");
+        let mut line = [0; 5];
+        let out = holder.stdout.as_mut().expect("a pipe");
+        out.read_exact(&mut line).expect("the namespace is made");
+        Self { holder }
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let pid = self.holder.id().to_string();
+        let output = Command::new("nsenter")
+            .args(["--mount", "--target", &pid, common::PLOOPCTL])
+            .args(args)
+            .output()
+            .expect("nsenter");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {said}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let all: Vec<&str> = ["-o", "json"].iter().chain(args).copied().collect();
+        serde_json::from_str(&self.ok(&all)).expect("JSON")
+    }
+
+    fn mounts(&self) -> String {
+        fs::read_to_string(format!("/proc/{}/mounts", self.holder.id())).expect("mounts")
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        self.ok(&["list", "--orphans", "--remove"]);
+        let _ = self.holder.kill();
+        let _ = self.holder.wait();
+    }
+}
+
+#[test]
+fn what_a_dead_keeper_left_is_shown_and_stays_until_it_is_to_go() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let point = scratch.mountpoint();
+    let alone = Alone::new();
+    let state = alone.json(&["mount", text(&disk), text(&point)]);
+    let orphans = |args: &[&str]| {
+        let all: Vec<&str> = ["list", "--orphans"].iter().chain(args).copied().collect();
+        alone.json(&all)["keepers"]
+            .as_array()
+            .expect("keepers")
+            .clone()
+    };
+    assert!(orphans(&[]).is_empty(), "it lives");
+    kill9(state["keeper_pid"].as_u64().expect("pid"));
+    eventually("the keeper is gone", || !orphans(&[]).is_empty());
+    let left = &orphans(&[])[0];
+    assert_eq!(left["path"], text(&disk));
+    assert_eq!(left["devices"][0]["device"], state["device"], "{left}");
+    assert_eq!(left["devices"][0]["mountpoints"][0], text(&point), "{left}");
+    assert_eq!(left["removed"], false);
+    let shown = alone.ok(&["list", "--orphans"]);
+    assert!(
+        shown.contains(text(&disk)) && shown.contains(text(&point)),
+        "{shown}"
+    );
+    assert!(
+        alone.mounts().contains(text(&point)),
+        "looking removes nothing"
+    );
+    let doctor = alone.json(&["doctor"]);
+    assert_eq!(check(&doctor, "leftovers")["state"], "warning", "{doctor}");
+    assert_eq!(orphans(&["--remove"])[0]["removed"], true);
+    assert!(orphans(&[]).is_empty());
+    assert!(!alone.mounts().contains(text(&point)));
+}
+
+#[test]
+fn only_drafts_of_our_own_are_removed_from_a_disks_directory() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    fs::write(disk.join("DiskDescriptor.xml.tmp"), "half").expect("write");
+    fs::write(disk.join("root.hds.old"), "somebody's").expect("write");
+    let files = |orphans: Value| orphans["files"].as_array().expect("files").clone();
+    let kinds = |files: &[Value]| -> Vec<(String, String)> {
+        let word = |f: &Value, name: &str| f[name].as_str().unwrap_or_default().to_string();
+        files
+            .iter()
+            .map(|f| (word(f, "file"), word(f, "kind")))
+            .collect()
+    };
+    let draft = ("DiskDescriptor.xml.tmp".to_string(), "draft".to_string());
+    let unknown = ("root.hds.old".to_string(), "unknown".to_string());
+    let listed = files(json(&["list", "--orphans", text(&disk)]));
+    assert_eq!(kinds(&listed), [draft.clone(), unknown.clone()]);
+    fails(2, &["list", "--remove"]);
+    fails(2, &["list", text(&disk)]);
+    let mut server = serve(&disk, &scratch.path("s"));
+    fails(4, &["list", "--orphans", text(&disk), "--remove"]);
+    ok(&["umount", text(&disk)]);
+    server.wait().expect("serve ends");
+    ok(&["list", "--orphans", text(&disk), "--remove"]);
+    let listed = files(json(&["list", "--orphans", text(&disk)]));
+    assert_eq!(kinds(&listed), [unknown]);
+    ok(&["check", text(&disk)]);
 }

@@ -1,12 +1,14 @@
 //! The verbs, one file each.
 
 mod check;
+mod delete;
 mod doctor;
 mod info;
 mod init;
 mod list;
 mod map;
 mod mount;
+mod orphans;
 mod serve;
 mod tour;
 mod umount;
@@ -29,6 +31,7 @@ pub enum Command {
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
+    Delete(delete::Args),
     Doctor(doctor::Args),
     Tour(tour::Args),
 }
@@ -44,6 +47,7 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Delete(args) => delete::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Tour(args) => tour::run(&args),
     }
