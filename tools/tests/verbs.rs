@@ -2,13 +2,14 @@
 
 mod common;
 
-use common::{Scratch, can_mount, eventually, fails, json, kill9, ok, run, text};
+use common::{Scratch, can_mount, eventually, fails, json, kill9, noise, ok, run, text};
 use serde_json::Value;
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn check<'a>(doctor: &'a Value, name: &str) -> &'a Value {
     let checks = doctor["checks"].as_array().expect("checks");
@@ -328,4 +329,91 @@ fn only_drafts_of_our_own_are_removed_from_a_disks_directory() {
     let listed = files(json(&["list", "--orphans", text(&disk)]));
     assert_eq!(kinds(&listed), [unknown]);
     ok(&["check", text(&disk)]);
+}
+
+#[test]
+fn a_disk_can_be_taken_from_its_users_and_nobody_is_killed() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let point = scratch.mountpoint();
+    let state = json(&["mount", text(&disk), text(&point)]);
+    let mut user = fs::File::create(point.join("log")).expect("create");
+    user.write_all(&noise(4 << 20, 1)).expect("write");
+    let mut bystander = Command::new("sleep")
+        .arg("600")
+        .current_dir(&point)
+        .spawn()
+        .expect("sleep");
+    let said = fails(4, &["umount", text(&point)]);
+    assert!(said.contains("sleep"), "{said}");
+    let forced = json(&["umount", text(&point), "--force", "--timeout", "30"]);
+    assert_eq!(forced["cut_off"], true, "{forced}");
+    assert!(scratch.attached().is_empty());
+    assert!(bystander.try_wait().expect("wait").is_none(), "it lives");
+    user.write_all(&noise(1 << 20, 2)).ok();
+    user.sync_all().expect_err("its disk is gone");
+
+    // What was written before is in the image, which can be used at once.
+    ok(&["check", text(&disk)]);
+    let again = json(&["mount", text(&disk), text(&point)]);
+    assert_ne!(
+        again["device"], state["device"],
+        "the old one waits for its users"
+    );
+    assert!(fs::read(point.join("log")).expect("read") == noise(4 << 20, 1));
+    ok(&["umount", text(&point)]);
+    bystander.kill().expect("kill");
+    bystander.wait().expect("wait");
+    drop(user);
+    let device = state["device"]
+        .as_str()
+        .expect("device")
+        .replace("/dev", "/sys/block");
+    eventually("the kernel lets go of the old device", || {
+        let backing = fs::read_to_string(Path::new(&device).join("loop/backing_file"));
+        !backing.is_ok_and(|b| b.contains("/run/ploop"))
+    });
+}
+
+#[test]
+fn force_is_not_needed_for_a_disk_that_nobody_uses() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let point = scratch.mountpoint();
+    ok(&["mount", text(&disk), text(&point)]);
+    fs::write(point.join("file"), "data").expect("write");
+    let forced = json(&["umount", text(&point), "--force"]);
+    assert_eq!(forced["cut_off"], false, "{forced}");
+    ok(&["mount", text(&disk), text(&point), "--read-only"]);
+    assert_eq!(fs::read(point.join("file")).expect("read"), b"data");
+    ok(&["umount", text(&point)]);
+}
+
+#[test]
+fn a_keeper_that_does_not_answer_is_waited_for_as_long_as_said() {
+    let scratch = Scratch::new();
+    let disk = plain(&scratch, "d");
+    let mut server = serve(&disk, &scratch.path("s"));
+    let signal = |signal| {
+        let pid = rustix::process::Pid::from_child(&server);
+        rustix::process::kill_process(pid, signal).expect("kill");
+    };
+    signal(rustix::process::Signal::STOP);
+    let start = Instant::now();
+    for force in [&[][..], &["--force"]] {
+        let args = [&["umount", text(&disk), "--timeout", "1"][..], force].concat();
+        let said = fails(9, &args);
+        assert!(said.contains("closing goes on"), "{said}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(20));
+    signal(rustix::process::Signal::CONT);
+    server.wait().expect("it stops, as it was told");
+    ok(&["check", text(&disk)]);
+    fails(2, &["umount", text(&disk), "--timeout", "0"]);
 }

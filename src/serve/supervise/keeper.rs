@@ -9,7 +9,7 @@ use super::child::{Baggage, Worker};
 use super::errand::{Errand, Task};
 use super::listen::Sockets;
 use super::log::Log;
-use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode};
+use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, kind_name};
 use super::restart::Restarts;
 use super::{inherit, leftover};
 use crate::image::lock::{Access, DiskLocks};
@@ -508,6 +508,11 @@ impl Keeper {
                 let left = loopdev::attached_under(&self.run.disk()).unwrap_or_default();
                 self.state.device = left.first().map(|l| format!("/dev/loop{}", l.number));
                 self.fail(failure);
+            }
+            // Nothing is served through it any more, and the kernel detaches it with its last user.
+            Err(failure) if self.settled && failure.kind == kind_name(Kind::Busy) => {
+                tracing::warn!("left to its last user: {}", failure.message);
+                self.state.device = None;
             }
             Err(failure) => {
                 tracing::warn!("detaching: {}", failure.message);
