@@ -96,7 +96,7 @@ fn describe(new: &New<'_>, header: &Header) -> Result<Descriptor> {
 }
 
 /// Makes the directory; whether it was made, and not empty already.
-fn make_dir(dir: &Path) -> Result<bool> {
+pub(super) fn make_dir(dir: &Path) -> Result<bool> {
     let at = |e: io::Error| Error::from(e).at(dir.display());
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => Ok(true),
@@ -178,7 +178,7 @@ impl Drop for Draft {
 }
 
 /// Replaces the descriptor of `dir`: old or new at any cut, and durably new when it returns.
-fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
+pub(super) fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
     let aside = dir.join(ASIDE);
     let at = |e: io::Error| Error::from(e).at(aside.display());
     let mut file = OpenOptions::new();
@@ -199,7 +199,7 @@ fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     let synced = File::open(dir).and_then(|d| d.sync_all());
     synced.map_err(|e| Error::from(e).at(dir.display()))
 }

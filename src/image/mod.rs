@@ -2,9 +2,11 @@
 //!
 //! [`target`] turns what a user typed into a disk, [`chain`] says which file is which layer,
 //! [`lock`] keeps other programs out, [`open`] builds the device, [`init`] makes a new disk,
+//! [`adopt`] one of an image,
 //! [`survey`] looks without opening, [`check`] looks closely, [`members`] tells a disk's files from
 //! others, [`delete`] removes a disk. Nothing here knows who serves the disk or who asked for it.
 
+pub mod adopt;
 pub mod chain;
 pub mod check;
 pub mod delete;

@@ -2,10 +2,11 @@
 
 mod common;
 
-use common::{Scratch, can_mount, eventually, fails, json, kill9, noise, ok, run, text};
+use common::{Scratch, can_mount, eventually, fails, json, kill9, noise, ok, run, skip, text};
 use serde_json::Value;
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -416,4 +417,123 @@ fn a_keeper_that_does_not_answer_is_waited_for_as_long_as_said() {
     server.wait().expect("it stops, as it was told");
     ok(&["check", text(&disk)]);
     fails(2, &["umount", text(&disk), "--timeout", "0"]);
+}
+
+#[test]
+fn an_adopted_image_is_a_disk_with_the_same_content() {
+    let scratch = Scratch::new();
+    let data = noise(3 << 20, 7);
+    let raw = scratch.path("x.raw");
+    fs::write(&raw, &data).expect("write");
+    let disk = scratch.path("raw");
+    let adopted = json(&["adopt", text(&raw), "--format", "raw", text(&disk)]);
+    assert_eq!(adopted["size"], 3 << 20, "{adopted}");
+    assert!(!raw.exists());
+    assert!(fs::read(disk.join("root.hds")).expect("read") == data);
+    let info = json(&["info", text(&disk)]);
+    assert_eq!(
+        (&info["size"], &info["layers"][0]["format"]),
+        (&(3 << 20).into(), &"raw".into())
+    );
+    let mut server = serve(&disk, &scratch.path("s"));
+    ok(&["umount", text(&disk)]);
+    assert!(server.wait().expect("serve ends").success());
+
+    for (version, cluster) in [("1", "1M"), ("2", "32K")] {
+        let options = ["-s", "64M", "--fs", "none", "--cluster", cluster];
+        let old = scratch.disk(
+            "old",
+            &[&options[..], &["--format-version", version]].concat(),
+        );
+        let bare = scratch.path("bare.hds");
+        fs::rename(old.join("root.hds"), &bare).expect("move");
+        fs::remove_dir_all(&old).expect("remove");
+        let disk = scratch.path(version);
+        fs::create_dir(&disk).expect("an empty directory does");
+        ok(&["adopt", text(&bare), "--format", "ploop", text(&disk)]);
+        ok(&["check", text(&disk)]);
+        let mut server = serve(&disk, &scratch.path("s"));
+        ok(&["umount", text(&disk)]);
+        assert!(server.wait().expect("serve ends").success());
+        ok(&["delete", text(&disk)]);
+    }
+}
+
+#[test]
+fn an_image_that_is_not_adopted_stays_where_and_what_it_was() {
+    let scratch = Scratch::new();
+    let old = plain(&scratch, "old");
+    let member = old.join("root.hds");
+    let refused = |code: i32, file: &Path, format: &str, dir: &Path| {
+        let before = fs::read(file).expect("read");
+        let said = fails(code, &["adopt", text(file), "--format", format, text(dir)]);
+        assert!(fs::read(file).expect("read") == before, "{said}");
+        assert!(!dir.join("DiskDescriptor.xml").exists() && !dir.join("root.hds").exists());
+        said
+    };
+    let dir = scratch.path("new");
+    let said = refused(1, &member, "ploop", &dir);
+    assert!(said.contains("names this file"), "{said}");
+
+    let bare = scratch.path("bare.hds");
+    fs::copy(&member, &bare).expect("copy");
+    let full = scratch.path("full");
+    fs::create_dir(&full).expect("folder");
+    fs::write(full.join("mine"), "data").expect("write");
+    refused(1, &bare, "ploop", &full);
+    assert!(full.join("mine").exists());
+
+    let mut server = Command::new(common::PLOOPCTL)
+        .args(["serve", text(&bare), "--format", "ploop", "--nbd"])
+        .arg(format!("unix:{}", text(&scratch.path("s"))))
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("serve");
+    eventually("it serves", || scratch.path("s").exists());
+    let said = fails(4, &["adopt", text(&bare), "--format", "ploop", text(&dir)]);
+    assert!(said.contains("umount it first"), "{said}");
+    ok(&["umount", text(&bare)]);
+    server.wait().expect("serve ends");
+
+    let link = scratch.path("link");
+    std::os::unix::fs::symlink(&bare, &link).expect("link");
+    refused(1, &link, "ploop", &dir);
+    fs::hard_link(&bare, scratch.path("clone")).expect("link");
+    let said = refused(7, &bare, "ploop", &dir);
+    assert!(said.contains("other disks share it"), "{said}");
+    fs::remove_file(scratch.path("clone")).expect("remove");
+
+    let odd = scratch.path("odd.raw");
+    fs::write(&odd, [0; 700]).expect("write");
+    let said = refused(1, &odd, "raw", &dir);
+    assert!(said.contains("700 bytes"), "{said}");
+
+    // Two entries of the table that lead to one cluster.
+    let mut image = fs::read(&bare).expect("read");
+    image[64..68].copy_from_slice(&1u32.to_le_bytes());
+    image[68..72].copy_from_slice(&1u32.to_le_bytes());
+    image.resize(image.len() + (64 << 10), 1);
+    fs::write(&bare, image).expect("write");
+    refused(6, &bare, "ploop", &dir);
+    assert!(!dir.exists());
+}
+
+#[test]
+fn an_image_is_not_adopted_across_file_systems() {
+    let scratch = Scratch::new();
+    let shm = Path::new("/dev/shm");
+    let dev = |path: &Path| fs::metadata(path).map(|m| m.dev()).ok();
+    if !shm.is_dir() || dev(shm) == dev(&scratch.path("")) {
+        return skip("no second file system at /dev/shm");
+    }
+    let there = tempfile::tempdir_in(shm).expect("temp dir");
+    let raw = there.path().join("x.raw");
+    fs::write(&raw, [0; 4096]).expect("write");
+    let dir = scratch.path("new");
+    let said = fails(7, &["adopt", text(&raw), "--format", "raw", text(&dir)]);
+    assert!(
+        said.contains("another file system") && said.contains("cp --sparse"),
+        "{said}"
+    );
+    assert!(raw.exists() && !dir.exists());
 }

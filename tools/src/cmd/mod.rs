@@ -1,5 +1,6 @@
 //! The verbs, one file each.
 
+mod adopt;
 mod check;
 mod delete;
 mod doctor;
@@ -31,6 +32,7 @@ pub enum Command {
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
+    Adopt(adopt::Args),
     Delete(delete::Args),
     Doctor(doctor::Args),
     Tour(tour::Args),
@@ -47,6 +49,7 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Info(args) => info::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Adopt(args) => adopt::run(&args),
         Command::Delete(args) => delete::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Tour(args) => tour::run(&args),
