@@ -537,3 +537,66 @@ fn an_image_is_not_adopted_across_file_systems() {
     );
     assert!(raw.exists() && !dir.exists());
 }
+
+#[test]
+fn an_adoption_that_fails_half_way_gives_the_image_back() {
+    let scratch = Scratch::new();
+    let (raw, dir) = (scratch.path("x.raw"), scratch.path("new"));
+    fs::write(&raw, noise(8192, 3)).expect("write");
+    // No file may grow: the image is moved, and its descriptor cannot be written.
+    let script = "trap '' XFSZ; ulimit -f 0; exec \"$0\" adopt \"$1\" --format raw \"$2\"";
+    let output = Command::new("sh")
+        .args(["-c", script, common::PLOOPCTL, text(&raw), text(&dir)])
+        .output()
+        .expect("sh");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{said}");
+    assert!(said.contains("DiskDescriptor.xml.tmp"), "{said}");
+    assert!(fs::read(&raw).expect("given back") == noise(8192, 3));
+    assert!(!dir.exists());
+}
+
+/// The verbs that `--help` shows.
+fn verbs() -> Vec<String> {
+    let help = ok(&["--help"]);
+    let commands = help.lines().skip_while(|l| *l != "Commands:").skip(1);
+    let verbs = commands.take_while(|l| !l.is_empty());
+    let first = |line: &str| line.split_whitespace().next().map(str::to_string);
+    verbs.filter_map(first).filter(|v| v != "help").collect()
+}
+
+#[test]
+fn every_verb_has_a_man_page_with_an_example() {
+    let scratch = Scratch::new();
+    fails(11, &["generate", "man", text(&scratch.path("absent"))]);
+    let dir = scratch.mountpoint();
+    ok(&["generate", "man", text(&dir)]);
+    let verbs = verbs();
+    assert!(verbs.len() >= 12, "{verbs:?}");
+    for verb in &verbs {
+        let page = fs::read_to_string(dir.join(format!("ploopctl-{verb}.1")));
+        let page = page
+            .unwrap_or_else(|e| panic!("{verb}: {e}"))
+            .replace('\\', "");
+        assert!(
+            page.contains(&format!("Example: ploopctl {verb}")),
+            "{verb}: {page}"
+        );
+    }
+    let main = fs::read_to_string(dir.join("ploopctl.1")).expect("the main page");
+    assert!(main.contains("Exit codes"), "{main}");
+    let pages = fs::read_dir(&dir).expect("pages").count();
+    assert_eq!(pages, verbs.len() + 1, "and none of a hidden verb");
+}
+
+#[test]
+fn every_verb_can_be_completed_in_every_shell() {
+    for shell in ["bash", "zsh", "fish"] {
+        let script = ok(&["generate", "completions", shell]);
+        for verb in verbs() {
+            assert!(script.contains(&verb), "{shell}: {verb}");
+        }
+    }
+    fails(2, &["generate", "completions", "tcsh"]);
+    assert!(ok(&["--version"]).starts_with("ploopctl "));
+}
