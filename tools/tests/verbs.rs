@@ -22,10 +22,14 @@ fn check<'a>(doctor: &'a Value, name: &str) -> &'a Value {
 fn the_doctor_says_what_is_missing_and_what_to_do() {
     let doctor = json(&["doctor"]);
     assert_eq!(doctor["serve"], true, "{doctor}");
+    documented(&doctor);
+    let doc = output_doc();
     for check in doctor["checks"].as_array().expect("checks") {
         assert!(check["detail"].as_str().is_some_and(|d| !d.is_empty()));
         let state = check["state"].as_str().expect("state");
         assert!(["ok", "warning", "missing"].contains(&state), "{check}");
+        let name = check["name"].as_str().expect("name");
+        assert!(doc.contains(&format!("`{name}`")), "{name}");
     }
     // Programs are looked for on the PATH: without one there are none, and no mount either.
     let output = Command::new(common::PLOOPCTL)
@@ -63,6 +67,26 @@ fn the_doctor_fails_where_no_disk_can_be_served() {
     assert!(said.contains("put ploopd beside ploopctl"), "{said}");
 }
 
+fn output_doc() -> String {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OUTPUT.md");
+    fs::read_to_string(path).expect("docs/OUTPUT.md")
+}
+
+/// Every name in what a program reads is in its documentation.
+fn documented(value: &Value) {
+    let doc = output_doc();
+    match value {
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                assert!(doc.contains(&format!("`{name}`")), "{name}");
+                documented(value);
+            }
+        }
+        Value::Array(items) => items.iter().for_each(documented),
+        _ => {}
+    }
+}
+
 fn plain(scratch: &Scratch, name: &str) -> PathBuf {
     scratch.disk(name, &["-s", "64M", "--fs", "none"])
 }
@@ -92,6 +116,7 @@ fn a_deleted_disk_is_gone_with_its_directory() {
     let deleted = json(&["delete", text(&disk)]);
     assert_eq!(deleted["removed"], serde_json::json!(["root.hds"]));
     assert!(deleted["freed"].as_u64() > Some(0), "{deleted}");
+    documented(&deleted);
     assert!(!disk.exists());
     fails(11, &["delete", text(&disk)]);
 }
@@ -283,6 +308,7 @@ fn what_a_dead_keeper_left_is_shown_and_stays_until_it_is_to_go() {
     eventually("the keeper is gone", || !orphans(&[]).is_empty());
     let left = &orphans(&[])[0];
     assert_eq!(left["path"], text(&disk));
+    documented(left);
     assert_eq!(left["devices"][0]["device"], state["device"], "{left}");
     assert_eq!(left["devices"][0]["mountpoints"][0], text(&point), "{left}");
     assert_eq!(left["removed"], false);
@@ -320,6 +346,7 @@ fn only_drafts_of_our_own_are_removed_from_a_disks_directory() {
     let unknown = ("root.hds.old".to_string(), "unknown".to_string());
     let listed = files(json(&["list", "--orphans", text(&disk)]));
     assert_eq!(kinds(&listed), [draft.clone(), unknown.clone()]);
+    listed.iter().for_each(documented);
     fails(2, &["list", "--remove"]);
     fails(2, &["list", text(&disk)]);
     let mut server = serve(&disk, &scratch.path("s"));
@@ -352,6 +379,7 @@ fn a_disk_can_be_taken_from_its_users_and_nobody_is_killed() {
     assert!(said.contains("sleep"), "{said}");
     let forced = json(&["umount", text(&point), "--force", "--timeout", "30"]);
     assert_eq!(forced["cut_off"], true, "{forced}");
+    documented(&forced);
     assert!(scratch.attached().is_empty());
     assert!(bystander.try_wait().expect("wait").is_none(), "it lives");
     user.write_all(&noise(1 << 20, 2)).ok();
@@ -428,6 +456,7 @@ fn an_adopted_image_is_a_disk_with_the_same_content() {
     let disk = scratch.path("raw");
     let adopted = json(&["adopt", text(&raw), "--format", "raw", text(&disk)]);
     assert_eq!(adopted["size"], 3 << 20, "{adopted}");
+    documented(&adopted);
     assert!(!raw.exists());
     assert!(fs::read(disk.join("root.hds")).expect("read") == data);
     let info = json(&["info", text(&disk)]);
