@@ -1,12 +1,14 @@
 //! The verbs, one file each.
 
 mod check;
+mod events;
 mod info;
 mod init;
 mod list;
 mod map;
 mod mount;
 mod serve;
+mod stat;
 mod tour;
 mod umount;
 
@@ -26,6 +28,8 @@ pub enum Command {
     Serve(serve::Args),
     List(list::Args),
     Info(info::Args),
+    Stat(stat::Args),
+    Events(events::Args),
     Map(map::Args),
     Check(check::Args),
     Tour(tour::Args),
@@ -40,6 +44,8 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Serve(args) => serve::run(args, output),
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Stat(args) => stat::run(&args),
+        Command::Events(args) => events::run(&args, output),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Tour(args) => tour::run(&args),
