@@ -4,6 +4,7 @@ mod adopt;
 mod check;
 mod delete;
 mod doctor;
+mod events;
 mod generate;
 mod info;
 mod init;
@@ -12,6 +13,7 @@ mod map;
 mod mount;
 mod orphans;
 mod serve;
+mod stat;
 mod tour;
 mod umount;
 
@@ -37,6 +39,10 @@ pub enum Command {
     List(list::Args),
     #[command(after_help = "Example: ploopctl info /var/lib/ct/100")]
     Info(info::Args),
+    #[command(after_help = "Example: ploopctl stat /var/lib/ct/100")]
+    Stat(stat::Args),
+    #[command(after_help = "Example: ploopctl events -f /var/lib/ct/100")]
+    Events(events::Args),
     #[command(after_help = "Example: ploopctl map --format ploop /var/lib/ct/100.hds")]
     Map(map::Args),
     #[command(after_help = "Example: ploopctl check --repair /var/lib/ct/100")]
@@ -62,6 +68,8 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Serve(args) => serve::run(args, output),
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Stat(args) => stat::run(&args),
+        Command::Events(args) => events::run(&args, output),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Adopt(args) => adopt::run(&args),
