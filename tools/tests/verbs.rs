@@ -274,7 +274,8 @@ impl Alone {
     }
 
     fn mounts(&self) -> String {
-        fs::read_to_string(format!("/proc/{}/mounts", self.holder.id())).expect("mounts")
+        let mounts = fs::read(format!("/proc/{}/mounts", self.holder.id())).expect("mounts");
+        String::from_utf8_lossy(&mounts).into_owned()
     }
 }
 
