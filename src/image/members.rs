@@ -107,3 +107,51 @@ fn names(dir: impl AsFd) -> Result<Vec<OsString>> {
     }
     Ok(names)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ploop_formats::descriptor::{Chs, ImageType, NewDisk};
+    use ploop_formats::units::ClusterSize;
+
+    fn names(all: &[OsString]) -> Vec<&str> {
+        all.iter().filter_map(|n| n.to_str()).collect()
+    }
+
+    #[test]
+    fn only_a_regular_file_that_the_descriptor_names_is_a_layer() {
+        let descriptor = Descriptor::new_disk(&NewDisk {
+            sectors: 2048,
+            cluster: ClusterSize::new(64 << 10).unwrap(),
+            kind: ImageType::Compressed,
+            file: "root.hds",
+            preallocated: false,
+            chs: Chs {
+                cylinders: 1,
+                heads: 16,
+                sectors: 63,
+            },
+        })
+        .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in [DESCRIPTOR, DELETED, DISK_LOCK, ASIDE, "target", ".hidden"] {
+            std::fs::write(path(name), "x").unwrap();
+        }
+        let look = || {
+            let fd = crate::io::beneath::directory(dir.path()).unwrap();
+            Members::of(fd, &descriptor).unwrap()
+        };
+        std::fs::write(path("root.hds"), "x").unwrap();
+        let found = look();
+        assert_eq!(found.layers.len(), 1);
+        assert_eq!(names(&found.drafts), [ASIDE]);
+        assert_eq!(names(&found.foreign), [".hidden", "target"]);
+
+        std::fs::remove_file(path("root.hds")).unwrap();
+        std::os::unix::fs::symlink("target", path("root.hds")).unwrap();
+        let found = look();
+        assert!(found.layers.is_empty());
+        assert_eq!(names(&found.foreign), [".hidden", "root.hds", "target"]);
+    }
+}

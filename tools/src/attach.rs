@@ -261,7 +261,9 @@ fn busy(what: &Path, users: &[holders::Holder]) -> Error {
         }
         false => names.join(", "),
     };
-    Error::new(Kind::Busy, format!("{} is in use by {who}", what.display()))
+    let way_out = "end that, or take it away with `umount --force`";
+    let what = format!("{} is in use by {who}; {way_out}", what.display());
+    Error::new(Kind::Busy, what)
 }
 
 /// Asks the keeper to stop; a process that merely got its number is never signalled.

@@ -360,6 +360,23 @@ fn only_drafts_of_our_own_are_removed_from_a_disks_directory() {
     ok(&["check", text(&disk)]);
 }
 
+/// Works in a directory, and ends with its test.
+struct Bystander(Child);
+
+impl Bystander {
+    fn of(dir: &Path) -> Self {
+        let mut sleep = Command::new("sleep");
+        Self(sleep.arg("600").current_dir(dir).spawn().expect("sleep"))
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 #[test]
 fn a_disk_can_be_taken_from_its_users_and_nobody_is_killed() {
     if !can_mount() {
@@ -371,18 +388,14 @@ fn a_disk_can_be_taken_from_its_users_and_nobody_is_killed() {
     let state = json(&["mount", text(&disk), text(&point)]);
     let mut user = fs::File::create(point.join("log")).expect("create");
     user.write_all(&noise(4 << 20, 1)).expect("write");
-    let mut bystander = Command::new("sleep")
-        .arg("600")
-        .current_dir(&point)
-        .spawn()
-        .expect("sleep");
+    let mut bystander = Bystander::of(&point);
     let said = fails(4, &["umount", text(&point)]);
     assert!(said.contains("sleep"), "{said}");
     let forced = json(&["umount", text(&point), "--force", "--timeout", "30"]);
     assert_eq!(forced["cut_off"], true, "{forced}");
     documented(&forced);
     assert!(scratch.attached().is_empty());
-    assert!(bystander.try_wait().expect("wait").is_none(), "it lives");
+    assert!(bystander.0.try_wait().expect("wait").is_none(), "it lives");
     user.write_all(&noise(1 << 20, 2)).ok();
     user.sync_all().expect_err("its disk is gone");
 
@@ -395,9 +408,7 @@ fn a_disk_can_be_taken_from_its_users_and_nobody_is_killed() {
     );
     assert!(fs::read(point.join("log")).expect("read") == noise(4 << 20, 1));
     ok(&["umount", text(&point)]);
-    bystander.kill().expect("kill");
-    bystander.wait().expect("wait");
-    drop(user);
+    drop((bystander, user));
     let device = state["device"]
         .as_str()
         .expect("device")

@@ -243,7 +243,7 @@ fn resource() -> Finding {
             "servers are not marked as I/O flushers: under memory pressure a mounted disk may \
              stall; a mounted ext4 cannot grow",
         )
-        .remedy("run as root, or add the capability"),
+        .remedy("run as root with CAP_SYS_RESOURCE; containers often lack it"),
     }
 }
 
