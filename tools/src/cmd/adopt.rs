@@ -35,11 +35,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
     let candidate = Candidate::new(&args.file, args.format.into())?;
-    let looked = refuse_damaged(candidate.file(), args.format)
-        .and_then(|()| shape(candidate.file(), args.format));
-    // Ctrl-C ended whoever we asked, too: that is not the image's fault.
+    cancel.or(refuse_damaged(candidate.file(), args.format))?;
+    let shape = cancel.or(shape(candidate.file(), args.format))?;
     cancel.check()?;
-    let shape = looked?;
     let dir = candidate.adopt(&args.dir, shape)?;
     let image = dir.join(ploop::image::init::IMAGE);
     Ok(Answer::new(
