@@ -18,7 +18,7 @@ use common::{count, have};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -520,6 +520,56 @@ fn what_was_synced_outlives_keeper_and_worker_killed_together() {
     println!("COUNT: {test}: {rounds} rounds, {files} synced files found again");
     assert!(files as u64 > rounds, "hardly anything was written");
     disk.assert_qemu_finds_it_clean();
+}
+
+/// A control group with a limit of memory, removed when dropped.
+struct SmallGroup(PathBuf);
+
+impl SmallGroup {
+    /// With either version of control groups; `None` where neither can be used.
+    fn new(name: &str, limit: u64) -> Option<Self> {
+        let name = format!("ploop-test-{name}-{}", std::process::id());
+        let places = [
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+        ];
+        places.into_iter().find_map(|(root, file)| {
+            let group = Self(Path::new(root).join(&name));
+            fs::create_dir(&group.0).ok()?;
+            fs::write(group.0.join(file), limit.to_string()).ok()?;
+            Some(group)
+        })
+    }
+}
+
+impl Drop for SmallGroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_process_with_little_memory_writes_ten_times_as_much_without_a_hang() {
+    let test = "a_process_with_little_memory_writes_ten_times_as_much_without_a_hang";
+    if !can_mount(test) || !have(test, &["mkfs.ext4", "dd"]) {
+        return;
+    }
+    let Some(group) = SmallGroup::new("memory", 48 * MIB) else {
+        return common::skip(test, "no control group for memory can be made");
+    };
+    let disk = Disk::with_fs("1G", "ext4", &[]);
+    let attached = Attached::mounted(&disk, &[]);
+    let (procs, file) = (group.0.join("cgroup.procs"), attached.folder().join("file"));
+    let script = format!(
+        "echo $$ > {} && exec dd if=/dev/zero of={} bs=1M count=480 conv=fsync",
+        procs.display(),
+        file.display()
+    );
+    ok_within(tool("sh").args(["-c", &script]), PATIENCE);
+    assert_eq!(fs::metadata(&file).unwrap().len(), 480 * MIB);
+    attached.detach();
+    drop(group);
+    assert_fsck_clean("ext4", &disk);
 }
 
 #[test]

@@ -32,7 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 
-/// Pause between looks for changes that nobody flushes.
+/// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
@@ -191,8 +191,11 @@ async fn hear(control: Arc<OwnedFd>, stop: watch::Sender<bool>) {
 async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) {
     let mut quit = pin!(wait(quitted));
     loop {
-        let pause = pin!(exec::sleep(WRITE_BACK));
-        if let Either::Left(_) = select(quit.as_mut(), pause).await {
+        let due = pin!(async {
+            disk.changed().await;
+            exec::sleep(WRITE_BACK).await;
+        });
+        if let Either::Left(_) = select(quit.as_mut(), due).await {
             return;
         }
         if let Err(e) = disk.write_back().await {
