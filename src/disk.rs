@@ -19,6 +19,9 @@ use tokio::sync::Notify;
 
 /// Clusters that one step of a long zero or discard has to itself.
 const ZERO_STEP: u64 = 1024;
+/// Bytes that one request describes at most: the smallest clusters of a larger range would take a
+/// second to look at.
+const DESCRIBE_MAX: u64 = 256 << 30;
 
 /// A virtual disk.
 #[derive(Debug)]
@@ -493,7 +496,7 @@ impl<S: Store> Device for Disk<S> {
     async fn extents(&self, at: u64, len: u64, max: usize) -> Result<Vec<GuestExtent>> {
         self.check(at, len)?;
         let mut out: Vec<GuestExtent> = Vec::new();
-        let end = at + len;
+        let end = at + len.min(DESCRIBE_MAX);
         let mut at = at;
         while at < end {
             let _shared = self.admit(at, 1, Mode::Shared).await;

@@ -90,7 +90,7 @@ impl Error {
     pub fn new(kind: Kind, message: impl Into<String>) -> Self {
         Self {
             kind,
-            message: message.into(),
+            message: shorten(message.into()),
             source: None,
         }
     }
@@ -151,6 +151,23 @@ impl Error {
     }
 }
 
+/// Bytes at either end of a message that are kept when it is longer than both: it may quote what an
+/// image says, and goes to logs and clients.
+const ENDS: usize = 1000;
+
+fn shorten(message: String) -> String {
+    let border = |at: usize| (0..=at).rev().find(|n| message.is_char_boundary(*n));
+    let tail = message.len().saturating_sub(ENDS);
+    match (border(ENDS), border(tail)) {
+        (Some(head), Some(tail)) if head < tail => {
+            let part = |range: Option<&str>| range.unwrap_or_default().to_string();
+            let (head, tail) = (part(message.get(..head)), part(message.get(tail..)));
+            format!("{head} [...] {tail}")
+        }
+        _ => message,
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.message)?;
@@ -186,6 +203,22 @@ impl From<std::io::Error> for Error {
             kind,
             message: "system call failed".into(),
             source: Some(Box::new(source)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_does_not_grow_with_what_it_quotes() {
+        let short = "x".repeat(2 * ENDS);
+        assert_eq!(Error::invalid(&short).to_string(), short);
+        for letter in ["x", "\u{e9}", "\u{20ac}"] {
+            let long = format!("file {}: rule", letter.repeat(1 << 20));
+            let said = Error::invalid(long).to_string();
+            assert!(said.len() < 2100 && said.starts_with("file ") && said.ends_with(": rule"));
         }
     }
 }

@@ -12,6 +12,11 @@ pub const DESCRIPTOR_MAX: u64 = 4 << 20;
 pub const BAT_ENTRIES_MAX: u64 = 0xFFFF_FFFE;
 /// Largest v1 size in sectors: the header field is 32 bits wide.
 pub const V1_SECTORS_MAX: u64 = 0xFFFF_FFFF;
+/// Largest virtual size in bytes: what an offset of Linux (loff_t) can say.
+pub const SIZE_MAX: u64 = i64::MAX as u64;
+/// Bytes at the start of a format extension that may hold features. The rest of its cluster is only
+/// summed up: a cluster may be 64 times as large.
+pub const EXTENSION_MAX: u64 = 1 << 20;
 /// Table bytes read or written in one step, and the unit of the table cache.
 pub const PAGE: u64 = 4096;
 /// Clean table pages kept in memory per image: 256 pages answer for 16 GiB at 64 KiB clusters.

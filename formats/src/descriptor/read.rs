@@ -7,7 +7,7 @@ use super::tree::Element;
 use super::{Chs, Image, ImageType, Mark, Shot};
 use crate::guid::Guid;
 use crate::units::{ClusterSize, SECTOR};
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 use std::collections::HashSet;
 
 /// What a descriptor means.
@@ -65,7 +65,7 @@ fn required_number(parent: &Element, name: &str) -> Result<u64> {
 
 fn sectors(parameters: &Element) -> Result<u64> {
     let sectors = required_number(parameters, "Disk_size")?;
-    if sectors == 0 || sectors.checked_mul(SECTOR).is_none() {
+    if sectors == 0 || sectors > limits::SIZE_MAX / SECTOR {
         return Err(Error::damaged(format!(
             "Disk_size of {sectors} sectors is not a disk"
         )));

@@ -91,11 +91,13 @@ impl Alloc {
     /// Takes dirty clusters, lowest first, at most `max`, as ranges to be punched.
     pub(super) fn take_dirty(&mut self, max: u32) -> Vec<Range<u32>> {
         let mut ranges: Vec<Range<u32>> = Vec::new();
-        for cluster in self.dirty.iter().take(max as usize) {
-            match ranges.last_mut() {
-                Some(last) if last.end == cluster => last.end = cluster.saturating_add(1),
-                _ => ranges.push(cluster..cluster.saturating_add(1)),
-            }
+        let (mut dirty, mut left) = (self.dirty.iter(), max);
+        // No file has a cluster number u32::MAX, so that an end can always be named.
+        while let Some(range) = dirty.next_range().filter(|_| left > 0) {
+            let (start, last) = (*range.start(), *range.end());
+            let end = last.saturating_add(1).min(start.saturating_add(left));
+            left = left.saturating_sub(end.saturating_sub(start));
+            ranges.push(start..end);
         }
         for range in &ranges {
             self.dirty.remove_range(range.clone());
@@ -132,13 +134,11 @@ impl Alloc {
     /// One past the last cluster that is in use: where a closing file may be cut.
     pub(super) fn used_end(&self) -> u32 {
         let free = (&self.dirty | &self.quarantined) | (&self.fresh | &self.punched);
-        let mut end = self.end;
-        while let Some(last) = end
-            .checked_sub(1)
-            .filter(|c| *c >= self.start && free.contains(*c))
-        {
-            end = last;
-        }
-        end
+        // By ranges: a file may have a free tail of hundreds of millions of clusters.
+        let mut used = RoaringBitmap::new();
+        used.insert_range(self.start..self.end);
+        used -= free;
+        used.max()
+            .map_or(self.start.min(self.end), |c| c.saturating_add(1))
     }
 }

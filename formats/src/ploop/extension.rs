@@ -18,7 +18,7 @@
 
 use super::header::{CLOSED_V21, Header};
 use crate::units::{ClusterSize, SECTOR};
-use crate::{Error, Result};
+use crate::{Error, Result, limits};
 use md5::{Digest, Md5};
 use roaring::RoaringBitmap;
 use uuid::Uuid;
@@ -31,6 +31,8 @@ const HEAD: usize = 24;
 const FEATURE_HEAD: usize = 24;
 /// A dirty bitmap without its L1.
 const BITMAP_HEAD: usize = 32;
+
+static ZEROS: [u8; 4096] = [0; 4096];
 
 /// Flag: software that does not know the feature must not open the image.
 pub const NECESSARY: u64 = 1;
@@ -122,32 +124,79 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
         .map(|b| u64::from_le_bytes(*b))
 }
 
-/// MD5 of everything behind the head.
-fn digest(cluster: &[u8]) -> [u8; 16] {
-    Md5::digest(cluster.get(HEAD..).unwrap_or_default()).into()
+/// The MD5 of an extension cluster that comes in pieces.
+#[derive(Debug, Default)]
+pub struct Sum(Md5);
+
+impl Sum {
+    /// Of a cluster that starts with these bytes.
+    pub fn of(start: &[u8]) -> Self {
+        let mut sum = Self::default();
+        sum.add(start.get(HEAD..).unwrap_or_default());
+        sum
+    }
+
+    /// Adds what follows.
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    fn end(self) -> [u8; 16] {
+        self.0.finalize().into()
+    }
 }
 
 impl Extension {
     /// Parses a whole extension cluster.
     pub fn parse(cluster: &[u8]) -> Result<Self> {
-        if u64_at(cluster, 0) != Some(MAGIC) {
+        Self::parse_start(cluster, Sum::of(cluster))
+    }
+
+    /// Parses an extension by the start of its cluster and the sum of all of it. Features that
+    /// reach past [`limits::EXTENSION_MAX`] are `Unsupported`.
+    pub fn parse_start(start: &[u8], sum: Sum) -> Result<Self> {
+        if u64_at(start, 0) != Some(MAGIC) {
             return Err(Error::damaged("format extension: no magic"));
         }
-        if cluster.get(8..HEAD) != Some(digest(cluster).as_slice()) {
+        if start.get(8..HEAD) != Some(sum.end().as_slice()) {
             return Err(Error::damaged(
                 "format extension: its MD5 does not match its content",
             ));
         }
         let (mut features, mut at) = (Vec::new(), HEAD);
-        while let Some((feature, next)) = Feature::parse(cluster, at)? {
+        while let Some((feature, next)) = Feature::parse(start, at)? {
             features.push(feature);
             at = next;
         }
         Ok(Self { features })
     }
 
+    /// The start of the extension cluster, behind which it is zeros: at most
+    /// [`limits::EXTENSION_MAX`] bytes. Fails when the features do not fit.
+    pub fn build_start(&self, size: ClusterSize) -> Result<Vec<u8>> {
+        let len = size.bytes().min(limits::EXTENSION_MAX);
+        let mut out = self.lay_out(len as usize)?;
+        let mut sum = Sum::of(&out);
+        let mut rest = size.bytes().saturating_sub(len);
+        while rest > 0 {
+            let step = rest.min(ZEROS.len() as u64);
+            sum.add(ZEROS.get(..step as usize).unwrap_or(&ZEROS));
+            rest = rest.saturating_sub(step);
+        }
+        seal(&mut out, sum);
+        Ok(out)
+    }
+
     /// The whole extension cluster. Fails when the features do not fit.
     pub fn build(&self, size: ClusterSize) -> Result<Vec<u8>> {
+        let mut out = self.lay_out(size.bytes() as usize)?;
+        let sum = Sum::of(&out);
+        seal(&mut out, sum);
+        Ok(out)
+    }
+
+    /// Magic and features in `bytes` bytes, without the digest.
+    fn lay_out(&self, bytes: usize) -> Result<Vec<u8>> {
         let mut out = Vec::new();
         out.extend_from_slice(&MAGIC.to_le_bytes());
         out.extend_from_slice(&[0; 16]);
@@ -156,17 +205,12 @@ impl Extension {
         }
         // The feature of magic 0 that ends the list must fit too.
         let end = out.len().saturating_add(FEATURE_HEAD);
-        let bytes = size.bytes() as usize;
         if end > bytes {
             return Err(Error::invalid(format!(
-                "features of {end} bytes do not fit a cluster of {bytes}"
+                "features of {end} bytes do not fit into {bytes}"
             )));
         }
         out.resize(bytes, 0);
-        let digest = digest(&out);
-        if let Some(to) = out.get_mut(8..HEAD) {
-            to.copy_from_slice(&digest);
-        }
         Ok(out)
     }
 
@@ -216,9 +260,26 @@ impl Extension {
     }
 }
 
+fn too_long() -> Error {
+    Error::unsupported(format!(
+        "format extension: features of more than {} bytes are not read",
+        limits::EXTENSION_MAX
+    ))
+}
+
+fn seal(cluster: &mut [u8], sum: Sum) {
+    if let Some(to) = cluster.get_mut(8..HEAD) {
+        to.copy_from_slice(&sum.end());
+    }
+}
+
 impl Feature {
     /// The feature at byte `at`, and where the next one is; none at the end of the list.
     fn parse(cluster: &[u8], at: usize) -> Result<Option<(Self, usize)>> {
+        // Nobody reads further than that, so what is there is not known.
+        if at.saturating_add(FEATURE_HEAD) > limits::EXTENSION_MAX as usize {
+            return Err(too_long());
+        }
         let short = || Error::damaged(format!("format extension, byte {at}: cut short"));
         let field = |n: usize| at.saturating_add(n);
         let magic = u64_at(cluster, at).ok_or_else(short)?;
@@ -229,6 +290,9 @@ impl Feature {
         let size = u32_at(cluster, field(16)).ok_or_else(short)?;
         let start = field(FEATURE_HEAD);
         let end = start.checked_add(size as usize).ok_or_else(short)?;
+        if end > limits::EXTENSION_MAX as usize && cluster.len() >= limits::EXTENSION_MAX as usize {
+            return Err(too_long());
+        }
         let data = cluster.get(start..end).ok_or_else(|| {
             Error::damaged(format!(
                 "format extension, byte {at}: a feature of {size} bytes leaves the cluster"
@@ -535,7 +599,7 @@ mod tests {
             data: vec![0; 8],
         }]);
         cluster[HEAD + 16..HEAD + 20].copy_from_slice(&u32::MAX.to_le_bytes());
-        let digest = digest(&cluster);
+        let digest = Sum::of(&cluster).end();
         cluster[8..HEAD].copy_from_slice(&digest);
         assert!(Extension::parse(&cluster).is_err());
         let big = Feature {

@@ -159,7 +159,7 @@ impl Header {
             Version::V1 => u64::from(u32_at(bytes, 0x24)),
             Version::V2 => u64_at(bytes, 0x24),
         };
-        if sectors == 0 || sectors > u64::MAX / SECTOR {
+        if sectors == 0 || sectors > limits::SIZE_MAX / SECTOR {
             return Err(Error::damaged(format!(
                 "offset 0x24: a size of {sectors} sectors"
             )));

@@ -16,7 +16,7 @@
 //! dirty bitmaps too, would no longer tell the truth and are dropped when writing begins.
 
 use super::alloc::Alloc;
-use super::extension::{self, Extension};
+use super::extension::{self, Extension, Sum};
 use super::header::{CLOSED_V21, FLAG_CONVERTING, FLAG_EMPTY, HEADER_LEN, Header, IN_USE};
 use super::image::{Ploop, lock};
 use super::index::{Index, raw_entry};
@@ -60,8 +60,10 @@ impl<S: Store> Ploop<S> {
     /// judged when they are used.
     pub async fn open_read(store: S) -> Result<Self> {
         let header = read_header(&store).await?;
-        if let Ok(extension) = read_extension(&store, &header).await {
-            extension.refuse_unknown()?;
+        match read_extension(&store, &header).await {
+            Ok(extension) => extension.refuse_unknown()?,
+            Err(e) if e.kind() == Kind::Unsupported => return Err(e),
+            Err(_) => {}
         }
         let end = header.cluster.count(store.info().len);
         let alloc = Alloc::unknown(header.data_start, clip(end));
@@ -174,15 +176,21 @@ impl<S: Store> Ploop<S> {
     }
 
     /// The extension cluster of features that outlive a writer who does not know them, if any and
-    /// if the format can name the cluster that it would be.
-    fn kept_cluster(&self, at: u32) -> Result<Option<Bytes>> {
+    /// if the format can name the cluster that it would be: its pieces, in order.
+    fn kept_cluster(&self, at: u32) -> Result<Option<Vec<Bytes>>> {
         if self.kept.features.is_empty() || at >= self.last_cluster() {
             return Ok(None);
         }
-        let bytes = self.kept.build(self.header.cluster)?;
-        let mut cluster = crate::buf::aligned(bytes.len());
-        cluster.copy_from_slice(&bytes);
-        Ok(Some(cluster.freeze()))
+        let start = self.kept.build_start(self.header.cluster)?;
+        let mut piece = crate::buf::aligned(start.len());
+        piece.copy_from_slice(&start);
+        let zeros = crate::buf::aligned(start.len()).freeze();
+        let pieces = self.header.cluster.bytes().div_ceil(limits::EXTENSION_MAX);
+        let mut all = vec![zeros; pieces as usize];
+        if let Some(first) = all.first_mut() {
+            *first = piece.freeze();
+        }
+        Ok(Some(all))
     }
 
     /// Every file cluster that the table names; the whole table is judged on the way.
@@ -273,13 +281,15 @@ impl<S: Store> Ploop<S> {
         let mut update = Update::new();
         match self.kept_cluster(end)? {
             None => update = update.len(size.start(end)),
-            Some(bytes) => {
+            Some(pieces) => {
                 clean.in_use = CLOSED_V21;
                 clean.extension = size.start(end) / SECTOR;
-                update = update
-                    .len(size.start(end.saturating_add(1)))
-                    .write(size.start(end), bytes)
-                    .barrier();
+                update = update.len(size.start(end.saturating_add(1)));
+                let places = (size.start(end)..).step_by(limits::EXTENSION_MAX as usize);
+                for (at, piece) in places.zip(pieces) {
+                    update = update.write(at, piece);
+                }
+                update = update.barrier();
             }
         }
         let page = self.first_page(&clean).await?;
@@ -299,8 +309,30 @@ pub(super) async fn read_extension<S: Store>(store: &S, header: &Header) -> Resu
             features: Vec::new(),
         });
     };
-    let cluster = crate::buf::aligned(header.cluster.bytes() as usize);
-    Extension::parse(&store.read_at(at, cluster).await?)
+    load_extension(store, header, at).await?
+}
+
+/// Reads the extension at byte `at`: the features in its start, and the sum of all of it in steps.
+/// The outer error is the storage's.
+pub(super) async fn load_extension<S: Store>(
+    store: &S,
+    header: &Header,
+    at: u64,
+) -> Result<Result<Extension>> {
+    let size = header.cluster.bytes();
+    let read = async |done: u64, step: u64| {
+        let len = step.min(size.saturating_sub(done));
+        let buf = crate::buf::aligned(len as usize);
+        store.read_at(at.saturating_add(done), buf).await
+    };
+    let start = read(0, limits::EXTENSION_MAX).await?;
+    let mut sum = Sum::of(&start);
+    let mut done = start.len() as u64;
+    while done < size {
+        sum.add(&read(done, SCAN_STEP).await?);
+        done = done.saturating_add(SCAN_STEP);
+    }
+    Ok(Extension::parse_start(&start, sum))
 }
 
 /// What must hold before an image is opened for writing.

@@ -20,7 +20,7 @@ pub use report::{Finding, FindingKind, Report, Severity};
 use super::extension::{self, Extension};
 use super::header::{CLOSED_V21, FLAG_CONVERTING, FLAG_EMPTY, Header, IN_USE};
 use crate::store::Store;
-use crate::{Error, Result, limits};
+use crate::{Error, Kind, Result, limits};
 use bytes::Bytes;
 use report::Place;
 use roaring::RoaringBitmap;
@@ -209,18 +209,23 @@ impl Survey {
         }
         let found = match read_extension(store, &self.header).await? {
             Ok(found) => found,
+            Err(e) if e.kind() == Kind::Unsupported => return self.unknown_extension(&e),
             Err(e) => return self.bad_extension(e),
         };
         if let Err(e) = found.0.refuse_unknown() {
-            self.report
-                .find(FindingKind::UnknownFeature, AT_EXTENSION, e.to_string());
-            self.extension = Kept::Unknown;
-            return Ok(());
+            return self.unknown_extension(&e);
         }
         if !self.judge.occupied().is_disjoint(&found.1) {
             return self.bad_extension(Error::damaged("shares a cluster with guest data"));
         }
         self.extension = Kept::Valid(found.1);
+        Ok(())
+    }
+
+    fn unknown_extension(&mut self, e: &Error) -> Result<()> {
+        self.report
+            .find(FindingKind::UnknownFeature, AT_EXTENSION, e.to_string());
+        self.extension = Kept::Unknown;
         Ok(())
     }
 
@@ -274,9 +279,8 @@ async fn read_extension<S: Store>(
         Ok(None) => return Ok(Err(Error::damaged("there is none"))),
         Err(e) => return Ok(Err(e)),
     };
-    let buf = crate::buf::aligned(header.cluster.bytes() as usize);
-    let bytes = store.read_at(at, buf).await?;
-    Ok(Extension::parse(&bytes).and_then(|extension| {
+    let extension = super::open::load_extension(store, header, at).await?;
+    Ok(extension.and_then(|extension| {
         let clusters = extension.clusters(header, len, at)?;
         Ok((extension, clusters))
     }))

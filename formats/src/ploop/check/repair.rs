@@ -98,13 +98,15 @@ fn table_end(header: &Header) -> u64 {
 }
 
 fn refuse_growth(survey: &Survey, allowed: &Repair) -> Result<()> {
-    let growth = survey.moved.saturating_mul(survey.header.cluster.bytes());
+    let copies = survey.moved.saturating_mul(survey.header.cluster.bytes());
+    let table = table_end(&survey.header).saturating_sub(survey.len);
+    let growth = copies.saturating_add(table);
     if growth <= allowed.growth_max {
         return Ok(());
     }
     Err(Error::invalid(format!(
-        "nothing was repaired: {} clusters must be copied, which takes up to {growth} bytes, more \
-         than the {} allowed",
+        "nothing was repaired: {} clusters must be copied and {table} bytes of the table added, \
+         which takes up to {growth} bytes, more than the {} allowed",
         survey.moved, allowed.growth_max
     )))
 }
