@@ -23,7 +23,7 @@ const REPORT_FD: i32 = 3;
 pub const CLOSE_PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long somebody may have a device open without it counting as use.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+pub const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// An attached disk: its run directory, and what it says.
 #[derive(Debug, Clone)]

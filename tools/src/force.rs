@@ -68,7 +68,16 @@ fn release(attached: &Attached, device: &Path, patience: Duration) -> Result<boo
             mounts::detach(point, true)?;
         }
     }
-    Ok(holders::is_claimed(device) || !holders::of_device(device).is_empty())
+    // Looks that others take at a device last an instant, and are no use.
+    let start = Instant::now();
+    let in_use = || holders::is_claimed(device) || !holders::of_device(device).is_empty();
+    while in_use() {
+        if start.elapsed() > attach::PROBE_PATIENCE.min(patience) {
+            return Ok(true);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(false)
 }
 
 /// Asks for what is dirty to be written. A server that hangs must not hang us: who waits too long
