@@ -15,6 +15,7 @@ pub mod crash;
 pub mod death;
 pub mod engine;
 pub mod faults;
+pub mod fuzz;
 pub mod models;
 pub mod mutate;
 pub mod report;
