@@ -15,6 +15,7 @@ use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
+use tokio::sync::Notify;
 
 /// Clusters that one step of a long zero or discard has to itself.
 const ZERO_STEP: u64 = 1024;
@@ -28,6 +29,8 @@ pub struct Disk<S> {
     stack: Stack<S>,
     flight: Flight,
     flush: Flush,
+    /// Something may wait for a flush.
+    changed: Notify,
     read_only: bool,
 }
 
@@ -46,10 +49,16 @@ impl<S: Store> Disk<S> {
     /// A disk over layers, base first. The top is written unless `read_only`.
     pub fn new(layers: Vec<AnyLayer<S>>, read_only: bool) -> Result<Self> {
         let stack = Stack::new(layers)?;
+        let changed = Notify::new();
+        if stack.has_pending() {
+            // A predecessor's answers.
+            changed.notify_one();
+        }
         Ok(Self {
             stack,
             flight: Flight::default(),
             flush: Flush::default(),
+            changed,
             read_only,
         })
     }
@@ -67,13 +76,22 @@ impl<S: Store> Disk<S> {
         self.stack.top().close().await
     }
 
+    /// Returns once something may wait for a flush: an idle disk wakes nobody.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
     /// Makes durable what waits for a flush that nobody asked for; nothing when nothing waits.
     /// Called now and then, it bounds what power loss can take and returns discarded space.
     pub async fn write_back(&self) -> Result<()> {
         if self.read_only || !self.stack.has_pending() {
             return Ok(());
         }
-        self.flush_once().await
+        let done = self.flush_once().await;
+        if done.is_err() {
+            self.changed.notify_one();
+        }
+        done
     }
 
     fn cluster(&self) -> ClusterSize {
@@ -251,7 +269,9 @@ impl<S: Store> Disk<S> {
         while at < end {
             let to = end.min((at / step + 1) * step);
             let _exclusive = self.admit(at, to - at, Mode::Exclusive).await;
-            self.wipe_step(at, to, how).await?;
+            let wiped = self.wipe_step(at, to, how).await;
+            self.changed.notify_one();
+            wiped?;
             at = to;
         }
         Ok(())
@@ -429,7 +449,9 @@ impl<S: Store> Device for Disk<S> {
         if self.is_aligned(at, &data) && self.write_in_place(at, &data, fua).await? {
             return Ok(());
         }
-        self.write_exclusive(at, &data).await?;
+        let written = self.write_exclusive(at, &data).await;
+        self.changed.notify_one();
+        written?;
         if fua { self.flush_once().await } else { Ok(()) }
     }
 

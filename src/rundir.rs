@@ -1,7 +1,7 @@
 //! Run directory: where an attached disk is registered while it is attached.
 //!
 //! `/run/ploop/<dev>-<inode>/` (without root `$XDG_RUNTIME_DIR/ploop`, else `/tmp/ploop-<uid>`)
-//! holds `lock`, `state.json`, `disk` (the FUSE mount point) and `log`. The keeper holds an
+//! holds `lock`, `state.json`, the sockets `control` and `metrics`, `disk` (the FUSE mount point) and `log`. The keeper holds an
 //! exclusive flock on `lock` for life, so a directory whose lock is free is a leftover. The last
 //! thing a keeper writes is its [`Outcome`], into the lock file: who waits for the lock on an
 //! open descriptor can read it even after the directory is gone.
@@ -234,7 +234,7 @@ impl RunDir {
 
     /// Removes the files of a former keeper, so that a new one starts from nothing.
     fn forget(&self) {
-        for name in ["state.json", "state.json.tmp"] {
+        for name in ["state.json", "state.json.tmp", "control", "metrics"] {
             let _ = std::fs::remove_file(self.path.join(name));
         }
         let disk = self.disk();

@@ -167,3 +167,74 @@ fn filter(lists: &[&[libc::c_long]]) -> std::result::Result<(), String> {
         .map_err(|e| refused(&e))?;
     seccompiler::apply_filter(&program).map_err(|e| refused(&e))
 }
+
+/// What this kernel can enforce, each or why not.
+#[derive(Debug, Clone)]
+pub struct Abilities {
+    /// The ABI of its Landlock; below 6 some of what is asked for is not enforced.
+    pub landlock: std::result::Result<i32, String>,
+    /// Filters that refuse a call with an error.
+    pub seccomp: std::result::Result<(), String>,
+}
+
+impl Abilities {
+    /// Asks the kernel; confines nothing.
+    pub fn probe() -> Self {
+        Self {
+            landlock: landlock_abi(),
+            seccomp: seccomp_errno(),
+        }
+    }
+}
+
+fn landlock_abi() -> std::result::Result<i32, String> {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag the kernel reads no memory and makes no descriptor.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<libc::c_void>(),
+            0usize,
+            VERSION,
+        )
+    };
+    let error = || std::io::Error::last_os_error().raw_os_error();
+    match i32::try_from(abi) {
+        Ok(abi) if abi > 0 => Ok(abi),
+        _ if error() == Some(libc::EOPNOTSUPP) => Err("it is not among the kernel's \
+             `lsm=` modules"
+            .into()),
+        _ => Err("this kernel has none (CONFIG_SECURITY_LANDLOCK), or a filter hides it".into()),
+    }
+}
+
+fn seccomp_errno() -> std::result::Result<(), String> {
+    TargetArch::try_from(std::env::consts::ARCH).map_err(|e| e.to_string())?;
+    const ACTION_AVAILABLE: libc::c_uint = 2;
+    let action: u32 = libc::SECCOMP_RET_ERRNO;
+    // SAFETY: the kernel reads the one integer behind the pointer.
+    let answer =
+        unsafe { libc::syscall(libc::SYS_seccomp, ACTION_AVAILABLE, 0, &raw const action) };
+    match answer {
+        0 => Ok(()),
+        _ => Err("this kernel has none (CONFIG_SECCOMP_FILTER), or a filter hides it".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_probe_promises_can_be_entered() {
+        let probed = Abilities::probe();
+        let entered =
+            std::thread::spawn(|| enter(std::fs::File::open("/tmp").unwrap(), Files::Read));
+        let entered = entered.join().unwrap();
+        assert_eq!(
+            entered.is_ok(),
+            probed.landlock.is_ok() || probed.seccomp.is_ok(),
+            "{probed:?} {entered:?}"
+        );
+    }
+}

@@ -324,3 +324,27 @@ fn a_size_that_no_block_divides_is_served_to_its_last_sector() {
         assert!(read(&disk, 0, model.len())[..] == model[..]);
     }
 }
+
+#[test]
+fn only_what_waits_for_a_flush_wakes_who_writes_back() {
+    let disk = open(&[blank(Version::V2)]);
+    let woken = || now(futures_util::future::poll_immediate(disk.changed())).is_some();
+    let write = |at: u64| {
+        let mut data = buf::aligned(512);
+        data.fill(1);
+        now(disk.write(at, data.freeze(), false)).unwrap();
+    };
+    assert!(!woken(), "nothing happened yet");
+    write(0);
+    assert!(woken() && !woken(), "a first write, told once");
+    now(disk.write_back()).unwrap();
+    write(512);
+    now(disk.flush()).unwrap();
+    read(&disk, 0, 512);
+    assert!(
+        !woken(),
+        "a rewrite in place, a flush and a read leave nothing behind"
+    );
+    now(disk.zero(0, CLUSTER, Zero::MayFree, false)).unwrap();
+    assert!(woken(), "a cluster that was freed");
+}

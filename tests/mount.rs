@@ -16,8 +16,9 @@ use common::programs::{ploopctl, tool};
 use common::serve::Disk;
 use common::{count, have};
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -455,6 +456,119 @@ fn a_killed_keeper_is_cleaned_up_after_by_the_next_command() {
         "synced"
     );
     attached.detach();
+    assert_fsck_clean("ext4", &disk);
+}
+
+/// Writes files of a round and syncs each, until the disk goes away: the numbers of those that were
+/// answered.
+fn synced_files(folder: &Path, round: u64) -> Vec<u64> {
+    let mut synced = Vec::new();
+    for n in 0.. {
+        let data = pattern(round, n);
+        let written = File::create(folder.join(format!("{round}-{n}")))
+            .and_then(|mut file| file.write_all(&data).and_then(|()| file.sync_all()));
+        match written {
+            Ok(()) => synced.push(n),
+            Err(_) => break,
+        }
+    }
+    synced
+}
+
+fn pattern(round: u64, n: u64) -> Vec<u8> {
+    let words = (0..512 * (1 + n % 16)).flat_map(|i| (round << 40 | n << 20 | i).to_le_bytes());
+    words.collect()
+}
+
+#[test]
+fn what_was_synced_outlives_keeper_and_worker_killed_together() {
+    let test = "what_was_synced_outlives_keeper_and_worker_killed_together";
+    if !can_mount(test) || !have(test, &["mkfs.ext4"]) {
+        return;
+    }
+    let disk = Disk::with_fs("512M", "ext4", &[]);
+    let rounds = count("PLOOP_KEEPER_KILLS", 10);
+    let mut files = 0;
+    for round in 0..rounds {
+        let attached = Attached::mounted(&disk, &[]);
+        let worker = attached.worker().expect("a worker");
+        let synced = thread::scope(|scope| {
+            let writer = scope.spawn(|| synced_files(attached.folder(), round));
+            thread::sleep(Duration::from_millis(60 + 23 * (round % 9)));
+            kill(attached.keeper);
+            kill(worker);
+            writer.join().unwrap()
+        });
+        drop(attached);
+        assert_nothing_left(&disk.path(), &[worker]);
+        let attached = Attached::mounted(&disk, &[]);
+        for n in &synced {
+            let path = attached.folder().join(format!("{round}-{n}"));
+            assert!(
+                fs::read(&path).unwrap() == pattern(round, *n),
+                "{}",
+                path.display()
+            );
+            fs::remove_file(path).unwrap();
+        }
+        files += synced.len();
+        attached.detach();
+        if round % 10 == 9 {
+            assert_fsck_clean("ext4", &disk);
+        }
+    }
+    println!("COUNT: {test}: {rounds} rounds, {files} synced files found again");
+    assert!(files as u64 > rounds, "hardly anything was written");
+    disk.assert_qemu_finds_it_clean();
+}
+
+/// A control group with a limit of memory, removed when dropped.
+struct SmallGroup(PathBuf);
+
+impl SmallGroup {
+    /// With either version of control groups; `None` where neither can be used.
+    fn new(name: &str, limit: u64) -> Option<Self> {
+        let name = format!("ploop-test-{name}-{}", std::process::id());
+        let places = [
+            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+            ("/sys/fs/cgroup", "memory.max"),
+        ];
+        places.into_iter().find_map(|(root, file)| {
+            let group = Self(Path::new(root).join(&name));
+            fs::create_dir(&group.0).ok()?;
+            fs::write(group.0.join(file), limit.to_string()).ok()?;
+            Some(group)
+        })
+    }
+}
+
+impl Drop for SmallGroup {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+#[test]
+fn a_process_with_little_memory_writes_ten_times_as_much_without_a_hang() {
+    let test = "a_process_with_little_memory_writes_ten_times_as_much_without_a_hang";
+    if !can_mount(test) || !have(test, &["mkfs.ext4", "dd"]) {
+        return;
+    }
+    let Some(group) = SmallGroup::new("memory", 48 * MIB) else {
+        return common::skip(test, "no control group for memory can be made");
+    };
+    let disk = Disk::with_fs("1G", "ext4", &[]);
+    let attached = Attached::mounted(&disk, &[]);
+    let (procs, file) = (group.0.join("cgroup.procs"), attached.folder().join("file"));
+    let script = format!(
+        "echo $$ > {} && exec dd if=/dev/zero of={} bs=1M count=480 conv=fsync",
+        procs.display(),
+        file.display()
+    );
+    ok_within(tool("sh").args(["-c", &script]), PATIENCE);
+    assert_eq!(fs::metadata(&file).unwrap().len(), 480 * MIB);
+    attached.detach();
+    drop(group);
     assert_fsck_clean("ext4", &disk);
 }
 

@@ -119,14 +119,19 @@ impl Chain {
 
 /// Reads and parses the descriptor beneath `dir`.
 pub fn read_descriptor(dir: impl AsFd) -> Result<Descriptor> {
-    let fd = beneath::open_file(&dir, Path::new(DESCRIPTOR), beneath::Access::Read)?;
+    read_descriptor_at(dir, DESCRIPTOR)
+}
+
+/// The same of a descriptor that has another name.
+pub fn read_descriptor_at(dir: impl AsFd, name: &str) -> Result<Descriptor> {
+    let fd = beneath::open_file(&dir, Path::new(name), beneath::Access::Read)?;
     let mut bytes = Vec::new();
     File::from(fd)
         // One more than is read at all, so that a longer file is seen and refused.
         .take(limits::DESCRIPTOR_MAX + 1)
         .read_to_end(&mut bytes)
-        .map_err(|e| Error::from(e).at(DESCRIPTOR))?;
-    Descriptor::parse(&bytes).map_err(|e| e.at(DESCRIPTOR))
+        .map_err(|e| Error::from(e).at(name))?;
+    Descriptor::parse(&bytes).map_err(|e| e.at(name))
 }
 
 /// Refuses a bare file that belongs to the disk beside it: opened alone it would be changed behind

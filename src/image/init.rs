@@ -5,6 +5,7 @@
 //! descriptor is no disk to anyone, so a cut before the rename leaves nothing that could be
 //! mistaken for one.
 
+use super::members::ASIDE;
 use super::target::DESCRIPTOR;
 use crate::io::exec::{self, Engine};
 use crate::io::file::{Cache, FileStore};
@@ -95,7 +96,7 @@ fn describe(new: &New<'_>, header: &Header) -> Result<Descriptor> {
 }
 
 /// Makes the directory; whether it was made, and not empty already.
-fn make_dir(dir: &Path) -> Result<bool> {
+pub(super) fn make_dir(dir: &Path) -> Result<bool> {
     let at = |e: io::Error| Error::from(e).at(dir.display());
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => Ok(true),
@@ -167,7 +168,7 @@ impl Drop for Draft {
             return;
         }
         // The descriptor, too: its rename may have been done, and only the last fsync failed.
-        for name in [DESCRIPTOR.to_string(), IMAGE.to_string(), aside()] {
+        for name in [DESCRIPTOR, IMAGE, ASIDE] {
             let _ = fs::remove_file(self.dir.join(name));
         }
         if self.made_dir {
@@ -176,13 +177,9 @@ impl Drop for Draft {
     }
 }
 
-fn aside() -> String {
-    format!("{DESCRIPTOR}.tmp")
-}
-
 /// Replaces the descriptor of `dir`: old or new at any cut, and durably new when it returns.
-fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
-    let aside = dir.join(aside());
+pub(super) fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
+    let aside = dir.join(ASIDE);
     let at = |e: io::Error| Error::from(e).at(aside.display());
     let mut file = OpenOptions::new();
     let mut file = file
@@ -202,7 +199,7 @@ fn write_descriptor(dir: &Path, descriptor: &Descriptor) -> Result<()> {
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     let synced = File::open(dir).and_then(|d| d.sync_all());
     synced.map_err(|e| Error::from(e).at(dir.display()))
 }

@@ -4,6 +4,7 @@
 //! stated. Formats are never guessed: a guest can write any signature into its own disk.
 
 use super::chain::Chain;
+use super::members::DELETED;
 use crate::io::beneath;
 use ploop_formats::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
@@ -123,13 +124,12 @@ impl Target {
             Err(e) => return Err(Error::from(e).at(descriptor.display())),
         };
         if !there {
-            return Err(Error::new(
-                Kind::NotFound,
-                format!(
-                    "{}: no {DESCRIPTOR} here, so this is not a disk",
-                    dir.display()
-                ),
-            ));
+            let why = match dir.join(DELETED).exists() {
+                true => "its deletion was interrupted; `ploopctl delete` finishes it".into(),
+                false => format!("no {DESCRIPTOR} here, so this is not a disk"),
+            };
+            let what = format!("{}: {why}", dir.display());
+            return Err(Error::new(Kind::NotFound, what));
         }
         Ok(Self::Bundle { dir })
     }

@@ -145,6 +145,16 @@ pub fn blocker(file: impl AsFd, bytes: Range<u64>, hold: Hold) -> Result<Option<
 /// (made with mode 0600 if absent, and left behind, as ploop does) and bytes of `base`. Disks
 /// that share a base do not exclude each other by it.
 pub fn lock_disk(dir: impl AsFd, base: OwnedFd, deadline: Instant) -> Result<DiskLock> {
+    let descriptor = lock_descriptor(dir, deadline)?;
+    range(&base, PLOOP_MOUNTED, Hold::Shared)?;
+    Ok(DiskLock {
+        descriptor,
+        base: Held(base),
+    })
+}
+
+/// The lock file's part of [`lock_disk`].
+pub fn lock_descriptor(dir: impl AsFd, deadline: Instant) -> Result<Held> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = openat(dir.as_fd(), DISK_LOCK, flags, Mode::RUSR | Mode::WUSR).map_err(|e| {
         Error::from(io::Error::from(e))
@@ -152,11 +162,7 @@ pub fn lock_disk(dir: impl AsFd, base: OwnedFd, deadline: Instant) -> Result<Dis
             .at(name(dir.as_fd()))
     })?;
     whole(&file, Hold::Exclusive, deadline)?;
-    range(&base, PLOOP_MOUNTED, Hold::Shared)?;
-    Ok(DiskLock {
-        descriptor: Held(file),
-        base: Held(base),
-    })
+    Ok(Held(file))
 }
 
 /// Makes the holder of `top` the only writer of this delta, for us and for QEMU. The description

@@ -76,6 +76,27 @@ impl SharedWords {
         })
     }
 
+    /// How many.
+    #[allow(clippy::len_without_is_empty, reason = "there is at least one")]
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Adds to a word, with wrap-around. For counters: no other word is ordered by it.
+    pub fn add(&self, i: usize, n: u64) {
+        self.words()[i].fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// A counter's value.
+    pub fn at(&self, i: usize) -> u64 {
+        self.words()[i].load(Ordering::Relaxed)
+    }
+
+    /// Sets a counter.
+    pub fn set(&self, i: usize, value: u64) {
+        self.words()[i].store(value, Ordering::Relaxed);
+    }
+
     fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping is page aligned, holds `count` words and lives as long as `self`;
         // every holder accesses it through atomics.

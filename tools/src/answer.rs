@@ -13,7 +13,7 @@ use std::process::ExitCode;
 pub struct Answer {
     /// For people; empty prints nothing.
     pub text: String,
-    /// For programs: an object, to which `schema` is added.
+    /// For programs: an object, to which `schema` is added; null prints nothing.
     pub json: Value,
     /// Exit code.
     pub code: u8,
@@ -33,6 +33,7 @@ impl Answer {
     pub fn print(self, output: Output) -> ExitCode {
         let text = match output {
             Output::Text => self.text,
+            Output::Json if self.json.is_null() => String::new(),
             Output::Json => with_schema(self.json).to_string(),
         };
         if !text.is_empty() {

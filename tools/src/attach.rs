@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 /// Number of the report's pipe in ploopd.
 const REPORT_FD: i32 = 3;
 /// How long a keeper may take to close an image.
-const CLOSE_PATIENCE: Duration = Duration::from_secs(120);
+pub const CLOSE_PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long somebody may have a device open without it counting as use.
-const PROBE_PATIENCE: Duration = Duration::from_secs(2);
+pub const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// An attached disk: its run directory, and what it says.
 #[derive(Debug, Clone)]
@@ -167,10 +167,15 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
 /// Unmounts, detaches and waits until the image is closed. `Busy` names who holds it, and leaves
 /// everything as it was.
 pub fn stop(attached: &Attached) -> Result<()> {
+    stop_within(attached, CLOSE_PATIENCE)
+}
+
+/// The same; `TimedOut` when the image is not closed within `patience`.
+pub fn stop_within(attached: &Attached, patience: Duration) -> Result<()> {
     if let Some(device) = &attached.state.device {
         unmount_all(attached, Path::new(device))?;
     }
-    close(attached)
+    close(attached, patience)
 }
 
 /// Detaches without asking who uses the device: for a disk that nobody was told of yet.
@@ -178,15 +183,20 @@ pub fn abandon(attached: &Attached) -> Result<()> {
     for point in mounted_at(&attached.state).iter().rev() {
         mounts::detach(point, true)?;
     }
-    close(attached)
+    close(attached, CLOSE_PATIENCE)
 }
 
-fn close(attached: &Attached) -> Result<()> {
-    let Some(mut departure) = Departure::of(&attached.run) else {
+fn close(attached: &Attached, patience: Duration) -> Result<()> {
+    let Some(departure) = Departure::of(&attached.run) else {
         return leftover::sweep();
     };
     terminate(attached)?;
-    let outcome = departure.wait(CLOSE_PATIENCE);
+    see_off(attached, departure, patience)
+}
+
+/// Waits for a keeper that was told to stop, and passes on how it ended.
+pub fn see_off(attached: &Attached, mut departure: Departure, patience: Duration) -> Result<()> {
+    let outcome = departure.wait(patience);
     if outcome.is_err() {
         // It died: what it left behind goes now, not with the next command.
         leftover::sweep()?;
@@ -195,9 +205,8 @@ fn close(attached: &Attached) -> Result<()> {
         None => Err(Error::new(
             Kind::TimedOut,
             format!(
-                "{}: still closing after {} s; see {}",
+                "{}: not closed in time; closing goes on; see {}",
                 attached.state.path,
-                CLOSE_PATIENCE.as_secs(),
                 attached.run.join("log").display()
             ),
         )),
@@ -252,11 +261,13 @@ fn busy(what: &Path, users: &[holders::Holder]) -> Error {
         }
         false => names.join(", "),
     };
-    Error::new(Kind::Busy, format!("{} is in use by {who}", what.display()))
+    let way_out = "end that, or take it away with `umount --force`";
+    let what = format!("{} is in use by {who}; {way_out}", what.display());
+    Error::new(Kind::Busy, what)
 }
 
 /// Asks the keeper to stop; a process that merely got its number is never signalled.
-fn terminate(attached: &Attached) -> Result<()> {
+pub fn terminate(attached: &Attached) -> Result<()> {
     let pid = i32::try_from(attached.state.keeper_pid)
         .ok()
         .and_then(Pid::from_raw);

@@ -38,6 +38,12 @@ impl Cancel {
         }
     }
 
+    /// What came of a step that started others: a signal of the terminal ends those, too, and then
+    /// `Cancelled` is the truth about their failure.
+    pub fn or<T>(&self, done: Result<T>) -> Result<T> {
+        done.or_else(|e| self.check().and(Err(e)))
+    }
+
     /// Runs a program that says little, and ends it when a signal comes.
     pub fn run(&self, command: &mut Command) -> Result<Output> {
         let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());

@@ -8,6 +8,7 @@ mod answer;
 mod attach;
 mod cancel;
 mod cmd;
+mod force;
 mod holders;
 mod nbd;
 mod report;

@@ -32,6 +32,8 @@ fn main() -> ExitCode {
     if let Err(e) = inherit::init() {
         return report::error(&e, Output::Text);
     }
+    // Started through /proc/self/exe, it would be listed as "exe".
+    let _ = rustix::thread::set_name(c"ploopd");
     let cli = Cli::parse();
     match cli {
         Cli { worker: true, .. } => worker(),

@@ -21,6 +21,6 @@ mod request;
 mod server;
 mod session;
 
-pub use mount::{Mount, mount, unmount};
+pub use mount::{Mount, abort, mount, unmount};
 pub use server::{End, serve};
 pub use session::{Session, resend};

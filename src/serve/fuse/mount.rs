@@ -57,6 +57,15 @@ pub fn unmount(target: &Path, lazy: bool) -> Result<()> {
         .map_err(|e| refused(e).at(format_args!("unmounting {}", target.display())))
 }
 
+/// Ends the session under whoever uses it: every request, waiting or yet to come, fails, and its
+/// server is told. The name stays until [`unmount`], unless nobody used it.
+pub fn abort(target: &Path) -> Result<()> {
+    match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW | UnmountFlags::FORCE) {
+        Ok(()) | Err(rustix::io::Errno::BUSY) => Ok(()),
+        Err(e) => Err(refused(e).at(format_args!("aborting {}", target.display()))),
+    }
+}
+
 fn check_target(target: &Path) -> Result<()> {
     let meta = fs::symlink_metadata(target)?;
     if !meta.file_type().is_file() {

@@ -25,6 +25,7 @@ use super::request::{Ask, Request};
 use super::session::Session;
 use crate::device::{Device, Zero};
 use crate::io::exec;
+use crate::serve::complaints::Complaints;
 
 /// Payloads up to this are copied out of the read buffer: cheaper than a fresh large buffer.
 const COPY_MAX: usize = 64 << 10;
@@ -343,10 +344,13 @@ fn done(ask: Ask, result: Result<()>) -> Answer {
     result.map(|()| Bytes::new()).map_err(|e| refuse(ask, &e))
 }
 
+/// One process serves one file.
+static COMPLAINTS: Complaints = Complaints::new();
+
 /// The errno that whoever uses the file sees. Never ENOSYS: the kernel would remember it and let
 /// all later flushes succeed without asking.
 fn refuse(ask: Ask, error: &Error) -> i32 {
-    tracing::warn!(%error, ?ask, "a request failed");
+    COMPLAINTS.about(&format!("{ask:?}"), error);
     match error.kind() {
         Kind::ReadOnly => libc::EROFS,
         Kind::Pending => libc::EIO,

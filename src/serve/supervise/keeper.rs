@@ -6,12 +6,14 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
+use super::control::{Control, Oracle};
 use super::errand::{Errand, Task};
 use super::listen::Sockets;
 use super::log::Log;
-use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode};
+use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, kind_name};
 use super::restart::Restarts;
 use super::{inherit, leftover};
+use crate::counters::{Counters, Stat};
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::memfd::SharedWords;
@@ -27,6 +29,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a new worker may wait for the last writes of the old one.
@@ -48,6 +51,7 @@ struct Holdings {
     dir: OwnedFd,
     source: Source,
     ledger: Option<SharedWords>,
+    counters: Counters,
     endpoint: Endpoint,
     locks: DiskLocks,
 }
@@ -61,6 +65,7 @@ struct Keeper {
     signals: UnixStream,
     log: Option<Log>,
     announcer: Announcer,
+    control: Control,
     worker: Option<Worker>,
     errand: Option<Errand>,
     restarts: Restarts,
@@ -78,6 +83,22 @@ struct Keeper {
     failure: Option<Failure>,
 }
 
+/// What clients of the control socket may know.
+struct Known<'a> {
+    state: &'a State,
+    counters: &'a Counters,
+}
+
+impl Oracle for Known<'_> {
+    fn state(&self) -> &State {
+        self.state
+    }
+
+    fn stat(&self) -> Stat {
+        self.counters.stat()
+    }
+}
+
 /// What poll(2) found.
 #[derive(Debug, Default)]
 struct Ready {
@@ -86,6 +107,7 @@ struct Ready {
     spoke: bool,
     ended: bool,
     errand: bool,
+    control: bool,
 }
 
 /// Attaches a disk and keeps it until it is told to stop, or cannot. `logging` is called once
@@ -101,9 +123,11 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         Ok((signals, target, run))
     });
     let (signals, target, run) = opened.inspect_err(|e| announcer.failed(&Failure::from(e)))?;
-    let prepared = open_log(&config, &run, logging)
-        .and_then(|log| Ok((log, Holdings::take(&config, &target, &run)?)));
-    let (log, held) = match prepared {
+    let prepared = open_log(&config, &run, logging).and_then(|log| {
+        let control = Control::listen(run.path())?;
+        Ok((log, control, Holdings::take(&config, &target, &run)?))
+    });
+    let (log, control, held) = match prepared {
         Ok(prepared) => prepared,
         Err(e) => {
             let failure = Failure::from(&e);
@@ -123,6 +147,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         signals,
         log,
         announcer,
+        control,
         worker: None,
         errand: None,
         restarts: Restarts::default(),
@@ -206,6 +231,7 @@ impl Holdings {
             true => None,
             false => Some(SharedWords::create(Ledger::WORDS)?),
         };
+        let counters = Counters::new(Arc::new(SharedWords::create(Counters::WORDS)?))?;
         let endpoint = match &config.mode {
             Mode::Device => mount(config, target, run)?,
             Mode::Nbd { listen, .. } => Endpoint::Nbd(Sockets::open(listen, inherit::take)?),
@@ -214,6 +240,7 @@ impl Holdings {
             dir,
             source,
             ledger,
+            counters,
             endpoint,
             locks,
         })
@@ -258,6 +285,7 @@ impl Holdings {
             source: self.source.clone(),
             ledger_fd,
             witness_fd,
+            counters_fd: bag.pack(&self.counters)?,
             takeover,
             sandbox: config.sandbox,
             fence_ms: FENCE.as_millis() as u64,
@@ -339,10 +367,10 @@ impl Keeper {
             worker.map(Worker::ended),
             self.errand.as_ref().map(Errand::back),
         ];
-        let mut polled: Vec<PollFd<'_>> = sources
-            .iter()
-            .flatten()
+        let own = sources.iter().flatten();
+        let mut polled: Vec<PollFd<'_>> = own
             .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .chain(self.control.polled())
             .collect();
         match poll(&mut polled, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
@@ -351,7 +379,9 @@ impl Keeper {
         let mut hit = polled.iter().map(|p| !p.revents().is_empty());
         let [signal, output, spoke, ended, errand] =
             sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
+        let control = hit.any(|hit| hit);
         Ok(Ready {
+            control,
             signal,
             output,
             spoke,
@@ -378,6 +408,21 @@ impl Keeper {
         }
         if ready.errand {
             self.on_errand();
+        }
+        if ready.control {
+            self.on_control();
+        }
+    }
+
+    fn on_control(&mut self) {
+        let known = Known {
+            state: &self.state,
+            counters: &self.held.counters,
+        };
+        self.control.turn(&known);
+        if std::mem::take(&mut self.control.stop) {
+            tracing::info!("asked to stop by the control socket");
+            self.stop();
         }
     }
 
@@ -444,6 +489,7 @@ impl Keeper {
         if let Err(e) = self.run.publish(&self.state) {
             tracing::warn!("{e}");
         }
+        self.control.announce(&self.state);
     }
 
     fn announce(&mut self) {
@@ -508,6 +554,11 @@ impl Keeper {
                 let left = loopdev::attached_under(&self.run.disk()).unwrap_or_default();
                 self.state.device = left.first().map(|l| format!("/dev/loop{}", l.number));
                 self.fail(failure);
+            }
+            // Nothing is served through it any more, and the kernel detaches it with its last user.
+            Err(failure) if self.settled && failure.kind == kind_name(Kind::Busy) => {
+                tracing::warn!("left to its last user: {}", failure.message);
+                self.state.device = None;
             }
             Err(failure) => {
                 tracing::warn!("detaching: {}", failure.message);

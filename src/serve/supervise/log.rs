@@ -68,7 +68,8 @@ impl Write for Log {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let mut log = self.open.lock().unwrap_or_else(|e| e.into_inner());
         if log.len >= TURN {
-            log.turn_over()?;
+            // A log that cannot be turned over grows rather than fall silent.
+            log.turn_over().unwrap_or_else(|_| log.len = 0);
         }
         let n = log.file.write(buf)?;
         log.len = log.len.saturating_add(n as u64);

@@ -223,6 +223,8 @@ pub struct WorkerConfig {
     /// The top on the keeper's own description, which remembers what the kernel lost; inherited.
     /// There is one with the ledger.
     pub witness_fd: Option<RawFd>,
+    /// The memfd of the counters, inherited.
+    pub counters_fd: RawFd,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
     /// Whether to be confined before looking at an image.

@@ -8,10 +8,11 @@
 //!
 //! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
-//! [`leftover`] what a dead keeper leaves behind.
+//! [`control`] what others may ask, [`leftover`] what a dead keeper leaves behind.
 
 mod announce;
 mod child;
+pub mod control;
 mod errand;
 pub mod inherit;
 pub mod keeper;

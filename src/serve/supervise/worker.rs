@@ -8,6 +8,7 @@
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;
 use super::message::{Event, Failure, Order, WorkerConfig, WorkerMode};
+use crate::counters::{Counted, Counters};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::image::chain::Chain;
@@ -31,7 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 
-/// Pause between looks for changes that nobody flushes.
+/// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
@@ -94,6 +95,9 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let dir = inherit::take(config.dir_fd)?;
     confine(&dir, config.sandbox)?;
     let ledger = ledger(&config)?;
+    let counters = Counters::new(Arc::new(SharedWords::from_fd(inherit::take(
+        config.counters_fd,
+    )?)?))?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk = match ledger {
@@ -113,7 +117,9 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     };
     let cache = disk.stack().top().store().cache();
     let disk = Arc::new(disk);
-    let transport = Transport::take(config.mode, &disk, engine, config.sandbox)?;
+    counters.forget_unanswered();
+    let device = Arc::new(Counted::new(Arc::clone(&disk), counters));
+    let transport = Transport::take(config.mode, &device, engine, config.sandbox)?;
     if config.sandbox && !matches!(transport, Transport::Nbd { .. }) {
         // The only thread there will be.
         sandbox::narrow()?;
@@ -136,7 +142,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
         background.await;
         let _ = last.send(());
     });
-    let served = transport.serve(&disk, stopped).await;
+    let served = transport.serve(&device, stopped).await;
     // Closing wants the disk to itself.
     quit.send_replace(true);
     let _ = ended.await;
@@ -185,8 +191,11 @@ async fn hear(control: Arc<OwnedFd>, stop: watch::Sender<bool>) {
 async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) {
     let mut quit = pin!(wait(quitted));
     loop {
-        let pause = pin!(exec::sleep(WRITE_BACK));
-        if let Either::Left(_) = select(quit.as_mut(), pause).await {
+        let due = pin!(async {
+            disk.changed().await;
+            exec::sleep(WRITE_BACK).await;
+        });
+        if let Either::Left(_) = select(quit.as_mut(), due).await {
             return;
         }
         if let Err(e) = disk.write_back().await {
@@ -195,6 +204,8 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
     }
 }
 
+type Served = Counted<Disk<FileStore>>;
+
 /// A way to clients, ready to be used.
 enum Transport {
     Fuse {
@@ -202,11 +213,11 @@ enum Transport {
         session: fuse::Session,
     },
     Nbd {
-        server: nbd::Server<Disk<FileStore>>,
+        server: nbd::Server<Served>,
         listeners: Vec<OwnedFd>,
     },
     Connection {
-        server: nbd::Server<Disk<FileStore>>,
+        server: nbd::Server<Served>,
         input: OwnedFd,
         output: OwnedFd,
     },
@@ -215,7 +226,7 @@ enum Transport {
 impl Transport {
     fn take(
         mode: WorkerMode,
-        disk: &Arc<Disk<FileStore>>,
+        device: &Arc<Served>,
         engine: Engine,
         confined: bool,
     ) -> Result<Self> {
@@ -244,7 +255,7 @@ impl Transport {
                     confined,
                     ..Default::default()
                 };
-                let server = nbd::Server::new(Arc::clone(disk), options, engine)?;
+                let server = nbd::Server::new(Arc::clone(device), options, engine)?;
                 match connection {
                     None => Ok(Self::Nbd {
                         server,
@@ -264,17 +275,13 @@ impl Transport {
     }
 
     /// Serves until told to stop, or until the last client left.
-    async fn serve(
-        self,
-        disk: &Arc<Disk<FileStore>>,
-        stopped: watch::Receiver<bool>,
-    ) -> Result<()> {
+    async fn serve(self, device: &Arc<Served>, stopped: watch::Receiver<bool>) -> Result<()> {
         match self {
             Self::Fuse { fds, session } => {
                 let fd = fds.into_iter().next();
                 let fd = fd.ok_or_else(|| Error::invalid("no FUSE descriptor"))?;
                 let stop = wait(stopped);
-                fuse::serve(fd, &session, Arc::clone(disk), stop)
+                fuse::serve(fd, &session, Arc::clone(device), stop)
                     .await
                     .map(|_| ())
             }
@@ -304,7 +311,7 @@ async fn wait(mut stopped: watch::Receiver<bool>) {
     let _ = stopped.wait_for(|stop| *stop).await;
 }
 
-async fn stop_server(server: nbd::Server<Disk<FileStore>>, stopped: watch::Receiver<bool>) {
+async fn stop_server(server: nbd::Server<Served>, stopped: watch::Receiver<bool>) {
     wait(stopped).await;
     server.stop();
 }

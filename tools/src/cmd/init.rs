@@ -92,7 +92,7 @@ pub fn run(args: &Args) -> Result<Answer> {
 fn make_fs(image: &Path, fs: Fs, cancel: &Cancel) -> Result<()> {
     let target = Target::resolve(image, Some(Format::Ploop))?;
     let config = device_config(&target, Some(super::FormatArg::Ploop));
-    let state = attach::start(config)?;
+    let state = cancel.or(attach::start(config))?;
     let device = state.device.clone().unwrap_or_default();
     let made = cancel
         .check()

@@ -1,5 +1,6 @@
 //! `list`: which disks are attached.
 
+use super::orphans;
 use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::Result;
@@ -8,10 +9,16 @@ use serde_json::json;
 
 /// List the attached disks
 #[derive(Debug, clap::Args)]
-pub struct Args {}
+pub struct Args {
+    #[command(flatten)]
+    orphans: orphans::Args,
+}
 
 /// Does it.
-pub fn run(_: &Args) -> Result<Answer> {
+pub fn run(args: &Args) -> Result<Answer> {
+    if let Some(answer) = orphans::run(&args.orphans)? {
+        return Ok(answer);
+    }
     let disks: Vec<State> = attach::all()?.into_iter().map(|a| a.state).collect();
     Ok(Answer::new(table(&disks), json!({ "disks": disks })))
 }

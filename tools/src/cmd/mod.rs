@@ -1,12 +1,19 @@
 //! The verbs, one file each.
 
+mod adopt;
 mod check;
+mod delete;
+mod doctor;
+mod events;
+mod generate;
 mod info;
 mod init;
 mod list;
 mod map;
 mod mount;
+mod orphans;
 mod serve;
+mod stat;
 mod tour;
 mod umount;
 
@@ -20,15 +27,36 @@ use std::os::fd::AsFd;
 /// A verb and its arguments.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
+    #[command(after_help = "Example: ploopctl init -s 20G /var/lib/ct/100")]
     Init(init::Args),
+    #[command(after_help = "Example: ploopctl mount /var/lib/ct/100 /mnt/100")]
     Mount(mount::Args),
+    #[command(after_help = "Example: ploopctl umount /mnt/100")]
     Umount(umount::Args),
+    #[command(after_help = "Example: ploopctl serve /var/lib/ct/100 --nbd unix:/run/ct-100.sock")]
     Serve(serve::Args),
+    #[command(after_help = "Example: ploopctl list -o json")]
     List(list::Args),
+    #[command(after_help = "Example: ploopctl info /var/lib/ct/100")]
     Info(info::Args),
+    #[command(after_help = "Example: ploopctl stat /var/lib/ct/100")]
+    Stat(stat::Args),
+    #[command(after_help = "Example: ploopctl events -f /var/lib/ct/100")]
+    Events(events::Args),
+    #[command(after_help = "Example: ploopctl map --format ploop /var/lib/ct/100.hds")]
     Map(map::Args),
+    #[command(after_help = "Example: ploopctl check --repair /var/lib/ct/100")]
     Check(check::Args),
+    #[command(after_help = "Example: ploopctl adopt 100.raw --format raw /var/lib/ct/100")]
+    Adopt(adopt::Args),
+    #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
+    Delete(delete::Args),
+    #[command(after_help = "Example: ploopctl doctor -o json")]
+    Doctor(doctor::Args),
+    #[command(after_help = "Example: ploopctl tour")]
     Tour(tour::Args),
+    #[command(hide = true)]
+    Generate(generate::Args),
 }
 
 /// Does what was asked.
@@ -40,9 +68,15 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Serve(args) => serve::run(args, output),
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
+        Command::Stat(args) => stat::run(&args),
+        Command::Events(args) => events::run(&args, output),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Adopt(args) => adopt::run(&args),
+        Command::Delete(args) => delete::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Tour(args) => tour::run(&args),
+        Command::Generate(args) => generate::run(&args),
     }
 }
 

@@ -51,7 +51,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         ..device_config(&target, args.format)
     };
     let cancel = Cancel::on_signals()?;
-    let mut state = attach::start(config)?;
+    let mut state = cancel.or(attach::start(config))?;
     let mounted = cancel.check().and_then(|()| match &point {
         Some(point) => mount(&state, point, args),
         None => Ok(()),

@@ -1,6 +1,7 @@
 //! `tour`: the newcomer's two minutes. Makes a disk, uses it, kills the process that serves it in
 //! the middle of a write, and finds every byte again. Everything happens in a temporary folder.
 
+use super::doctor::is_on_path;
 use super::mount::need_privilege;
 use crate::answer::Answer;
 use crate::nbd::Client;
@@ -87,17 +88,12 @@ impl Drop for Folder {
 pub fn run(_: &Args) -> Result<Answer> {
     let folder = Folder::new()?;
     let mut diary = Diary::default();
-    let as_root = need_privilege("tour").is_ok() && which("mkfs.ext4");
+    let as_root = need_privilege("tour").is_ok() && is_on_path("mkfs.ext4");
     match as_root {
         true => mounted(&folder, &mut diary)?,
         false => served(&folder, &mut diary)?,
     }
     Ok(Answer::new(diary.text(), diary.json()))
-}
-
-fn which(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|dir| dir.join(program).exists())
 }
 
 /// Runs this very program, as a person would.

@@ -1,0 +1,157 @@
+//! Members: which entries of a disk's directory are the disk's own, and which are somebody else's.
+//!
+//! Looks at names and never through a link. What it does not know is foreign, and stays.
+
+use super::chain::read_descriptor;
+use super::target::DESCRIPTOR;
+use crate::io::lock::{self, DISK_LOCK};
+use crate::policy;
+use ploop_formats::descriptor::Descriptor;
+use ploop_formats::{Error, Result};
+use rustix::fs::{AtFlags, Dir, FileType, statat, unlinkat};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::Instant;
+
+/// Where a new descriptor is written before it is renamed. Found without its writer, a draft.
+pub const ASIDE: &str = "DiskDescriptor.xml.tmp";
+/// The descriptor of a disk that is being deleted: no ploop opens it.
+pub const DELETED: &str = "DiskDescriptor.xml.deleted";
+
+/// A layer's file as the directory shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub name: OsString,
+    /// Links to it; above one means that other disks share it.
+    pub links: u64,
+    /// Bytes that it occupies on the host.
+    pub allocated: u64,
+}
+
+/// What a disk's directory holds.
+#[derive(Debug, Clone, Default)]
+pub struct Members {
+    /// The layers that the descriptor names and that are there, in its order.
+    pub layers: Vec<Member>,
+    /// What an interrupted command of ours left; worth nothing.
+    pub drafts: Vec<OsString>,
+    /// Everything that no descriptor names.
+    pub foreign: Vec<OsString>,
+}
+
+impl Members {
+    /// Looks into a directory. `Unsupported` when the descriptor names a file elsewhere.
+    pub fn of(dir: impl AsFd, descriptor: &Descriptor) -> Result<Self> {
+        let mut found = Self::default();
+        for image in descriptor.images() {
+            policy::allow(&image.file)?;
+            found.layers.extend(layer(&dir, OsStr::new(&image.file))?);
+        }
+        for name in names(&dir)? {
+            let known = [DESCRIPTOR, DELETED, DISK_LOCK];
+            let own = known.iter().any(|k| name == OsStr::new(k))
+                || found.layers.iter().any(|l| l.name == name);
+            if own {
+                continue;
+            }
+            match name == OsStr::new(ASIDE) {
+                true => found.drafts.push(name),
+                false => found.foreign.push(name),
+            }
+        }
+        found.foreign.sort();
+        Ok(found)
+    }
+}
+
+/// Removes the drafts of a disk that nobody works on, and says which; `Busy` when somebody does.
+pub fn remove_drafts(dir: impl AsFd) -> Result<Vec<OsString>> {
+    let _disk = lock::lock_descriptor(&dir, Instant::now())?;
+    let drafts = Members::of(&dir, &read_descriptor(&dir)?)?.drafts;
+    for name in &drafts {
+        let place = |e| Error::from(io::Error::from(e)).at(Path::new(name).display());
+        unlinkat(&dir, name, AtFlags::empty()).map_err(place)?;
+    }
+    Ok(drafts)
+}
+
+/// A regular file of this name; anything else is not a layer, whatever the descriptor says.
+pub(super) fn layer(dir: impl AsFd, name: &OsStr) -> Result<Option<Member>> {
+    let stat = match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => return Ok(None),
+        stat => stat.map_err(|e| Error::from(io::Error::from(e)).at(Path::new(name).display()))?,
+    };
+    let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    Ok(regular.then(|| Member {
+        name: name.to_os_string(),
+        links: stat.st_nlink,
+        allocated: u64::try_from(stat.st_blocks)
+            .unwrap_or(0)
+            .saturating_mul(512),
+    }))
+}
+
+fn names(dir: impl AsFd) -> Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(dir).map_err(io::Error::from)? {
+        let entry = entry.map_err(io::Error::from)?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            names.push(OsStr::from_bytes(name).to_os_string());
+        }
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ploop_formats::descriptor::{Chs, ImageType, NewDisk};
+    use ploop_formats::units::ClusterSize;
+
+    fn names(all: &[OsString]) -> Vec<&str> {
+        all.iter().filter_map(|n| n.to_str()).collect()
+    }
+
+    #[test]
+    fn only_a_regular_file_that_the_descriptor_names_is_a_layer() {
+        let descriptor = Descriptor::new_disk(&NewDisk {
+            sectors: 2048,
+            cluster: ClusterSize::new(64 << 10).unwrap(),
+            kind: ImageType::Compressed,
+            file: "root.hds",
+            preallocated: false,
+            chs: Chs {
+                cylinders: 1,
+                heads: 16,
+                sectors: 63,
+            },
+        })
+        .unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in [DESCRIPTOR, DELETED, DISK_LOCK, ASIDE, "target", ".hidden"] {
+            std::fs::write(path(name), "x").unwrap();
+        }
+        let look = || {
+            let fd = crate::io::beneath::directory(dir.path()).unwrap();
+            Members::of(fd, &descriptor).unwrap()
+        };
+        std::fs::write(path("root.hds"), "x").unwrap();
+        let found = look();
+        assert_eq!(found.layers.len(), 1);
+        assert_eq!(names(&found.drafts), [ASIDE]);
+        assert_eq!(names(&found.foreign), [".hidden", "target"]);
+
+        std::fs::remove_file(path("root.hds")).unwrap();
+        std::os::unix::fs::symlink("target", path("root.hds")).unwrap();
+        let found = look();
+        assert!(found.layers.is_empty());
+        assert_eq!(names(&found.foreign), [".hidden", "root.hds", "target"]);
+    }
+}

@@ -1,0 +1,449 @@
+//! Control: what other programs may ask the keeper of a disk, over a socket in its run directory.
+//!
+//! One JSON value a line. The keeper greets with its version, answers requests in order, and sends
+//! events to those who asked for them. A second socket answers any HTTP request with the counters as
+//! Prometheus reads them. Mode 0600, the peer's user is checked, everything that a client can make
+//! us hold is bounded, and no client is ever waited for.
+
+use super::message::Failure;
+use crate::counters::Stat;
+use crate::rundir::State;
+use ploop_formats::{Error, Kind, Result};
+use rustix::event::{PollFd, PollFlags};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+/// Version of what is spoken.
+pub const PROTO: u32 = 1;
+/// Its name in a run directory.
+pub const SOCKET: &str = "control";
+/// The name there of the socket that speaks HTTP.
+pub const METRICS: &str = "metrics";
+/// Clients at once; the longest connected one makes room.
+const CLIENTS_MAX: usize = 32;
+/// Longest line of a client, in bytes.
+const LINE_MAX: usize = 16 << 10;
+/// Bytes of answers that wait for a client; a slower one is hung up on.
+const BACKLOG_MAX: usize = 1 << 20;
+
+/// What the keeper says first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    /// [`PROTO`].
+    pub proto: u32,
+    /// The keeper's release.
+    pub version: String,
+}
+
+/// What a client asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Request {
+    /// Comes back with the answer.
+    #[serde(default)]
+    pub id: u64,
+    /// What is wanted.
+    #[serde(flatten)]
+    pub ask: Ask,
+}
+
+/// What can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "method", rename_all = "lowercase")]
+pub enum Ask {
+    /// What `list` shows.
+    State,
+    /// The counters.
+    Stat,
+    /// Every change of state from now on, the present one first.
+    Events,
+    /// Detach the disk, as SIGTERM does; the answer only says that it was understood.
+    Stop,
+}
+
+/// An answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Answer {
+    /// The request's.
+    pub id: u64,
+    /// What was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+    /// Why not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+}
+
+/// What the keeper knows.
+pub(super) trait Oracle {
+    fn state(&self) -> &State;
+    fn stat(&self) -> Stat;
+}
+
+/// The socket and those who are connected.
+#[derive(Debug)]
+pub(super) struct Control {
+    control: UnixListener,
+    metrics: UnixListener,
+    clients: Vec<Client>,
+    /// A client asked for the disk to be detached.
+    pub(super) stop: bool,
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    speaks_http: bool,
+    events: bool,
+    /// Hung up on once its answers are sent.
+    last: bool,
+}
+
+impl Control {
+    /// Listens in a run directory.
+    pub(super) fn listen(run: &Path) -> Result<Self> {
+        Ok(Self {
+            control: listen(&run.join(SOCKET))?,
+            metrics: listen(&run.join(METRICS))?,
+            clients: Vec::new(),
+            stop: false,
+        })
+    }
+
+    /// What to wait for.
+    pub(super) fn polled(&self) -> impl Iterator<Item = PollFd<'_>> {
+        let clients = self.clients.iter().map(|c| {
+            let out = match c.output.is_empty() {
+                true => PollFlags::empty(),
+                false => PollFlags::OUT,
+            };
+            PollFd::new(&c.stream, PollFlags::IN | out)
+        });
+        let listeners = [&self.control, &self.metrics];
+        let listeners = listeners.map(|l| PollFd::new(l, PollFlags::IN));
+        listeners.into_iter().chain(clients)
+    }
+
+    /// Does all that can be done without waiting.
+    pub(super) fn turn(&mut self, oracle: &impl Oracle) {
+        for (listener, speaks_http) in [(&self.control, false), (&self.metrics, true)] {
+            while let Ok((stream, _)) = listener.accept() {
+                if let Some(client) = Client::welcome(stream, speaks_http) {
+                    if self.clients.len() == CLIENTS_MAX {
+                        self.clients.remove(0);
+                    }
+                    self.clients.push(client);
+                }
+            }
+        }
+        let stop = &mut self.stop;
+        self.clients.retain_mut(|c| c.turn(oracle, stop));
+    }
+
+    /// Tells those who want to know.
+    pub(super) fn announce(&mut self, state: &State) {
+        for client in self.clients.iter_mut().filter(|c| c.events) {
+            client.say(&event(state));
+        }
+    }
+}
+
+fn listen(path: &Path) -> Result<UnixListener> {
+    let bound = || {
+        let listener = UnixListener::bind(path)?;
+        // The directory has mode 0700: nobody else could have connected before this.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        Ok(listener)
+    };
+    bound().map_err(|e: io::Error| Error::from(e).at(path.display()))
+}
+
+fn event(state: &State) -> Value {
+    json!({ "schema": 1, "event": "state", "disk": state })
+}
+
+impl Client {
+    fn welcome(stream: UnixStream, speaks_http: bool) -> Option<Self> {
+        let peer = rustix::net::sockopt::socket_peercred(stream.as_fd()).ok()?;
+        let own = rustix::process::geteuid();
+        if peer.uid != own && !peer.uid.is_root() {
+            return None;
+        }
+        stream.set_nonblocking(true).ok()?;
+        let mut client = Self {
+            stream,
+            input: Vec::new(),
+            output: Vec::new(),
+            speaks_http,
+            events: false,
+            last: false,
+        };
+        if !speaks_http {
+            client.say(&json!(Greeting {
+                proto: PROTO,
+                version: env!("CARGO_PKG_VERSION").into(),
+            }));
+        }
+        Some(client)
+    }
+
+    fn say(&mut self, value: &Value) {
+        self.output.extend_from_slice(value.to_string().as_bytes());
+        self.output.push(b'\n');
+    }
+
+    /// Whether it stays.
+    fn turn(&mut self, oracle: &impl Oracle, stop: &mut bool) -> bool {
+        let stays = self.receive();
+        while let Some(line) = self.line() {
+            self.serve(&line, oracle, stop);
+        }
+        if self.input.len() >= LINE_MAX {
+            return false;
+        }
+        let sent = self.send();
+        stays && sent && self.output.len() <= BACKLOG_MAX && !(self.last && self.output.is_empty())
+    }
+
+    fn receive(&mut self) -> bool {
+        let mut buf = [0u8; 4096];
+        while self.input.len() < LINE_MAX {
+            match self.stream.read(&mut buf) {
+                Ok(0) => return false,
+                Ok(n) => self
+                    .input
+                    .extend_from_slice(buf.get(..n).unwrap_or_default()),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+            }
+        }
+        true
+    }
+
+    fn line(&mut self) -> Option<Vec<u8>> {
+        let end = self.input.iter().position(|b| *b == b'\n')?;
+        let mut line: Vec<u8> = self.input.drain(..=end).collect();
+        line.pop();
+        Some(line)
+    }
+
+    fn serve(&mut self, line: &[u8], oracle: &impl Oracle, stop: &mut bool) {
+        if self.last {
+            return;
+        }
+        if self.speaks_http {
+            // The end of the request's head; whatever it asked for, there is one answer.
+            if matches!(line, b"" | b"\r") {
+                self.last = true;
+                self.output = http(&prometheus(oracle.state(), &oracle.stat()));
+            }
+            return;
+        }
+        let request: Request = match serde_json::from_slice(line) {
+            Ok(request) => request,
+            Err(e) => {
+                let error = Error::invalid(format!("not a request: {e}"));
+                return self.refuse(0, &error);
+            }
+        };
+        let result = match request.ask {
+            Ask::State => json!(oracle.state()),
+            Ask::Stat => json!(oracle.stat()),
+            Ask::Events => {
+                self.events = true;
+                return self.say(&event(oracle.state()));
+            }
+            Ask::Stop => {
+                *stop = true;
+                json!({})
+            }
+        };
+        let (id, error) = (request.id, None);
+        self.say(&json!(Answer {
+            id,
+            result: Some(result),
+            error,
+        }));
+    }
+
+    fn refuse(&mut self, id: u64, error: &Error) {
+        self.say(&json!(Answer {
+            id,
+            result: None,
+            error: Some(Failure::from(error)),
+        }));
+    }
+
+    fn send(&mut self) -> bool {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(n) => drop(self.output.drain(..n)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
+            }
+        }
+        true
+    }
+}
+
+fn http(body: &str) -> Vec<u8> {
+    let head = format!(
+        "HTTP/1.0 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    (head + body).into_bytes()
+}
+
+/// The counters in Prometheus' text format.
+pub fn prometheus(state: &State, stat: &Stat) -> String {
+    let disk = state.path.replace('\\', "\\\\").replace('"', "\\\"");
+    let disk = disk.replace('\n', "\\n");
+    let head = |name: &str, kind: &str, help: &str| {
+        format!("# HELP ploop_{name} {help}\n# TYPE ploop_{name} {kind}\n")
+    };
+    let mut out = String::new();
+    let ops = |out: &mut String, name: &str, of: &dyn Fn(&crate::counters::OpStat) -> u64| {
+        for (op, stat) in &stat.ops {
+            let value = of(stat);
+            *out += &format!("ploop_{name}{{disk=\"{disk}\",op=\"{op}\"}} {value}\n");
+        }
+    };
+    out += &head("requests_total", "counter", "Requests answered.");
+    ops(&mut out, "requests_total", &|s| s.requests);
+    out += &head(
+        "errors_total",
+        "counter",
+        "Requests answered with an error.",
+    );
+    ops(&mut out, "errors_total", &|s| s.errors);
+    out += &head("bytes_total", "counter", "Bytes asked for.");
+    ops(&mut out, "bytes_total", &|s| s.bytes);
+    out += &head(
+        "request_seconds",
+        "histogram",
+        "Time from request to answer.",
+    );
+    for (op, stat) in &stat.ops {
+        let labels = format!("disk=\"{disk}\",op=\"{op}\"");
+        let mut below = 0;
+        for (n, count) in stat.latency_log2_us.iter().enumerate() {
+            below += count;
+            let bound = (1u64 << n) as f64 / 1e6;
+            out += &format!("ploop_request_seconds_bucket{{{labels},le=\"{bound}\"}} {below}\n");
+        }
+        out += &format!("ploop_request_seconds_bucket{{{labels},le=\"+Inf\"}} {below}\n");
+        let sum = stat.total_us as f64 / 1e6;
+        out += &format!("ploop_request_seconds_sum{{{labels}}} {sum}\n");
+        out += &format!("ploop_request_seconds_count{{{labels}}} {below}\n");
+    }
+    let gauges = [
+        ("in_flight", "Requests not answered yet.", stat.in_flight),
+        (
+            "oldest_request_seconds",
+            "Age of the oldest of them.",
+            stat.oldest_s,
+        ),
+        ("size_bytes", "Virtual size.", state.size),
+    ];
+    for (name, help, value) in gauges {
+        out += &head(name, "gauge", help);
+        out += &format!("ploop_{name}{{disk=\"{disk}\"}} {value}\n");
+    }
+    out += &head(
+        "worker_restarts_total",
+        "counter",
+        "Workers that were replaced.",
+    );
+    out + &format!(
+        "ploop_worker_restarts_total{{disk=\"{disk}\"}} {}\n",
+        state.restarts
+    )
+}
+
+/// The other end of a control socket.
+#[derive(Debug)]
+pub struct Remote {
+    stream: io::BufReader<UnixStream>,
+    next: u64,
+}
+
+impl Remote {
+    /// Connects to the keeper of a run directory. `Unsupported` when it speaks another language.
+    pub fn connect(run: &Path) -> Result<Self> {
+        let path = run.join(SOCKET);
+        let place = |e: io::Error| Error::from(e).at(path.display());
+        let stream = UnixStream::connect(&path).map_err(place)?;
+        let patience = std::time::Duration::from_secs(10);
+        stream.set_read_timeout(Some(patience)).map_err(place)?;
+        stream.set_write_timeout(Some(patience)).map_err(place)?;
+        let mut remote = Self {
+            stream: io::BufReader::new(stream),
+            next: 0,
+        };
+        let greeting: Greeting = remote.hear()?;
+        match greeting.proto {
+            PROTO => Ok(remote),
+            other => Err(Error::unsupported(format!(
+                "ploopd {} speaks control protocol {other}, this is {PROTO}",
+                greeting.version
+            ))),
+        }
+    }
+
+    /// Asks, and waits for the answer.
+    pub fn ask(&mut self, ask: Ask) -> Result<Value> {
+        self.next += 1;
+        let id = self.next;
+        self.tell(&Request { id, ask })?;
+        let answer: Answer = self.hear()?;
+        match (answer.error, answer.result) {
+            (Some(failure), _) => Err(failure.into()),
+            (None, Some(result)) if answer.id == id => Ok(result),
+            _ => Err(Error::new(Kind::Io, "control socket: an answer to nothing")),
+        }
+    }
+
+    /// The counters.
+    pub fn stat(&mut self) -> Result<Stat> {
+        let stat = self.ask(Ask::Stat)?;
+        serde_json::from_value(stat).map_err(|e| Error::invalid(format!("counters: {e}")))
+    }
+
+    /// Asks for events: each call of [`Remote::event`] gives one.
+    pub fn subscribe(&mut self) -> Result<()> {
+        self.tell(&Request {
+            id: 0,
+            ask: Ask::Events,
+        })?;
+        Ok(self.stream.get_ref().set_read_timeout(None)?)
+    }
+
+    /// The next event; `None` once the disk is detached. Waits.
+    pub fn event(&mut self) -> Result<Option<Value>> {
+        match self.hear() {
+            Err(e) if e.kind() == Kind::NotFound => Ok(None),
+            event => event.map(Some),
+        }
+    }
+
+    fn tell(&mut self, request: &Request) -> Result<()> {
+        let text = serde_json::to_string(request).map_err(io::Error::from)?;
+        Ok(self.stream.get_mut().write_all((text + "\n").as_bytes())?)
+    }
+
+    fn hear<T: serde::de::DeserializeOwned>(&mut self) -> Result<T> {
+        let mut line = String::new();
+        io::BufRead::read_line(&mut (&mut self.stream).take(BACKLOG_MAX as u64), &mut line)?;
+        if line.is_empty() {
+            return Err(Error::new(Kind::NotFound, "the keeper is gone"));
+        }
+        serde_json::from_str(&line).map_err(|e| Error::invalid(format!("control socket: {e}")))
+    }
+}

@@ -1,0 +1,250 @@
+//! What the keeper of an attached disk tells others: counters, state, events; and that no client of
+//! its control socket can hurt it.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod common;
+
+use common::attach::{kill, listed, run_directories};
+use common::nbd::Client;
+use common::process::{eventually, ok};
+use common::programs::ploopctl;
+use common::serve::Disk;
+use serde_json::{Value, json};
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(20);
+
+fn run_directory(disk: &Disk) -> PathBuf {
+    let inode = fs::metadata(disk.path()).unwrap().ino();
+    eventually("a serving disk", SOON, || {
+        listed(&disk.path()).filter(|object| object["state"] == "serving")
+    });
+    run_directories(inode).pop().unwrap()
+}
+
+/// A client that speaks by hand.
+struct Hand {
+    stream: BufReader<UnixStream>,
+}
+
+impl Hand {
+    fn connect(disk: &Disk) -> Self {
+        let stream = UnixStream::connect(run_directory(disk).join("control")).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        let mut hand = Self {
+            stream: BufReader::new(stream),
+        };
+        let greeting = hand.hear();
+        assert_eq!(greeting["proto"], 1, "{greeting}");
+        assert!(greeting["version"].is_string(), "{greeting}");
+        hand
+    }
+
+    fn say(&mut self, text: &str) {
+        self.stream.get_mut().write_all(text.as_bytes()).unwrap();
+    }
+
+    fn hear(&mut self) -> Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line:?}: {e}"))
+    }
+
+    fn ask(&mut self, method: &str) -> Value {
+        self.say(&format!("{}\n", json!({ "id": 7, "method": method })));
+        let answer = self.hear();
+        assert_eq!(answer["id"], 7, "{answer}");
+        answer["result"].clone()
+    }
+
+    fn is_hung_up(&mut self) -> bool {
+        let mut rest = Vec::new();
+        match self.stream.read_to_end(&mut rest) {
+            Ok(_) => true,
+            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}
+
+fn stat(disk: &Disk) -> Value {
+    let all = ok(ploopctl().args(["-o", "json", "stat"]).arg(disk.path()));
+    serde_json::from_str::<Value>(&all).unwrap()["disks"][0].clone()
+}
+
+#[test]
+fn requests_are_counted_with_their_bytes_and_times_also_across_a_death_of_the_worker() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let mut client = Client::connect(server.socket()).unwrap();
+    for n in 0..10 {
+        assert_eq!(client.write(n * 4096, &[1; 4096]).unwrap(), 0);
+    }
+    client.read(0, 8192).unwrap();
+    client.disconnect().unwrap();
+    let before = stat(&disk);
+    assert_eq!(before["ops"]["write"]["requests"], 10, "{before}");
+    assert_eq!(before["ops"]["write"]["bytes"], 40960, "{before}");
+    assert_eq!(before["ops"]["read"]["bytes"], 8192, "{before}");
+    assert_eq!(before["in_flight"], 0, "{before}");
+    let buckets = before["ops"]["write"]["latency_log2_us"]
+        .as_array()
+        .unwrap();
+    let counted: u64 = buckets.iter().map(|b| b.as_u64().unwrap()).sum();
+    assert_eq!(counted, 10, "{before}");
+
+    let worker = listed(&disk.path()).unwrap()["worker_pid"]
+        .as_u64()
+        .unwrap();
+    kill(worker as u32);
+    let mut client = eventually("another worker", SOON, || {
+        let mut client = Client::connect(server.socket()).ok()?;
+        client.read(0, 512).ok().map(|_| client)
+    });
+    assert_eq!(client.write(0, &[2; 512]).unwrap(), 0);
+    let after = stat(&disk);
+    assert_eq!(after["ops"]["write"]["requests"], 11, "{after}");
+    assert_eq!(after["restarts"], 1, "{after}");
+}
+
+#[test]
+fn the_control_socket_answers_its_own_user_in_order() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let run = run_directory(&disk);
+    for name in ["control", "metrics"] {
+        let mode = fs::metadata(run.join(name)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    let mut hand = Hand::connect(&disk);
+    let state = hand.ask("state");
+    assert_eq!(state["size"], 64 << 20, "{state}");
+    assert_eq!(state["keeper_pid"], server.pid(), "{state}");
+    assert_eq!(hand.ask("stat")["in_flight"], 0);
+    hand.say("{\"id\":1,\"method\":\"state\"}\n{\"id\":2,\"method\":\"stat\"}\n");
+    assert_eq!(
+        (hand.hear()["id"].clone(), hand.hear()["id"].clone()),
+        (json!(1), json!(2))
+    );
+}
+
+#[test]
+fn what_is_no_request_gets_an_error_and_harms_nobody() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let mut good = Hand::connect(&disk);
+    let mut bad = Hand::connect(&disk);
+    for line in ["", "x", "{}", "{\"method\":\"explode\"}", "[1]", "\u{1}"] {
+        bad.say(&format!("{line}\n"));
+        let answer = bad.hear();
+        assert_eq!(answer["error"]["kind"], "invalid", "{line:?}: {answer}");
+    }
+    assert_eq!(bad.ask("stat")["in_flight"], 0, "it may go on");
+    // The server may hang up in the middle of this.
+    let _ = bad.stream.get_mut().write_all(&vec![b'x'; 64 << 10]);
+    assert!(bad.is_hung_up(), "a line without end");
+
+    let silent: Vec<Hand> = (0..100).map(|_| Hand::connect(&disk)).collect();
+    drop(good);
+    good = Hand::connect(&disk);
+    assert_eq!(good.ask("state")["state"], "serving");
+    drop(silent);
+
+    // Somebody who asks and never reads is hung up on, and nobody waits for them.
+    let mut greedy = Hand::connect(&disk);
+    let asks = "{\"method\":\"stat\"}\n".repeat(1000);
+    let mut asked = 0;
+    greedy
+        .stream
+        .get_mut()
+        .set_write_timeout(Some(SOON))
+        .unwrap();
+    while asked < 100 && greedy.stream.get_mut().write_all(asks.as_bytes()).is_ok() {
+        asked += 1;
+    }
+    assert!(
+        asked < 100,
+        "100,000 answers were kept for a client that reads none"
+    );
+    assert_eq!(good.ask("state")["state"], "serving");
+    server.stop();
+}
+
+#[test]
+fn events_tell_of_a_death_and_end_with_the_disk() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    run_directory(&disk);
+    let mut follower = ploopctl()
+        .args(["-o", "json", "events", "--follow"])
+        .arg(disk.path())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(follower.stdout.take().unwrap()).lines();
+    let mut next = move || -> Option<Value> {
+        let line = lines.next()?.unwrap();
+        Some(serde_json::from_str(&line).unwrap())
+    };
+    let first = next().unwrap();
+    assert_eq!(first["disk"]["state"], "serving", "{first}");
+    kill(first["disk"]["worker_pid"].as_u64().unwrap() as u32);
+    let seen: Vec<Value> = std::iter::from_fn(&mut next)
+        .take_while(|e| e["disk"]["state"] != "serving")
+        .collect();
+    assert!(
+        seen.iter().any(|e| e["disk"]["state"] == "recovering"),
+        "{seen:?}"
+    );
+    server.stop();
+    while next().is_some() {}
+    assert!(follower.wait().unwrap().success());
+}
+
+#[test]
+fn prometheus_reads_the_counters_over_http() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let mut client = Client::connect(server.socket()).unwrap();
+    assert_eq!(client.write(0, &[1; 4096]).unwrap(), 0);
+    let mut stream = UnixStream::connect(run_directory(&disk).join("metrics")).unwrap();
+    stream.set_read_timeout(Some(SOON)).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.0 200"), "{head}");
+    assert!(
+        head.contains(&format!("Content-Length: {}", body.len())),
+        "{head}"
+    );
+    let line = format!(
+        "ploop_requests_total{{disk=\"{}\",op=\"write\"}} 1",
+        disk.path().display()
+    );
+    assert!(body.lines().any(|l| l == line), "{body}");
+    for line in body.lines().filter(|l| !l.starts_with('#')) {
+        let (_, value) = line.rsplit_once(' ').unwrap();
+        assert!(value.parse::<f64>().is_ok(), "{line}");
+    }
+}
+
+#[test]
+fn a_disk_is_detached_through_its_control_socket() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let mut hand = Hand::connect(&disk);
+    hand.ask("stop");
+    eventually("the end", SOON, || {
+        listed(&disk.path()).is_none().then_some(())
+    });
+    drop(server);
+    disk.assert_qemu_finds_it_clean();
+}
