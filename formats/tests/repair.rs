@@ -356,6 +356,19 @@ fn a_repair_that_would_grow_the_file_too_much_changes_nothing() {
 }
 
 #[test]
+fn a_table_that_a_small_file_claims_is_not_made_for_it() {
+    let mut made = Made::healthy(Version::V2);
+    made.header.entries = u32::MAX - 1;
+    made.header.data_start = ((64 + 4 * u64::from(u32::MAX - 1)).div_ceil(CLUSTER)) as u32;
+    let mut pages = made.pages();
+    pages.set_len(4096);
+    let store = MemStore::from_pages(pages);
+    let e = now(repair(&store, &Repair::default())).unwrap_err();
+    assert_eq!(e.kind(), Kind::Invalid, "{e}");
+    assert_eq!(store.info().len, 4096);
+}
+
+#[test]
 fn a_clean_image_is_not_written_at_all() {
     for version in [Version::V1, Version::V2] {
         let recording = Recording::default();

@@ -469,6 +469,33 @@ mod tests {
     }
 
     #[test]
+    fn an_extension_of_a_large_cluster_is_known_by_its_start_and_its_sum() {
+        let feature = |len| Feature {
+            magic: 9,
+            flags: TRANSIT,
+            data: vec![1; len],
+        };
+        let size = ClusterSize::new(4 << 20).unwrap();
+        let fits = Extension {
+            features: vec![feature(1000), feature(0)],
+        };
+        let (whole, start) = (fits.build(size).unwrap(), fits.build_start(size).unwrap());
+        assert_eq!(start.len() as u64, limits::EXTENSION_MAX);
+        assert_eq!(start, whole[..start.len()]);
+        let mut sum = Sum::of(&start);
+        whole[start.len()..]
+            .chunks(1000)
+            .for_each(|part| sum.add(part));
+        assert_eq!(Extension::parse_start(&start, sum).unwrap(), fits);
+        let long = Extension {
+            features: vec![feature(1 << 20)],
+        };
+        assert!(long.build_start(size).is_err());
+        let e = Extension::parse(&long.build(size).unwrap()).unwrap_err();
+        assert_eq!(e.kind(), crate::Kind::Unsupported, "{e}");
+    }
+
+    #[test]
     fn what_is_built_is_parsed_back() {
         let other = Feature {
             magic: 9,
