@@ -8,7 +8,8 @@
 mod common;
 
 use common::attach::{
-    Attached, KernelMark, assert_nothing_left, can_mount, kernel_complaints, kill,
+    Attached, KernelMark, assert_fsck_clean, assert_nothing_left, can_mount, kernel_complaints,
+    kill,
 };
 use common::files::{assert_tree, copy_system_tree, space_of};
 use common::process::{eventually, fails, ok, ok_within};
@@ -16,10 +17,8 @@ use common::programs::{ploopctl, tool};
 use common::serve::Disk;
 use common::{count, have};
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -28,26 +27,6 @@ use std::time::Duration;
 const MIB: u64 = 1 << 20;
 /// Mounting, copying and checking share two cores with everything else.
 const PATIENCE: Duration = Duration::from_secs(300);
-
-/// The file system's own checker on an unmounted device; it must change nothing and find nothing.
-fn checker(fs: &str, device: &Path) -> Command {
-    let (name, args): (&str, &[&str]) = match fs {
-        "ext4" => ("e2fsck", &["-f", "-n"]),
-        "xfs" => ("xfs_repair", &["-n"]),
-        "btrfs" => ("btrfs", &["check", "--readonly"]),
-        other => unreachable!("no checker for {other}"),
-    };
-    let mut command = tool(name);
-    command.args(args).arg(device);
-    command
-}
-
-/// Attaches the disk without mounting it, checks it, detaches it.
-fn assert_fsck_clean(fs: &str, disk: &Disk) {
-    let attached = Attached::device_of(disk);
-    ok_within(&mut checker(fs, &attached.device), PATIENCE);
-    attached.detach();
-}
 
 fn sync_file_system(folder: &Path) {
     ok_within(tool("sync").arg("--file-system").arg(folder), PATIENCE);
@@ -457,69 +436,6 @@ fn a_killed_keeper_is_cleaned_up_after_by_the_next_command() {
     );
     attached.detach();
     assert_fsck_clean("ext4", &disk);
-}
-
-/// Writes files of a round and syncs each, until the disk goes away: the numbers of those that were
-/// answered.
-fn synced_files(folder: &Path, round: u64) -> Vec<u64> {
-    let mut synced = Vec::new();
-    for n in 0.. {
-        let data = pattern(round, n);
-        let written = File::create(folder.join(format!("{round}-{n}")))
-            .and_then(|mut file| file.write_all(&data).and_then(|()| file.sync_all()));
-        match written {
-            Ok(()) => synced.push(n),
-            Err(_) => break,
-        }
-    }
-    synced
-}
-
-fn pattern(round: u64, n: u64) -> Vec<u8> {
-    let words = (0..512 * (1 + n % 16)).flat_map(|i| (round << 40 | n << 20 | i).to_le_bytes());
-    words.collect()
-}
-
-#[test]
-fn what_was_synced_outlives_keeper_and_worker_killed_together() {
-    let test = "what_was_synced_outlives_keeper_and_worker_killed_together";
-    if !can_mount(test) || !have(test, &["mkfs.ext4"]) {
-        return;
-    }
-    let disk = Disk::with_fs("512M", "ext4", &[]);
-    let rounds = count("PLOOP_KEEPER_KILLS", 10);
-    let mut files = 0;
-    for round in 0..rounds {
-        let attached = Attached::mounted(&disk, &[]);
-        let worker = attached.worker().expect("a worker");
-        let synced = thread::scope(|scope| {
-            let writer = scope.spawn(|| synced_files(attached.folder(), round));
-            thread::sleep(Duration::from_millis(60 + 23 * (round % 9)));
-            kill(attached.keeper);
-            kill(worker);
-            writer.join().unwrap()
-        });
-        drop(attached);
-        assert_nothing_left(&disk.path(), &[worker]);
-        let attached = Attached::mounted(&disk, &[]);
-        for n in &synced {
-            let path = attached.folder().join(format!("{round}-{n}"));
-            assert!(
-                fs::read(&path).unwrap() == pattern(round, *n),
-                "{}",
-                path.display()
-            );
-            fs::remove_file(path).unwrap();
-        }
-        files += synced.len();
-        attached.detach();
-        if round % 10 == 9 {
-            assert_fsck_clean("ext4", &disk);
-        }
-    }
-    println!("COUNT: {test}: {rounds} rounds, {files} synced files found again");
-    assert!(files as u64 > rounds, "hardly anything was written");
-    disk.assert_qemu_finds_it_clean();
 }
 
 /// A control group with a limit of memory, removed when dropped.

@@ -7,6 +7,7 @@ use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 /// Whether this machine lets a test mount through FUSE and loop; otherwise it is skipped, visibly.
@@ -116,6 +117,29 @@ impl Drop for Attached {
             let _ = run(ploopctl().args(["list", "-o", "json"]));
         }
     }
+}
+
+/// Checking shares two cores with everything else.
+const CHECKER_PATIENCE: Duration = Duration::from_secs(300);
+
+/// The file system's own checker on an unmounted device; it must change nothing and find nothing.
+fn checker(fs: &str, device: &Path) -> Command {
+    let (name, args): (&str, &[&str]) = match fs {
+        "ext4" => ("e2fsck", &["-f", "-n"]),
+        "xfs" => ("xfs_repair", &["-n"]),
+        "btrfs" => ("btrfs", &["check", "--readonly"]),
+        other => unreachable!("no checker for {other}"),
+    };
+    let mut command = tool(name);
+    command.args(args).arg(device);
+    command
+}
+
+/// Attaches the disk without mounting it, checks it, detaches it.
+pub fn assert_fsck_clean(fs: &str, disk: &Disk) {
+    let attached = Attached::device_of(disk);
+    ok_within(&mut checker(fs, &attached.device), CHECKER_PATIENCE);
+    attached.detach();
 }
 
 /// SIGKILL, to a process of this test's disk; it may be gone already.

@@ -234,34 +234,6 @@ fn a_disk_that_is_busy_in_one_place_stays_mounted_in_all() {
     nothing_is_left(&scratch);
 }
 
-#[test]
-fn who_has_it_mounted_in_another_namespace_is_named() {
-    if !can_mount() {
-        return;
-    }
-    let scratch = Scratch::new();
-    let disk = scratch.disk("d", &["-s", "64M"]);
-    let point = scratch.mountpoint();
-    ok(&["mount", text(&disk), text(&point)]);
-    let mut container = Command::new("unshare")
-        .args(["-m", "--propagation", "private", "sleep", "60"])
-        .spawn()
-        .expect("unshare runs");
-    let comm = format!("/proc/{}/comm", container.id());
-    let inside = || fs::read_to_string(&comm).is_ok_and(|name| name.trim() == "sleep");
-    eventually("the container runs", inside);
-    let said = fails(4, &["umount", text(&disk)]);
-    assert!(said.contains(&container.id().to_string()), "{said}");
-    assert_eq!(scratch.attached()[0]["state"], "serving");
-    container.kill().expect("kill");
-    container.wait().expect("wait");
-    // The namespace goes shortly after its last process.
-    eventually("it can be detached", || {
-        common::run(&["umount", text(&disk)]).status.success()
-    });
-    nothing_is_left(&scratch);
-}
-
 /// What udev does after a write to a device: looks at it, and goes.
 #[test]
 fn a_glance_at_the_device_does_not_keep_it() {
