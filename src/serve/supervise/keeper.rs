@@ -25,7 +25,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::OpenOptions;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -52,6 +52,8 @@ struct Holdings {
     source: Source,
     ledger: Option<SharedWords>,
     counters: Counters,
+    /// Their memory as watchers may have it; none where `/proc` is missing.
+    watched: Option<OwnedFd>,
     endpoint: Endpoint,
     locks: DiskLocks,
 }
@@ -87,6 +89,7 @@ struct Keeper {
 struct Known<'a> {
     state: &'a State,
     counters: &'a Counters,
+    watched: Option<&'a OwnedFd>,
 }
 
 impl Oracle for Known<'_> {
@@ -96,6 +99,10 @@ impl Oracle for Known<'_> {
 
     fn stat(&self) -> Stat {
         self.counters.stat()
+    }
+
+    fn counters(&self) -> Option<BorrowedFd<'_>> {
+        self.watched.map(AsFd::as_fd)
     }
 }
 
@@ -240,6 +247,7 @@ impl Holdings {
             dir,
             source,
             ledger,
+            watched: counters.read_only().ok(),
             counters,
             endpoint,
             locks,
@@ -418,6 +426,7 @@ impl Keeper {
         let known = Known {
             state: &self.state,
             counters: &self.held.counters,
+            watched: self.held.watched.as_ref(),
         };
         self.control.turn(&known);
         if std::mem::take(&mut self.control.stop) {

@@ -2,8 +2,9 @@
 
 use crate::answer::Answer;
 use crate::attach::{self, Attached};
+use ploop::client::Remote;
 use ploop::counters::Stat;
-use ploop::serve::supervise::control::{Remote, prometheus};
+use ploop::serve::supervise::control::prometheus;
 use ploop::{Error, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -63,6 +64,7 @@ fn object(disk: &Attached, stat: &Stat) -> Value {
         "restarts": disk.state.restarts,
         "in_flight": stat.in_flight,
         "oldest_s": stat.oldest_s,
+        "hung": stat.hung,
         "ops": ops.collect::<serde_json::Map<_, _>>(),
     })
 }
