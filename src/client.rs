@@ -5,10 +5,10 @@
 //! not answer is an error of kind `TimedOut`. What answers bring along (descriptors) is handed out
 //! with the answer that it came with.
 
-use crate::counters::{Stat, Watched};
+use crate::counters::Watched;
 use crate::rundir::State;
 use crate::serve::supervise::control::{
-    Answer, Ask, BACKLOG_MAX, Greeting, PROTO, Request, SOCKET,
+    Answer, Ask, BACKLOG_MAX, Figures, Greeting, PROTO, Request, SOCKET,
 };
 use ploop_formats::{Error, Kind, Result};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -96,9 +96,9 @@ impl Remote {
         self.ask(Ask::State).and_then(|v| parse(v, "state"))
     }
 
-    /// The counters, as they are now.
-    pub fn stat(&mut self) -> Result<Stat> {
-        self.ask(Ask::Stat).and_then(|v| parse(v, "counters"))
+    /// The counters and what the disk takes on the host, as they are now.
+    pub fn stat(&mut self) -> Result<Figures> {
+        self.ask(Ask::Stat).and_then(|v| parse(v, "figures"))
     }
 
     /// The counters, to be watched without asking again. `Invalid` or `Unsupported` when the
@@ -213,7 +213,8 @@ pub fn ask_all<P: AsRef<Path>>(
     asked.into_iter().map(heard).collect()
 }
 
-fn parse<T: DeserializeOwned>(value: Value, what: &str) -> Result<T> {
+/// An answer as what it should be.
+pub fn parse<T: DeserializeOwned>(value: Value, what: &str) -> Result<T> {
     serde_json::from_value(value).map_err(|e| Error::invalid(format!("{what}: {e}")))
 }
 
@@ -232,9 +233,9 @@ fn gone(e: io::Error) -> Error {
             Kind::TimedOut,
             "the keeper does not answer; it hangs, or is stopped",
         ),
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-            Error::new(Kind::NotFound, "the keeper is gone")
-        }
+        io::ErrorKind::BrokenPipe
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::ConnectionRefused => Error::new(Kind::NotFound, "the keeper is gone"),
         _ => Error::from(e),
     }
 }

@@ -13,6 +13,8 @@ mod holders;
 mod nbd;
 mod report;
 mod size;
+mod table;
+mod view;
 
 use clap::Parser;
 use clap::error::ErrorKind;

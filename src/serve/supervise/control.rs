@@ -5,9 +5,10 @@
 //! Prometheus reads them. Mode 0600, the peer's user is checked, everything that a client can make
 //! us hold is bounded, and no client is ever waited for. Clients of ours use [`crate::client`].
 
+use super::host::Space;
 use super::message::Failure;
 use crate::counters::Stat;
-use crate::rundir::State;
+use crate::rundir::{Phase, State};
 use ploop_formats::{Error, Result};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -84,10 +85,22 @@ pub struct Answer {
     pub error: Option<Failure>,
 }
 
+/// What `stat` is answered with.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// What was asked of the disk.
+    #[serde(flatten)]
+    pub counters: Stat,
+    /// What it takes and what is left, where that is known. A keeper of an older release does not
+    /// say.
+    #[serde(flatten)]
+    pub space: Option<Space>,
+}
+
 /// What the keeper knows.
 pub(super) trait Oracle {
     fn state(&self) -> &State;
-    fn stat(&self) -> Stat;
+    fn stat(&self) -> Figures;
     /// The counters' memory, to be read and not written.
     fn counters(&self) -> Option<BorrowedFd<'_>>;
 }
@@ -344,7 +357,8 @@ fn http(body: &str) -> Vec<u8> {
 }
 
 /// The counters in Prometheus' text format.
-pub fn prometheus(state: &State, stat: &Stat) -> String {
+pub fn prometheus(state: &State, figures: &Figures) -> String {
+    let stat = &figures.counters;
     let disk = state.path.replace('\\', "\\\\").replace('"', "\\\"");
     let disk = disk.replace('\n', "\\n");
     let head = |name: &str, kind: &str, help: &str| {
@@ -385,7 +399,7 @@ pub fn prometheus(state: &State, stat: &Stat) -> String {
         out += &format!("ploop_request_seconds_sum{{{labels}}} {sum}\n");
         out += &format!("ploop_request_seconds_count{{{labels}}} {below}\n");
     }
-    let gauges = [
+    let mut gauges = vec![
         ("in_flight", "Requests not answered yet.", stat.in_flight),
         (
             "oldest_request_seconds",
@@ -398,7 +412,18 @@ pub fn prometheus(state: &State, stat: &Stat) -> String {
             stat.hung,
         ),
         ("size_bytes", "Virtual size.", state.size),
+        (
+            "failed",
+            "Whether it failed and waits for `recover` or `umount`.",
+            u64::from(state.state == Phase::Failed),
+        ),
     ];
+    if let Some(space) = &figures.space {
+        let taken = "What the top layer's file takes on the host.";
+        let free = "What the host's file system has left.";
+        gauges.push(("alloc_bytes", taken, space.allocated));
+        gauges.push(("host_free_bytes", free, space.host_free));
+    }
     for (name, help, value) in gauges {
         out += &head(name, "gauge", help);
         out += &format!("ploop_{name}{{disk=\"{disk}\"}} {value}\n");

@@ -6,14 +6,15 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
-use super::control::{Control, Oracle};
+use super::control::{Control, Figures, Oracle};
 use super::errand::{Errand, Task};
+use super::host::Host;
 use super::listen::Sockets;
 use super::log::Log;
 use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, kind_name};
 use super::restart::Restarts;
 use super::{inherit, leftover};
-use crate::counters::{Counters, Stat};
+use crate::counters::Counters;
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::memfd::SharedWords;
@@ -55,6 +56,8 @@ struct Holdings {
     /// Their memory as watchers may have it; none where `/proc` is missing.
     watched: Option<OwnedFd>,
     endpoint: Endpoint,
+    /// None where `/proc` is missing.
+    host: Option<Host>,
     locks: DiskLocks,
 }
 
@@ -90,6 +93,7 @@ struct Known<'a> {
     state: &'a State,
     counters: &'a Counters,
     watched: Option<&'a OwnedFd>,
+    host: Option<&'a Host>,
 }
 
 impl Oracle for Known<'_> {
@@ -97,8 +101,11 @@ impl Oracle for Known<'_> {
         self.state
     }
 
-    fn stat(&self) -> Stat {
-        self.counters.stat()
+    fn stat(&self) -> Figures {
+        Figures {
+            counters: self.counters.stat(),
+            space: self.host.and_then(Host::space),
+        }
     }
 
     fn counters(&self) -> Option<BorrowedFd<'_>> {
@@ -244,12 +251,13 @@ impl Holdings {
             Mode::Nbd { listen, .. } => Endpoint::Nbd(Sockets::open(listen, inherit::take)?),
         };
         Ok(Self {
-            dir,
             source,
             ledger,
             watched: counters.read_only().ok(),
             counters,
             endpoint,
+            host: Host::new(&dir, locks.top()).ok(),
+            dir,
             locks,
         })
     }
@@ -427,6 +435,7 @@ impl Keeper {
             state: &self.state,
             counters: &self.held.counters,
             watched: self.held.watched.as_ref(),
+            host: self.held.host.as_ref(),
         };
         self.control.turn(&known);
         if std::mem::take(&mut self.control.stop) {

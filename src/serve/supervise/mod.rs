@@ -8,12 +8,14 @@
 //!
 //! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
-//! [`control`] what others may ask, [`leftover`] what a dead keeper leaves behind.
+//! [`control`] what others may ask, [`host`] how much
+//! space there is, [`leftover`] what a dead keeper leaves behind.
 
 mod announce;
 mod child;
 pub mod control;
 mod errand;
+pub mod host;
 pub mod inherit;
 pub mod keeper;
 pub mod leftover;
