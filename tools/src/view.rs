@@ -7,6 +7,7 @@ use crate::attach::Attached;
 use ploop::client;
 use ploop::rundir::{Phase, State};
 use ploop::serve::supervise::control::{Ask, Figures};
+use ploop::serve::supervise::host::Footprint;
 use ploop::{Kind, Result};
 use serde_json::Value;
 use std::path::PathBuf;
@@ -14,8 +15,6 @@ use std::time::Duration;
 
 /// How long all keepers together may take to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Left on a host that has nothing left: no cluster fits any more.
-const FULL: u64 = 64 << 10;
 
 /// An attached disk, as its keeper sees it.
 #[derive(Debug, Clone)]
@@ -57,22 +56,24 @@ impl View {
     /// How the disk is, in one word: what an operator should know of it first.
     pub fn health(&self) -> &'static str {
         let state = &self.disk.state;
-        match (state.state, &self.figures) {
-            (Phase::Failed, _) => "failed",
-            _ if state.poisoned => "poisoned",
-            (_, None) => "silent",
-            (Phase::Recovering, _) => "recovering",
-            (Phase::Starting, _) => "starting",
-            (Phase::Stopping, _) => "stopping",
-            (Phase::Serving, Some(figures)) => {
-                let full = figures.space.is_some_and(|s| s.host_free < FULL);
-                if full { "full" } else { "serving" }
-            }
+        match state.state {
+            Phase::Failed => "failed",
+            _ if self.figures.is_none() => "silent",
+            Phase::Starting => "starting",
+            Phase::Recovering => "recovering",
+            Phase::Stopping => "stopping",
+            Phase::Serving if state.host_low => "low",
+            Phase::Serving => "serving",
         }
     }
 
     /// Requests that have been waiting for long.
     pub fn hung(&self) -> u64 {
         self.figures.as_ref().map_or(0, |f| f.counters.hung)
+    }
+
+    /// What it takes and what is left on the host.
+    pub fn footprint(&self) -> Option<Footprint> {
+        self.figures.as_ref().and_then(|f| f.footprint)
     }
 }

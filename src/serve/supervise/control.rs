@@ -5,7 +5,7 @@
 //! Prometheus reads them. Mode 0600, the peer's user is checked, everything that a client can make
 //! us hold is bounded, and no client is ever waited for. Clients of ours use [`crate::client`].
 
-use super::host::Space;
+use super::host::Footprint;
 use super::message::Failure;
 use crate::counters::Stat;
 use crate::rundir::{Phase, State};
@@ -70,6 +70,8 @@ pub enum Ask {
     Counters,
     /// Detach the disk, as SIGTERM does; the answer only says that it was understood.
     Stop,
+    /// Use a failed disk again; the answer only says that it is tried.
+    Recover,
 }
 
 /// An answer.
@@ -94,7 +96,7 @@ pub struct Figures {
     /// What it takes and what is left, where that is known. A keeper of an older release does not
     /// say.
     #[serde(flatten)]
-    pub space: Option<Space>,
+    pub footprint: Option<Footprint>,
 }
 
 /// What the keeper knows.
@@ -111,8 +113,17 @@ pub(super) struct Control {
     control: UnixListener,
     metrics: UnixListener,
     clients: Vec<Client>,
-    /// A client asked for the disk to be detached.
+    /// What clients ordered since this was last taken.
+    pub(super) orders: Orders,
+}
+
+/// What clients can order.
+#[derive(Debug, Default)]
+pub(super) struct Orders {
+    /// Detach the disk.
     pub(super) stop: bool,
+    /// Use it again although it failed.
+    pub(super) recover: bool,
 }
 
 #[derive(Debug)]
@@ -135,7 +146,7 @@ impl Control {
             control: listen(&run.join(SOCKET))?,
             metrics: listen(&run.join(METRICS))?,
             clients: Vec::new(),
-            stop: false,
+            orders: Orders::default(),
         })
     }
 
@@ -165,8 +176,8 @@ impl Control {
                 }
             }
         }
-        let stop = &mut self.stop;
-        self.clients.retain_mut(|c| c.turn(oracle, stop));
+        let orders = &mut self.orders;
+        self.clients.retain_mut(|c| c.turn(oracle, orders));
     }
 
     /// Tells those who want to know.
@@ -224,10 +235,10 @@ impl Client {
     }
 
     /// Whether it stays.
-    fn turn(&mut self, oracle: &impl Oracle, stop: &mut bool) -> bool {
+    fn turn(&mut self, oracle: &impl Oracle, orders: &mut Orders) -> bool {
         let stays = self.receive();
         while let Some(line) = self.line() {
-            self.serve(&line, oracle, stop);
+            self.serve(&line, oracle, orders);
         }
         if self.input.len() >= LINE_MAX {
             return false;
@@ -258,7 +269,7 @@ impl Client {
         Some(line)
     }
 
-    fn serve(&mut self, line: &[u8], oracle: &impl Oracle, stop: &mut bool) {
+    fn serve(&mut self, line: &[u8], oracle: &impl Oracle, orders: &mut Orders) {
         if self.last {
             return;
         }
@@ -293,8 +304,16 @@ impl Client {
                 return self.refuse(request.id, &error);
             }
             Ask::Stop => {
-                *stop = true;
+                orders.stop = true;
                 json!({})
+            }
+            Ask::Recover if oracle.state().state == Phase::Failed => {
+                orders.recover = true;
+                json!({})
+            }
+            Ask::Recover => {
+                let error = Error::invalid("the disk has not failed");
+                return self.refuse(request.id, &error);
             }
         };
         let (id, error) = (request.id, None);
@@ -417,12 +436,17 @@ pub fn prometheus(state: &State, figures: &Figures) -> String {
             "Whether it failed and waits for `recover` or `umount`.",
             u64::from(state.state == Phase::Failed),
         ),
+        (
+            "host_low",
+            "Whether the host is low on space, so that new space is refused, or soon will be.",
+            u64::from(state.host_low),
+        ),
     ];
-    if let Some(space) = &figures.space {
+    if let Some(here) = &figures.footprint {
         let taken = "What the top layer's file takes on the host.";
         let free = "What the host's file system has left.";
-        gauges.push(("alloc_bytes", taken, space.allocated));
-        gauges.push(("host_free_bytes", free, space.host_free));
+        gauges.push(("alloc_bytes", taken, here.allocated));
+        gauges.push(("host_free_bytes", free, here.host_free));
     }
     for (name, help, value) in gauges {
         out += &head(name, "gauge", help);

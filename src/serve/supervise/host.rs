@@ -3,7 +3,8 @@
 //! Looked at by a thread: on a network file system a look may hang, and the keeper must not. Who
 //! asks while one hangs is told what was seen last.
 
-use rustix::fs::{Mode, OFlags, fstat, fstatvfs, open};
+use crate::io::room::HostSpace;
+use rustix::fs::{Mode, OFlags, fstat, open};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, channel};
@@ -15,7 +16,7 @@ const PATIENCE: Duration = Duration::from_millis(20);
 
 /// What a look shows, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Space {
+pub struct Footprint {
     /// Left on the host's file system, for those who are not root.
     pub host_free: u64,
     /// Its size.
@@ -33,9 +34,9 @@ pub(super) struct Host {
 
 #[derive(Debug, Default)]
 struct Seen {
-    last: Option<Space>,
+    last: Option<Footprint>,
     /// A look that did not come back in time.
-    late: Option<Receiver<Option<Space>>>,
+    late: Option<Receiver<Option<Footprint>>>,
 }
 
 impl Host {
@@ -53,39 +54,37 @@ impl Host {
     }
 
     /// What there is now, or was when it last could be seen.
-    pub(super) fn space(&self) -> Option<Space> {
+    pub(super) fn footprint(&self) -> Option<Footprint> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let (look, patience) = match seen.late.take() {
             Some(late) => (late, Duration::ZERO),
             None => (self.look(), PATIENCE),
         };
         match look.recv_timeout(patience) {
-            Ok(space) => seen.last = space,
+            Ok(footprint) => seen.last = footprint,
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => seen.late = Some(look),
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {}
         }
         seen.last
     }
 
-    fn look(&self) -> Receiver<Option<Space>> {
+    fn look(&self) -> Receiver<Option<Footprint>> {
         let (to, from) = channel();
         let files = Arc::clone(&self.files);
-        let look = move || to.send(space(&files.0, &files.1));
+        let look = move || to.send(footprint(&files.0, &files.1));
         // Without a thread there is no news, which the closed channel says.
         let _ = std::thread::Builder::new().spawn(look);
         from
     }
 }
 
-fn space(dir: &OwnedFd, top: &OwnedFd) -> Option<Space> {
-    let (fs, file) = (fstatvfs(dir).ok()?, fstat(top).ok()?);
-    let unit = fs.f_frsize;
-    Some(Space {
-        host_free: fs.f_bavail.saturating_mul(unit),
-        host_size: fs.f_blocks.saturating_mul(unit),
-        allocated: u64::try_from(file.st_blocks)
-            .unwrap_or(0)
-            .saturating_mul(512),
+fn footprint(dir: &OwnedFd, top: &OwnedFd) -> Option<Footprint> {
+    let (host, file) = (HostSpace::of(dir).ok()?, fstat(top).ok()?);
+    let blocks = u64::try_from(file.st_blocks).unwrap_or(0);
+    Some(Footprint {
+        host_free: host.free,
+        host_size: host.size,
+        allocated: blocks.saturating_mul(512),
     })
 }
 
@@ -101,11 +100,11 @@ mod tests {
         let mut file = File::create(dir.path().join("top")).expect("create");
         let here = File::open(dir.path()).expect("directory");
         let host = Host::new(&here, &file).expect("descriptors");
-        let before = host.space().expect("a local file system answers");
+        let before = host.footprint().expect("a local file system answers");
         assert!(before.host_size >= before.host_free && before.allocated == 0);
         file.write_all(&[7; 1 << 20]).expect("write");
         file.sync_all().expect("sync");
-        let after = host.space().expect("a local file system answers");
+        let after = host.footprint().expect("a local file system answers");
         assert!(after.allocated >= 1 << 20, "{after:?}");
     }
 
@@ -116,14 +115,14 @@ mod tests {
         let host = Host::new(&here, &here).expect("descriptors");
         let (to, late) = channel();
         host.seen.lock().expect("lock").late = Some(late);
-        assert_eq!(host.space(), None);
-        let news = Space {
+        assert_eq!(host.footprint(), None);
+        let news = Footprint {
             host_free: 1,
             host_size: 2,
             allocated: 3,
         };
         to.send(Some(news)).expect("somebody waits");
-        assert_eq!(host.space(), Some(news));
-        assert_ne!(host.space(), Some(news), "the next look is a new one");
+        assert_eq!(host.footprint(), Some(news));
+        assert_ne!(host.footprint(), Some(news), "the next look is a new one");
     }
 }

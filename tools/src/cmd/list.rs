@@ -12,8 +12,8 @@ use std::collections::BTreeMap;
 /// List the attached disks and how they are
 ///
 /// STATE is starting, serving, recovering (its server died, another takes over), stopping, or what
-/// needs somebody: failed, poisoned (a flush failed), full (nothing is left on the host), silent
-/// (its keeper does not answer). HUNG counts requests that have waited for 10 seconds or more, and
+/// needs somebody: failed, low (the host is low on space, and new space is refused or soon will be),
+/// silent (its keeper does not answer). HUNG counts requests that have waited for 10 seconds or more, and
 /// says how long the oldest has. FREE is left on the file system that holds the disk's files.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -34,7 +34,8 @@ pub fn run(args: &Args) -> Result<Answer> {
 /// What the keeper said of a disk, as a program reads it.
 fn object(view: &View) -> Value {
     let mut object = json!(view.disk.state);
-    let (figures, space) = (&view.figures, view.figures.as_ref().and_then(|f| f.space));
+    let figures = &view.figures;
+    let space = view.footprint();
     object["health"] = view.health().into();
     object["answers"] = figures.is_some().into();
     let counters = figures.as_ref().map(|f| &f.counters);
@@ -65,7 +66,7 @@ fn row(view: &View) -> [String; 7] {
     let state = &view.disk.state;
     let dash = || "-".to_string();
     let hung = view.figures.as_ref().filter(|f| f.counters.hung > 0);
-    let space = view.figures.as_ref().and_then(|f| f.space);
+    let space = view.footprint();
     [
         state
             .device

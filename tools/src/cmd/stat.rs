@@ -56,7 +56,7 @@ fn refuse_silence(disk: &Attached, alone: bool) -> Result<()> {
 }
 
 fn object(disk: &Attached, figures: &Figures) -> Value {
-    let (stat, space) = (&figures.counters, figures.space);
+    let (stat, space) = (&figures.counters, figures.footprint);
     let ops = stat.ops.iter().map(|(name, op)| {
         let mut object = json!(op);
         for (name, share) in [("p50_us", 0.5), ("p99_us", 0.99)] {
@@ -100,7 +100,7 @@ fn table(disk: &Attached, figures: &Figures) -> String {
         "  {} in flight, the oldest for {} s, {} hang; {} restarts of the worker\n",
         stat.in_flight, stat.oldest_s, stat.hung, disk.state.restarts
     );
-    if let Some(space) = figures.space {
+    if let Some(space) = figures.footprint {
         text += &format!(
             "  {} in the top layer, {} free of {} on the host\n",
             size::show(space.allocated),
