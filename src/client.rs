@@ -105,6 +105,11 @@ impl Remote {
     /// keeper is of a release that does not pass them, or counts otherwise.
     pub fn watch(&mut self) -> Result<Watched> {
         self.ask(Ask::Counters)?;
+        self.watched()
+    }
+
+    /// The counters behind the descriptor that came.
+    fn watched(&mut self) -> Result<Watched> {
         let missing = || Error::unsupported("control socket: no descriptor came with the counters");
         Watched::from_fd(self.passed.pop_front().ok_or_else(missing)?)
     }
@@ -196,21 +201,45 @@ pub fn ask_all<P: AsRef<Path>>(
     asks: &[Ask],
     patience: Duration,
 ) -> Vec<Result<Vec<Value>>> {
+    let asked = tell_all(runs, asks, patience).into_iter();
+    asked.map(|asked| asked?.answers()).collect()
+}
+
+/// [`Remote::watch`] of many keepers, all asked together.
+pub fn watch_all<P: AsRef<Path>>(runs: &[P], patience: Duration) -> Vec<Result<Watched>> {
+    let watched = |asked: Result<Asked>| {
+        let mut asked = asked?;
+        asked.answers()?;
+        asked.remote.watched()
+    };
+    let asked = tell_all(runs, &[Ask::Counters], patience).into_iter();
+    asked.map(watched).collect()
+}
+
+/// A keeper that has its questions and owes the greeting and the answers.
+struct Asked {
+    remote: Remote,
+    ids: Vec<u64>,
+}
+
+impl Asked {
+    fn answers(&mut self) -> Result<Vec<Value>> {
+        self.remote.greeting()?;
+        let ids = self.ids.iter();
+        ids.map(|id| self.remote.answer(*id)).collect()
+    }
+}
+
+/// Every keeper has its questions before the first answer is waited for.
+fn tell_all<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec<Result<Asked>> {
     let due = Instant::now() + patience;
-    let asked = |run: &P| {
+    let tell = |run: &P| {
         let mut remote = Remote::dial(run.as_ref(), due)?;
         let ids = asks.iter().map(|ask| remote.tell(*ask));
-        let ids = ids.collect::<Result<Vec<u64>>>()?;
-        Ok((remote, ids))
+        let ids = ids.collect::<Result<_>>()?;
+        Ok(Asked { remote, ids })
     };
-    // Every keeper has its questions before the first answer is waited for.
-    let asked: Vec<Result<_>> = runs.iter().map(asked).collect();
-    let heard = |asked: Result<(Remote, Vec<u64>)>| {
-        let (mut remote, ids) = asked?;
-        remote.greeting()?;
-        ids.into_iter().map(|id| remote.answer(id)).collect()
-    };
-    asked.into_iter().map(heard).collect()
+    runs.iter().map(tell).collect()
 }
 
 /// An answer as what it should be.

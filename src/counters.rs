@@ -71,6 +71,44 @@ impl OpStat {
     }
 }
 
+impl OpStat {
+    /// What came after `earlier`, an older look at the same counters.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let buckets = self.latency_log2_us.iter().enumerate();
+        let before = |n: usize| earlier.latency_log2_us.get(n).copied().unwrap_or(0);
+        Self {
+            requests: self.requests.saturating_sub(earlier.requests),
+            errors: self.errors.saturating_sub(earlier.errors),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            total_us: self.total_us.saturating_sub(earlier.total_us),
+            latency_log2_us: buckets.map(|(n, c)| c.saturating_sub(before(n))).collect(),
+        }
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let (a, b) = (&self.latency_log2_us, &other.latency_log2_us);
+        let bucket = |n: usize| {
+            a.get(n)
+                .unwrap_or(&0)
+                .saturating_add(*b.get(n).unwrap_or(&0))
+        };
+        Self {
+            requests: self.requests.saturating_add(other.requests),
+            errors: self.errors.saturating_add(other.errors),
+            bytes: self.bytes.saturating_add(other.bytes),
+            total_us: self.total_us.saturating_add(other.total_us),
+            latency_log2_us: (0..a.len().max(b.len())).map(bucket).collect(),
+        }
+    }
+
+    /// Mean time in microseconds; 0 when there were none.
+    pub fn mean_us(&self) -> u64 {
+        self.total_us.checked_div(self.requests).unwrap_or(0)
+    }
+}
+
 /// Everything counted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
@@ -324,6 +362,22 @@ mod tests {
         assert_eq!((stat.in_flight, stat.hung), (2, 1));
         counters.forget_unanswered();
         assert_eq!(counters.stat().in_flight, 0);
+    }
+
+    #[test]
+    fn what_came_between_two_looks_is_their_difference() {
+        let counters = counters();
+        counters.end(Op::Read, Began::now(), 512, &Ok(()));
+        let first = counters.stat();
+        counters.end(Op::Read, Began(Began::now().0 - 5_000_000), 4096, &Ok(()));
+        counters.end(Op::Flush, Began::now(), 0, &Err::<(), _>(Error::poisoned()));
+        let second = counters.stat();
+        let since = |op: &str| second.ops[op].since(&first.ops[op]);
+        assert_eq!((since("read").requests, since("read").bytes), (1, 4096));
+        assert!(since("read").quantile_us(0.5) >= 8192 && since("read").mean_us() >= 5000);
+        let both = since("read").and(&since("flush"));
+        assert_eq!((both.requests, both.errors, both.bytes), (2, 1, 4096));
+        assert_eq!(both.latency_log2_us.iter().sum::<u64>(), 2);
     }
 
     #[test]

@@ -8,7 +8,10 @@ use signal_hook::flag;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a signal may go unnoticed by who sleeps.
+const BLINK: Duration = Duration::from_millis(50);
 
 /// Whether the user wants it to end.
 #[derive(Debug)]
@@ -35,6 +38,18 @@ impl Cancel {
                 "cancelled by a signal; what was begun is undone",
             )),
             false => Ok(()),
+        }
+    }
+
+    /// Sleeps; false when a signal ended that.
+    pub fn sleep(&self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.check().is_err() {
+                return self.check().is_ok();
+            }
+            std::thread::sleep(left.min(BLINK));
         }
     }
 

@@ -12,6 +12,7 @@ mod force;
 mod holders;
 mod nbd;
 mod report;
+mod screen;
 mod size;
 mod table;
 mod view;

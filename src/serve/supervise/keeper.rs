@@ -8,7 +8,7 @@ use super::announce::Announcer;
 use super::child::{Baggage, Worker};
 use super::control::{Control, Figures, Oracle};
 use super::errand::{Errand, Task};
-use super::host::Host;
+use super::host::{self, Footprint};
 use super::listen::Sockets;
 use super::log::Log;
 use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, kind_name};
@@ -18,6 +18,7 @@ use super::{inherit, leftover};
 use crate::counters::Counters;
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
+use crate::io::look::Look;
 use crate::io::memfd::SharedWords;
 use crate::io::room::HostSpace;
 use crate::rundir::{Outcome, Phase, RunDir, State};
@@ -59,7 +60,7 @@ struct Holdings {
     watched: Option<OwnedFd>,
     endpoint: Endpoint,
     /// None where `/proc` is missing.
-    host: Option<Host>,
+    host: Option<Look<Footprint>>,
     locks: DiskLocks,
 }
 
@@ -108,7 +109,7 @@ struct Known<'a> {
     state: &'a State,
     counters: &'a Counters,
     watched: Option<&'a OwnedFd>,
-    host: Option<&'a Host>,
+    host: Option<&'a Look<Footprint>>,
 }
 
 impl Oracle for Known<'_> {
@@ -119,7 +120,7 @@ impl Oracle for Known<'_> {
     fn stat(&self) -> Figures {
         Figures {
             counters: self.counters.stat(),
-            footprint: self.host.and_then(Host::footprint),
+            footprint: self.host.and_then(Look::now),
         }
     }
 
@@ -274,7 +275,7 @@ impl Holdings {
             watched: counters.read_only().ok(),
             counters,
             endpoint,
-            host: Host::new(&dir, locks.top()).ok(),
+            host: host::footprint(&dir, locks.top()).ok(),
             dir,
             locks,
         })

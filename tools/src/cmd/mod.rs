@@ -15,6 +15,7 @@ mod orphans;
 mod recover;
 mod serve;
 mod stat;
+mod top;
 mod tour;
 mod umount;
 
@@ -44,6 +45,8 @@ pub enum Command {
     Info(info::Args),
     #[command(after_help = "Example: ploopctl stat /var/lib/ct/100")]
     Stat(stat::Args),
+    #[command(after_help = "Example: ploopctl top -d 5")]
+    Top(top::Args),
     #[command(after_help = "Example: ploopctl events -f /var/lib/ct/100")]
     Events(events::Args),
     #[command(after_help = "Example: ploopctl map --format ploop /var/lib/ct/100.hds")]
@@ -74,6 +77,7 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Stat(args) => stat::run(&args),
+        Command::Top(args) => top::run(&args, output),
         Command::Events(args) => events::run(&args, output),
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args),

@@ -91,7 +91,7 @@ fn table(disk: &Attached, figures: &Figures) -> String {
             op.requests,
             op.bytes,
             op.errors,
-            op.total_us.checked_div(op.requests).unwrap_or(0),
+            op.mean_us(),
             op.quantile_us(0.5),
             op.quantile_us(0.99),
         );
