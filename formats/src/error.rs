@@ -22,6 +22,8 @@ pub enum Kind {
     Damaged,
     /// The image, or the request, is legal but not something that this program does.
     Unsupported,
+    /// The command line, or the settings, cannot be meant; nothing was looked at.
+    Usage,
     /// The caller's argument is wrong: out of range, misaligned, contradictory.
     Invalid,
     /// A write reached something that is open read-only.
@@ -50,7 +52,7 @@ impl Kind {
             Kind::NoSpace => 28,
             Kind::Pending => 11,
             Kind::Unsupported => 95,
-            Kind::Invalid => 22,
+            Kind::Invalid | Kind::Usage => 22,
             Kind::ReadOnly | Kind::Privilege => 1,
             Kind::Busy => 16,
             Kind::NotFound => 2,
@@ -65,6 +67,7 @@ impl Kind {
         match self {
             Kind::Pending => 1,
             Kind::Invalid | Kind::Exists | Kind::ReadOnly => 1,
+            Kind::Usage => 2,
             Kind::Busy => 4,
             Kind::Io | Kind::NoSpace | Kind::Poisoned => 5,
             Kind::Damaged => 6,

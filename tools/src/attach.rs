@@ -218,15 +218,25 @@ pub fn see_off(attached: &Attached, mut departure: Departure, patience: Duration
         None => Err(Error::new(
             Kind::TimedOut,
             format!(
-                "{}: not closed in time; closing goes on; see {}",
+                "{}: not closed in time; closing goes on{}",
                 attached.state.path,
-                attached.run.join("log").display()
+                see_log(&attached.state)
             ),
         )),
         Some(outcome) => match outcome.failure {
             None => Ok(()),
             Some(failure) => Err(Error::from(failure).at(&attached.state.path)),
         },
+    }
+}
+
+/// Where a disk's keeper says more.
+fn see_log(state: &State) -> String {
+    match state.log.as_deref() {
+        None => String::new(),
+        Some("journal") => format!("; see journalctl PLOOP_DISK={}", state.path),
+        Some("syslog") => "; see the messages of ploopd in the system's log".into(),
+        Some(file) => format!("; see {file}"),
     }
 }
 

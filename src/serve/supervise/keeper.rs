@@ -28,7 +28,7 @@ use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::OpenOptions;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
@@ -153,7 +153,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         Ok((signals, target, run))
     });
     let (signals, target, run) = opened.inspect_err(|e| announcer.failed(&Failure::from(e)))?;
-    let prepared = open_log(&config, &run, logging).and_then(|log| {
+    let prepared = open_log(&config, &target, &run, logging).and_then(|log| {
         let control = Control::listen(run.path())?;
         Ok((log, control, Holdings::take(&config, &target, &run)?))
     });
@@ -168,7 +168,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
             return Err(e);
         }
     };
-    let state = first_state(&config, &target, &held)?;
+    let mut state = first_state(&config, &target, &held)?;
+    state.log = log.as_ref().map(Log::place);
     let keeper = Keeper {
         config,
         run,
@@ -206,12 +207,15 @@ fn signals() -> Result<UnixStream> {
 
 fn open_log(
     config: &KeeperConfig,
+    target: &Target,
     run: &RunDir,
     logging: impl FnOnce(Option<&Log>),
 ) -> Result<Option<Log>> {
     let path = run.path().join("log");
+    let disk = target.path().display().to_string();
+    let open = || Log::open(&path, &disk, config.log);
     let log = match config.detached {
-        true => Some(Log::open(&path).map_err(|e| Error::from(e).at(path.display()))?),
+        true => Some(open().map_err(|e| Error::from(e).at(path.display()))?),
         false => None,
     };
     logging(log.as_ref());
@@ -245,6 +249,7 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
         engine: None,
         host_low: false,
         restarts: 0,
+        log: None,
         error: None,
     })
 }
@@ -666,7 +671,7 @@ impl Keeper {
     /// Copies what the worker printed into the log.
     fn copy_output(&mut self) {
         let output = self.worker.as_ref().and_then(|w| w.output.as_ref());
-        let (Some(output), Some(log)) = (output, self.log.as_mut()) else {
+        let (Some(output), Some(log)) = (output, &self.log) else {
             return;
         };
         let mut buf = [0u8; 16 << 10];
@@ -681,12 +686,13 @@ impl Keeper {
         let mut ended = false;
         while !ended && again(output) {
             match rustix::io::read(output, &mut buf) {
-                Ok(n) if n > 0 => {
-                    let _ = log.write_all(buf.get(..n).unwrap_or_default());
-                }
+                Ok(n) if n > 0 => log.raw(buf.get(..n).unwrap_or_default()),
                 Err(rustix::io::Errno::INTR) => {}
                 _ => ended = true,
             }
+        }
+        if ended {
+            log.end_raw();
         }
         if let Some(worker) = self.worker.as_mut().filter(|_| ended) {
             worker.output = None;

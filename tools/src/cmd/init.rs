@@ -3,6 +3,8 @@
 use super::mount::{device_config, need_privilege};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::settings::Settings;
 use crate::{attach, size};
 use ploop::formats::ploop::header::Version;
 use ploop::formats::units::ClusterSize;
@@ -27,14 +29,18 @@ pub struct Args {
     #[arg(long, default_value = "ext4")]
     fs: Fs,
     /// Unit of allocation, 32K to 64M
-    #[arg(long, default_value = "64K", value_parser = size::parse)]
-    cluster: u64,
+    #[arg(long, default_value = "64K", value_parser = cluster)]
+    cluster: ClusterSize,
     /// Version of the ploop format
     #[arg(long, default_value = "2", value_parser = ["1", "2"])]
     format_version: String,
     /// Reserve all space now
     #[arg(long)]
     preallocate: bool,
+}
+
+fn cluster(text: &str) -> std::result::Result<ClusterSize, String> {
+    ClusterSize::new(size::parse(text)?).map_err(|e| e.to_string())
 }
 
 /// A file system to make.
@@ -47,7 +53,8 @@ enum Fs {
 }
 
 /// Does it.
-pub fn run(args: &Args) -> Result<Answer> {
+pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    let settings = global.settings()?;
     if args.fs != Fs::None {
         need_privilege("init with a file system")?;
     }
@@ -59,14 +66,14 @@ pub fn run(args: &Args) -> Result<Answer> {
     let new = New {
         dir: &args.dir,
         size: args.size,
-        cluster: ClusterSize::new(args.cluster)?,
+        cluster: args.cluster,
         version,
         preallocate: args.preallocate,
     };
     let cancel = Cancel::on_signals()?;
     let draft = init::begin(&new)?;
     if args.fs != Fs::None {
-        make_fs(&draft.image(), args.fs, &cancel)?;
+        make_fs(&draft.image(), args.fs, &settings, &cancel)?;
     }
     cancel.check()?;
     let disk = draft.finish()?;
@@ -81,7 +88,7 @@ pub fn run(args: &Args) -> Result<Answer> {
             "path": disk.dir.display().to_string(),
             "image": disk.dir.join(init::IMAGE).display().to_string(),
             "size": disk.size,
-            "cluster": args.cluster,
+            "cluster": args.cluster.bytes(),
             "format_version": if version == Version::V1 { 1 } else { 2 },
             "fs": fs,
         }),
@@ -89,9 +96,9 @@ pub fn run(args: &Args) -> Result<Answer> {
 }
 
 /// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
-fn make_fs(image: &Path, fs: Fs, cancel: &Cancel) -> Result<()> {
+fn make_fs(image: &Path, fs: Fs, settings: &Settings, cancel: &Cancel) -> Result<()> {
     let target = Target::resolve(image, Some(Format::Ploop))?;
-    let config = device_config(&target, Some(super::FormatArg::Ploop));
+    let config = device_config(&target, Some(super::FormatArg::Ploop), settings);
     let state = cancel.or(attach::start(config))?;
     let device = state.device.clone().unwrap_or_default();
     let made = cancel

@@ -20,7 +20,7 @@ mod tour;
 mod umount;
 
 use crate::answer::Answer;
-use crate::report::Output;
+use crate::global::Global;
 use crate::size;
 use ploop::image::target::Format;
 use ploop::io::room::KeepFree;
@@ -68,12 +68,13 @@ pub enum Command {
 }
 
 /// Does what was asked.
-pub fn run(command: Command, output: Output) -> Result<Answer> {
+pub fn run(command: Command, global: &Global) -> Result<Answer> {
+    let output = global.output;
     match command {
-        Command::Init(args) => init::run(&args),
-        Command::Mount(args) => mount::run(&args),
+        Command::Init(args) => init::run(&args, global),
+        Command::Mount(args) => mount::run(&args, global),
         Command::Umount(args) => umount::run(&args),
-        Command::Serve(args) => serve::run(args, output),
+        Command::Serve(args) => serve::run(args, global),
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Stat(args) => stat::run(&args),
@@ -84,7 +85,7 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Adopt(args) => adopt::run(&args),
         Command::Delete(args) => delete::run(&args),
         Command::Recover(args) => recover::run(&args),
-        Command::Doctor(args) => doctor::run(&args),
+        Command::Doctor(args) => doctor::run(&args, global),
         Command::Tour(args) => tour::run(&args),
         Command::Generate(args) => generate::run(&args),
     }
@@ -133,6 +134,13 @@ pub fn keep_free(text: &str) -> std::result::Result<KeepFree, String> {
         Some(Ok(n @ 0..=100)) => Ok(KeepFree::Percent(n)),
         Some(_) => Err("0% to 100%".into()),
         None => size::parse(text).map(KeepFree::Bytes),
+    }
+}
+
+impl SandboxArg {
+    /// Whether it is wanted.
+    pub fn is_on(self) -> bool {
+        self == Self::On
     }
 }
 
