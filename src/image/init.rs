@@ -12,6 +12,7 @@ use crate::io::file::{Cache, FileStore};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version, chs};
+use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::store::Store;
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Kind, Result};
@@ -24,6 +25,9 @@ use std::path::{Path, PathBuf};
 
 /// Name of a new disk's base image (ploop's own).
 pub const IMAGE: &str = "root.hds";
+
+/// Bytes reserved in one call, between which the making can be ended.
+const RESERVE_STEP: u64 = 1 << 30;
 
 /// What to make.
 #[derive(Debug, Clone, Copy)]
@@ -59,8 +63,8 @@ pub struct Made {
     pub size: u64,
 }
 
-/// Makes the directory and the image.
-pub fn begin(new: &New<'_>) -> Result<Draft> {
+/// Makes the directory and the image. Whoever watches may end it; then nothing is left.
+pub fn begin(new: &New<'_>, watch: &mut dyn Watch) -> Result<Draft> {
     let header = Header::new(new.version, new.size, new.cluster)?;
     let descriptor = describe(new, &header)?;
     let made_dir = make_dir(new.dir)?;
@@ -75,7 +79,7 @@ pub fn begin(new: &New<'_>) -> Result<Draft> {
         finished: false,
     };
     let image = draft.image();
-    make_image(&image, &header, new.preallocate).map_err(|e| e.at(image.display()))?;
+    make_image(&image, &header, new.preallocate, watch).map_err(|e| e.at(image.display()))?;
     Ok(draft)
 }
 
@@ -116,7 +120,12 @@ pub(super) fn make_dir(dir: &Path) -> Result<bool> {
     }
 }
 
-fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
+fn make_image(
+    path: &Path,
+    header: &Header,
+    preallocate: bool,
+    watch: &mut dyn Watch,
+) -> Result<()> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -127,7 +136,7 @@ fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
     let store = FileStore::new(file.into(), path, Cache::Writeback)?;
     exec::run(Engine::Poll, async {
         match preallocate {
-            true => create::create_preallocated(&store, header).await,
+            true => create::create_preallocated_watched(&store, header, watch).await,
             false => create::create(&store, header).await,
         }?;
         store.settle().await;
@@ -135,13 +144,34 @@ fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
     })??;
     // The table has its space from the start: a full host disk must never stop an index write.
     let len = reserve.metadata()?.len();
-    match fallocate(&reserve, FallocateFlags::empty(), 0, len) {
+    match take_space(&reserve, len, watch)? {
         Err(e) if preallocate || matches!(e, Errno::NOSPC | Errno::DQUOT) => {
-            return Err(Error::from(io::Error::from(e)).at("reserving space"));
+            Err(Error::from(io::Error::from(e)).at("reserving space"))
         }
-        _ => reserve.sync_all()?,
+        _ => Ok(reserve.sync_all()?),
     }
-    Ok(())
+}
+
+/// Reserves space for a whole file, in steps; the inner error is the file system's.
+fn take_space(
+    file: &File,
+    len: u64,
+    watch: &mut dyn Watch,
+) -> Result<std::result::Result<(), Errno>> {
+    let mut done = 0;
+    while done < len {
+        let step = RESERVE_STEP.min(len - done);
+        if let Err(e) = fallocate(file, FallocateFlags::empty(), done, step) {
+            return Ok(Err(e));
+        }
+        done += step;
+        watch.tell(Progress {
+            phase: "reserving space",
+            done,
+            total: len,
+        })?;
+    }
+    Ok(Ok(()))
 }
 
 impl Draft {

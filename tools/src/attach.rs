@@ -77,10 +77,16 @@ pub fn mounted_at(state: &State) -> Vec<PathBuf> {
 pub fn find(what: &Path) -> Result<Attached> {
     let all = all()?;
     let not_attached = || {
-        Error::new(
-            Kind::NotFound,
-            format!("{}: no attached disk is known by that", what.display()),
-        )
+        // Whoever forgot sudo should not believe that the disk is gone.
+        let whose = match rustix::process::geteuid().is_root() {
+            true => "`ploopctl list` shows what is attached",
+            false => "`ploopctl list` shows what this user has attached; root's is seen by root",
+        };
+        let what = format!(
+            "{}: no attached disk is known by that; {whose}",
+            what.display()
+        );
+        Error::new(Kind::NotFound, what)
     };
     if let Ok(path) = what.canonicalize() {
         let by_point = |a: &&Attached| mounted_at(&a.state).contains(&path);

@@ -30,6 +30,14 @@ impl Cancel {
         Ok(Self { asked })
     }
 
+    /// Notes nothing.
+    #[cfg(test)]
+    pub fn never() -> Self {
+        Self {
+            asked: Arc::default(),
+        }
+    }
+
     /// `Cancelled` once a signal came.
     pub fn check(&self) -> Result<()> {
         match self.asked.load(Ordering::Relaxed) {
@@ -59,12 +67,16 @@ impl Cancel {
         done.or_else(|e| self.check().and(Err(e)))
     }
 
-    /// Runs a program that says little, and ends it when a signal comes.
-    pub fn run(&self, command: &mut Command) -> Result<Output> {
+    /// Runs a program that says little, calls `tick` meanwhile, and ends it when a signal comes.
+    pub fn run(
+        &self,
+        command: &mut Command,
+        mut tick: impl FnMut() -> Result<()>,
+    ) -> Result<Output> {
         let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());
         let mut child = quiet.stderr(Stdio::piped()).spawn()?;
         while child.try_wait()?.is_none() {
-            if self.check().is_err() {
+            if tick().and(self.check()).is_err() {
                 let _ = child.kill();
             }
             std::thread::sleep(Duration::from_millis(5));

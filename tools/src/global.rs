@@ -1,5 +1,6 @@
 //! Global: options that every verb takes.
 
+use crate::meter::ProgressArg;
 use crate::report::Output;
 use crate::settings::Settings;
 use ploop::Result;
@@ -14,6 +15,9 @@ pub struct Global {
     /// Settings, in place of /etc/ploop/ploop.toml
     #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Who is told how far a verb is that takes long, on standard error
+    #[arg(long, global = true, value_enum, default_value = "auto")]
+    pub progress: ProgressArg,
 }
 
 impl Global {

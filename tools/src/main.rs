@@ -11,6 +11,7 @@ mod cmd;
 mod force;
 mod global;
 mod holders;
+mod meter;
 mod nbd;
 mod report;
 mod screen;

@@ -10,6 +10,7 @@
 //! fallocate), because only the caller knows whether it wants to pay for it.
 
 use super::header::{HEADER_LEN, Header};
+use crate::progress::{Progress, Watch};
 use crate::store::Store;
 use crate::units::HostCluster;
 use crate::update::Update;
@@ -63,6 +64,15 @@ pub async fn create<S: Store>(store: &S, header: &Header) -> Result<()> {
 /// `Empty` stays set in its header: that is what ploop writes (reference 1.6). Errors and
 /// durability as for [`create`].
 pub async fn create_preallocated<S: Store>(store: &S, header: &Header) -> Result<()> {
+    create_preallocated_watched(store, header, &mut ()).await
+}
+
+/// The same, for somebody who may end it; then the file is no image, as after any error.
+pub async fn create_preallocated_watched<S: Store>(
+    store: &S,
+    header: &Header,
+    watch: &mut dyn Watch,
+) -> Result<()> {
     refuse_content(store)?;
     store.set_len(preallocated_len(header)?).await?;
     let entry = |n| entry(header, n).unwrap_or(0);
@@ -76,6 +86,11 @@ pub async fn create_preallocated<S: Store>(store: &S, header: &Header) -> Result
         let data = table(header, at, chunk, entry);
         Update::new().write(at, data).apply(store).await?;
         at = at.saturating_add(chunk);
+        watch.tell(Progress {
+            phase: "table",
+            done: at.min(end),
+            total: end,
+        })?;
     }
     Update::new()
         .barrier()

@@ -34,7 +34,8 @@ pub fn run(args: &Args) -> Result<Answer> {
     let dir = target.open_dir()?;
     confine(&dir, Files::Read)?;
     let chain = target.chain(&dir)?;
-    let layers = survey::layers(&dir, &chain)?;
+    let place = |e: ploop::Error| e.at(target.path().display());
+    let layers = survey::layers(&dir, &chain).map_err(place)?;
     let size = layers.last().map_or(0, |l| l.size);
     let allocated = |shared: bool| -> u64 {
         let of = layers.iter().filter(|l| (l.links > 1) == shared);
@@ -52,9 +53,16 @@ pub fn run(args: &Args) -> Result<Answer> {
         "attached": attached,
     });
     let mut text = format!("{}\n", target.path().display());
-    let used = used.map_or_else(|| "not mounted".into(), size::show);
-    text += &format!("virtual    {}\n", size::show(size));
-    text += &format!("used       {used} (in its file system)\n");
+    text += &match used {
+        Some(used) => format!(
+            "used       {} (in its file system)
+",
+            size::show(used)
+        ),
+        None => "used       - (not mounted)
+"
+        .into(),
+    };
     text += &format!(
         "exclusive  {} (on the host, this disk's alone)\n",
         size::show(exclusive)

@@ -4,9 +4,10 @@ use super::mount::{device_config, need_privilege};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
 use crate::global::Global;
+use crate::meter::Meter;
 use crate::settings::Settings;
 use crate::{attach, size};
-use ploop::formats::ploop::header::Version;
+use ploop::formats::ploop::header::{Header, Version};
 use ploop::formats::units::ClusterSize;
 use ploop::image::init::{self, New};
 use ploop::image::target::{Format, Target};
@@ -70,10 +71,13 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
         version,
         preallocate: args.preallocate,
     };
+    Header::new(version, args.size, args.cluster)
+        .map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
     let cancel = Cancel::on_signals()?;
-    let draft = init::begin(&new)?;
+    let mut meter = Meter::new(global.progress, &cancel);
+    let draft = init::begin(&new, &mut meter)?;
     if args.fs != Fs::None {
-        make_fs(&draft.image(), args.fs, &settings, &cancel)?;
+        make_fs(&draft.image(), args.fs, &settings, &cancel, &mut meter)?;
     }
     cancel.check()?;
     let disk = draft.finish()?;
@@ -96,14 +100,21 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
 }
 
 /// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
-fn make_fs(image: &Path, fs: Fs, settings: &Settings, cancel: &Cancel) -> Result<()> {
+fn make_fs(
+    image: &Path,
+    fs: Fs,
+    settings: &Settings,
+    cancel: &Cancel,
+    meter: &mut Meter<'_>,
+) -> Result<()> {
+    meter.begin("making the file system")?;
     let target = Target::resolve(image, Some(Format::Ploop))?;
     let config = device_config(&target, Some(super::FormatArg::Ploop), settings);
     let state = cancel.or(attach::start(config))?;
     let device = state.device.clone().unwrap_or_default();
     let made = cancel
         .check()
-        .and_then(|()| run_mkfs(fs, Path::new(&device), cancel));
+        .and_then(|()| run_mkfs(fs, Path::new(&device), cancel, meter));
     let attached = attach::find(image)?;
     // Whoever looks at the device in passing must not keep a disk attached whose file goes.
     let stopped = attach::stop(&attached).or_else(|e| attach::abandon(&attached).and(Err(e)));
@@ -112,7 +123,7 @@ fn make_fs(image: &Path, fs: Fs, settings: &Settings, cancel: &Cancel) -> Result
 
 /// A new disk reads as zeros and has nothing to discard: what mkfs would do about that is left
 /// out.
-fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel) -> Result<()> {
+fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel, meter: &mut Meter<'_>) -> Result<()> {
     let (program, attempts): (&str, &[&[&str]]) = match fs {
         Fs::Ext4 => (
             "mkfs.ext4",
@@ -133,7 +144,8 @@ fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel) -> Result<()> {
     };
     let mut said = String::new();
     for options in attempts {
-        let output = cancel.run(Command::new(program).args(*options).arg(device));
+        let mut command = Command::new(program);
+        let output = cancel.run(command.args(*options).arg(device), || meter.tick());
         let output = output.map_err(|e| match e.kind() {
             Kind::Cancelled => e,
             _ => Error::new(

@@ -81,12 +81,12 @@ pub fn run(command: Command, global: &Global) -> Result<Answer> {
         Command::Top(args) => top::run(&args, output),
         Command::Events(args) => events::run(&args, output),
         Command::Map(args) => map::run(&args),
-        Command::Check(args) => check::run(&args),
-        Command::Adopt(args) => adopt::run(&args),
+        Command::Check(args) => check::run(&args, global),
+        Command::Adopt(args) => adopt::run(&args, global),
         Command::Delete(args) => delete::run(&args),
-        Command::Recover(args) => recover::run(&args),
+        Command::Recover(args) => recover::run(&args, global),
         Command::Doctor(args) => doctor::run(&args, global),
-        Command::Tour(args) => tour::run(&args),
+        Command::Tour(args) => tour::run(&args, global),
         Command::Generate(args) => generate::run(&args),
     }
 }

@@ -116,11 +116,11 @@ pub fn need_privilege(verb: &str) -> Result<()> {
 fn mount_point(path: &Path) -> Result<PathBuf> {
     let point = path
         .canonicalize()
-        .map_err(|e| Error::from(e).at(path.display()))?;
+        .map_err(|e| Error::from(e).at(format!("mount point {}", path.display())))?;
     match point.is_dir() {
         true => Ok(point),
         false => Err(Error::invalid(format!(
-            "{}: not a directory",
+            "mount point {}: not a directory",
             path.display()
         ))),
     }

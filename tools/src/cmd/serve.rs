@@ -103,6 +103,9 @@ pub fn run(args: Args, global: &Global) -> Result<Answer> {
     Err(attach::not_started(&program, failed))
 }
 
+/// What fits into a `sockaddr_un`, the last byte aside.
+const SOCKET_PATH_MAX: usize = 107;
+
 /// How many sockets a socket activator passed to this very process.
 fn inherited() -> Result<Option<u32>> {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u32>().ok());
@@ -121,9 +124,16 @@ fn inherited() -> Result<Option<u32>> {
 
 fn absolute(listen: Listen) -> Result<Listen> {
     match listen {
-        Listen::Unix(path) => Ok(Listen::Unix(
-            std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?,
-        )),
+        Listen::Unix(path) => {
+            let path = std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?;
+            match path.as_os_str().len() {
+                0..=SOCKET_PATH_MAX => Ok(Listen::Unix(path)),
+                n => Err(Error::new(
+                    Kind::Usage,
+                    format!("--nbd: a socket's path has at most {SOCKET_PATH_MAX} bytes, not {n}"),
+                )),
+            }
+        }
         other => Ok(other),
     }
 }
