@@ -12,7 +12,7 @@ use crate::io::file::{Cache, FileStore};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version, chs};
-use ploop_formats::progress::{Progress, Watch};
+use ploop_formats::progress::Watch;
 use ploop_formats::store::Store;
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Kind, Result};
@@ -25,9 +25,6 @@ use std::path::{Path, PathBuf};
 
 /// Name of a new disk's base image (ploop's own).
 pub const IMAGE: &str = "root.hds";
-
-/// Bytes reserved in one call, between which the making can be ended.
-const RESERVE_STEP: u64 = 1 << 30;
 
 /// What to make.
 #[derive(Debug, Clone, Copy)]
@@ -144,34 +141,13 @@ fn make_image(
     })??;
     // The table has its space from the start: a full host disk must never stop an index write.
     let len = reserve.metadata()?.len();
-    match take_space(&reserve, len, watch)? {
+    match fallocate(&reserve, FallocateFlags::empty(), 0, len) {
         Err(e) if preallocate || matches!(e, Errno::NOSPC | Errno::DQUOT) => {
-            Err(Error::from(io::Error::from(e)).at("reserving space"))
+            return Err(Error::from(io::Error::from(e)).at("reserving space"));
         }
-        _ => Ok(reserve.sync_all()?),
+        _ => reserve.sync_all()?,
     }
-}
-
-/// Reserves space for a whole file, in steps; the inner error is the file system's.
-fn take_space(
-    file: &File,
-    len: u64,
-    watch: &mut dyn Watch,
-) -> Result<std::result::Result<(), Errno>> {
-    let mut done = 0;
-    while done < len {
-        let step = RESERVE_STEP.min(len - done);
-        if let Err(e) = fallocate(file, FallocateFlags::empty(), done, step) {
-            return Ok(Err(e));
-        }
-        done += step;
-        watch.tell(Progress {
-            phase: "reserving space",
-            done,
-            total: len,
-        })?;
-    }
-    Ok(Ok(()))
+    Ok(())
 }
 
 impl Draft {

@@ -253,10 +253,10 @@ fn what_is_wrong_is_told_with_the_thing_the_rule_and_an_exit_code() {
             .args(["serve", "good", "--nbd", &path])
             .current_dir(place.dir()),
     );
-    let text = String::from_utf8_lossy(&output.stderr);
+    let words = String::from_utf8_lossy(&output.stderr);
     assert!(
-        output.status.code() == Some(2) && text.contains("at most 107 bytes"),
-        "{text}"
+        output.status.code() == Some(2) && words.contains("at most 107 bytes"),
+        "{words}"
     );
     assert!(!place.scratch.path("new").exists(), "and nothing was made");
     let xml = place.scratch.path("good/DiskDescriptor.xml");

@@ -19,6 +19,8 @@ use bytes::Bytes;
 
 /// Table bytes written in one step.
 const STEP: u64 = 1 << 20;
+/// File length given in one step.
+const LENGTH_STEP: u64 = 1 << 30;
 
 /// File length of a new blank delta: its header and table, in whole clusters.
 pub fn blank_len(header: &Header) -> u64 {
@@ -74,7 +76,7 @@ pub async fn create_preallocated_watched<S: Store>(
     watch: &mut dyn Watch,
 ) -> Result<()> {
     refuse_content(store)?;
-    store.set_len(preallocated_len(header)?).await?;
+    lengthen(store, preallocated_len(header)?, watch).await?;
     let entry = |n| entry(header, n).unwrap_or(0);
     let end = header.entry_at(header.entries);
     let mut at = limits::PAGE;
@@ -98,6 +100,21 @@ pub async fn create_preallocated_watched<S: Store>(
         .barrier()
         .apply(store)
         .await
+}
+
+/// Gives an empty store its length, in steps: each takes its space where the store reserves any.
+async fn lengthen<S: Store>(store: &S, len: u64, watch: &mut dyn Watch) -> Result<()> {
+    let mut done = 0;
+    while done < len {
+        done = len.min(done.saturating_add(LENGTH_STEP));
+        store.set_len(done).await?;
+        watch.tell(Progress {
+            phase: "reserving space",
+            done,
+            total: len,
+        })?;
+    }
+    Ok(())
 }
 
 /// A new image never replaces bytes that are there.
