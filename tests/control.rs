@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::attach::{kill, listed, run_directories};
+use common::attach::{self, kill, listed};
 use common::nbd::Client;
 use common::process::{eventually, ok};
 use common::programs::ploopctl;
@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -25,11 +25,10 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(20);
 
 fn run_directory(disk: &Disk) -> PathBuf {
-    let inode = fs::metadata(disk.path()).unwrap().ino();
     eventually("a serving disk", SOON, || {
         listed(&disk.path()).filter(|object| object["state"] == "serving")
     });
-    run_directories(inode).pop().unwrap()
+    attach::run_directory(&disk.path())
 }
 
 /// A client that speaks by hand.

@@ -291,7 +291,7 @@ pub enum Event {
         cache: Cache,
     },
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
-    /// more than once a second.
+    /// more than four times a second.
     Low,
     /// No flush can succeed any more.
     Poisoned,

@@ -36,7 +36,7 @@ use tokio::sync::{oneshot, watch};
 /// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
 /// Time between two reports of the same.
-const REPORT_PAUSE: Duration = Duration::from_secs(1);
+const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
 pub fn run() -> Result<()> {
