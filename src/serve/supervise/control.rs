@@ -31,7 +31,7 @@ pub const METRICS: &str = "metrics";
 /// Clients at once; the longest connected one makes room.
 const CLIENTS_MAX: usize = 32;
 /// Longest line of a client, in bytes.
-const LINE_MAX: usize = 16 << 10;
+pub(crate) const LINE_MAX: usize = 16 << 10;
 /// Bytes of answers that wait for a client; a slower one is hung up on.
 pub(crate) const BACKLOG_MAX: usize = 1 << 20;
 
@@ -100,7 +100,7 @@ pub struct Figures {
 }
 
 /// What the keeper knows.
-pub(super) trait Oracle {
+pub(crate) trait Oracle {
     fn state(&self) -> &State;
     fn stat(&self) -> Figures;
     /// The counters' memory, to be read and not written.
@@ -119,15 +119,16 @@ pub(super) struct Control {
 
 /// What clients can order.
 #[derive(Debug, Default)]
-pub(super) struct Orders {
+pub(crate) struct Orders {
     /// Detach the disk.
     pub(super) stop: bool,
     /// Use it again although it failed.
     pub(super) recover: bool,
 }
 
+/// Somebody who is connected.
 #[derive(Debug)]
-struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
@@ -204,7 +205,8 @@ fn event(state: &State) -> Value {
 }
 
 impl Client {
-    fn welcome(stream: UnixStream, speaks_http: bool) -> Option<Self> {
+    /// Greets who may connect.
+    pub(crate) fn welcome(stream: UnixStream, speaks_http: bool) -> Option<Self> {
         let peer = rustix::net::sockopt::socket_peercred(stream.as_fd()).ok()?;
         let own = rustix::process::geteuid();
         if peer.uid != own && !peer.uid.is_root() {
@@ -234,8 +236,8 @@ impl Client {
         self.output.push(b'\n');
     }
 
-    /// Whether it stays.
-    fn turn(&mut self, oracle: &impl Oracle, orders: &mut Orders) -> bool {
+    /// Does all that can be done for it without waiting. Whether it stays.
+    pub(crate) fn turn(&mut self, oracle: &impl Oracle, orders: &mut Orders) -> bool {
         let stays = self.receive();
         while let Some(line) = self.line() {
             self.serve(&line, oracle, orders);
@@ -245,6 +247,12 @@ impl Client {
         }
         let sent = self.send(oracle.counters());
         stays && sent && self.output.len() <= BACKLOG_MAX && !(self.last && self.output.is_empty())
+    }
+
+    /// Bytes that are held for it: of an unfinished line, and of answers.
+    #[cfg(feature = "testkit")]
+    pub(crate) fn holds(&self) -> (usize, usize) {
+        (self.input.len(), self.output.len())
     }
 
     fn receive(&mut self) -> bool {
