@@ -97,9 +97,9 @@ fn nobody_who_did_not_ask_is_told_and_short_work_is_silent() {
     assert!(said.contains("sound") && !said.contains('\x1b'), "{said:?}");
 }
 
-/// An image whose check takes long: a table of a gigabyte, none of it a hole.
+/// An image whose check takes long: a table of 256 MiB, none of it a hole.
 fn long(scratch: &Scratch) -> PathBuf {
-    let disk = scratch.disk("long", &["-s", "8T", "--fs", "none", "--cluster", "32K"]);
+    let disk = scratch.disk("long", &["-s", "2T", "--fs", "none", "--cluster", "32K"]);
     let image = File::options()
         .write(true)
         .open(disk.join("root.hds"))

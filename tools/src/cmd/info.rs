@@ -2,7 +2,7 @@
 
 use super::{FormatArg, confine};
 use crate::answer::Answer;
-use crate::{attach, size};
+use crate::{attach, size, view};
 use ploop::Result;
 use ploop::image::survey::{self, Closed, LayerInfo};
 use ploop::image::target::{Format, Target};
@@ -29,7 +29,8 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let identity = target.identity()?;
-    let attached = attach::by_identity(&identity)?.map(|a| a.state);
+    let attached = attach::by_identity(&identity)?.map(|a| view::of(vec![a]));
+    let attached = attached.and_then(|mut views| Some(views.pop()?.disk.state));
     let used = attached.as_ref().and_then(used);
     let dir = target.open_dir()?;
     confine(&dir, Files::Read)?;

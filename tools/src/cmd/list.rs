@@ -104,3 +104,49 @@ fn summary(views: &[View]) -> String {
     };
     format!("{} disks: {}{hung}\n", views.len(), words.join(", "))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attach::Attached;
+    use ploop::serve::supervise::control::Figures;
+
+    fn view(n: u64, figures: Option<Figures>) -> View {
+        let state = json!({
+            "schema": 1, "path": format!("/var/lib/ct/{n}"), "uuid": "u", "transport": "fuse+loop",
+            "device": format!("/dev/loop{n}"), "mountpoint": format!("/mnt/{n}"), "size": n << 30,
+            "keeper_pid": n, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
+        });
+        let state = serde_json::from_value(state).expect("a state of an older release");
+        let run = format!("/run/ploop/1-{n}").into();
+        View {
+            disk: Attached { run, state },
+            figures,
+        }
+    }
+
+    #[test]
+    fn three_hundred_disks_are_a_table_with_its_columns_in_line_and_a_summary() {
+        let mut busy = Figures::default();
+        busy.counters.hung = 2;
+        busy.counters.oldest_s = 17;
+        let mut views: Vec<View> = (0..300)
+            .map(|n| view(n, Some(Figures::default())))
+            .collect();
+        views.extend([view(300, Some(busy)), view(301, None)]);
+        let text = text(&views);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 304);
+        let column = lines[0].find("PATH").expect("a head");
+        let place = |line: &&str| line.find("/var/lib/ct/") == Some(column);
+        assert!(lines[1..303].iter().all(place), "{text}");
+        assert!(
+            lines[301].contains("2 17s") && lines[302].contains("silent"),
+            "{text}"
+        );
+        assert_eq!(
+            lines[303],
+            "302 disks: 301 serving, 1 silent; 2 requests hang"
+        );
+    }
+}
