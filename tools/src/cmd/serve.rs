@@ -9,7 +9,7 @@ use crate::attach;
 use crate::report::Output;
 use ploop::image::target::Target;
 use ploop::serve::supervise::leftover;
-use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode};
+use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode, Tls};
 use ploop::{Error, Result};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -23,12 +23,26 @@ use std::process::Command;
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
     disk: PathBuf,
-    /// unix:PATH, tcp:ADDR:PORT (loopback only), or - for one client on standard input and output
+    /// unix:PATH, [tcp:]ADDR:PORT, or - for one client on standard input and output
+    ///
+    /// An address off loopback needs TLS, see --tls-creds.
     #[arg(long, value_name = "WHERE", value_parser = parse_listen)]
     nbd: Option<Listen>,
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// Folder with server-cert.pem and server-key.pem (mode 0600), as QEMU and nbdkit name them
+    ///
+    /// With ca-cert.pem in it, clients must show a certificate that this authority signed, and
+    /// that ca-crl.pem, if there is one, does not revoke. Without it whoever can connect can use
+    /// the disk. The files are read once, at the start.
+    #[arg(long, value_name = "DIR", required_if_eq_any([("tls", "allow"), ("tls", "require")]))]
+    tls_creds: Option<PathBuf>,
+    /// Whether clients must use TLS, may, or cannot; with --tls-creds they must
+    ///
+    /// Where they may, somebody in between can make them go without.
+    #[arg(long, value_name = "WHEN")]
+    tls: Option<TlsArg>,
     /// Name of the export
     #[arg(long, default_value = "", value_name = "NAME")]
     export: String,
@@ -41,6 +55,25 @@ pub struct Args {
     /// Format of a bare image file
     #[arg(long)]
     format: Option<FormatArg>,
+}
+
+/// What the help ends with.
+pub const EXAMPLES: &str = "\
+Examples:
+  ploopctl serve /var/lib/ct/100 --nbd unix:/run/ct-100.sock
+  ploopctl serve /var/lib/ct/100 --nbd tcp:0.0.0.0:10809 --tls-creds /etc/pki/ploop
+      and on the client, whose certificate is in a folder there:
+      nbdinfo 'nbds://HOST/?tls-certificates=/etc/pki/client'";
+
+/// Whether clients use TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TlsArg {
+    /// They cannot
+    Off,
+    /// They may
+    Allow,
+    /// They must
+    Require,
 }
 
 /// Becomes ploopd; returns only on failure.
@@ -56,6 +89,7 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
             ));
         }
     };
+    let tls = tls(args.tls, args.tls_creds)?;
     let announce = match &listen {
         Listen::Unix(_) | Listen::Tcp(_) => Announce::Stdout,
         Listen::Stdio | Listen::Inherited(_) => Announce::Nobody,
@@ -68,6 +102,7 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         mode: Mode::Nbd {
             listen,
             export: args.export,
+            tls,
         },
         detached: false,
         sandbox: args.sandbox == SandboxArg::On,
@@ -83,6 +118,17 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         .env_remove("LISTEN_FDNAMES")
         .exec();
     Err(attach::not_started(&program, failed))
+}
+
+/// TLS as asked for. That it is asked for without credentials was found out before.
+fn tls(when: Option<TlsArg>, folder: Option<PathBuf>) -> Result<Option<Tls>> {
+    let Some(folder) = folder.filter(|_| when != Some(TlsArg::Off)) else {
+        return Ok(None);
+    };
+    Ok(Some(Tls {
+        folder: std::path::absolute(&folder).map_err(|e| Error::from(e).at(folder.display()))?,
+        required: when != Some(TlsArg::Allow),
+    }))
 }
 
 /// How many sockets a socket activator passed to this very process.
@@ -122,7 +168,10 @@ fn parse_listen(text: &str) -> std::result::Result<Listen, String> {
                 .map(Listen::Tcp)
                 .map_err(|e| format!("tcp:ADDR:PORT: {e}"))
         }
-        _ => Err("one of unix:PATH, tcp:ADDR:PORT, -".into()),
+        _ => text
+            .parse()
+            .map(Listen::Tcp)
+            .map_err(|_| "one of unix:PATH, tcp:ADDR:PORT, ADDR:PORT, -".into()),
     }
 }
 
@@ -139,8 +188,9 @@ mod tests {
         );
         let port = "127.0.0.1:10809".parse().map(Listen::Tcp).expect("address");
         assert_eq!(parse_listen("tcp:localhost:10809"), Ok(port.clone()));
-        assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port));
-        for bad in ["", "unix:", "tcp:10809", "/run/s", "udp:1"] {
+        assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port.clone()));
+        assert_eq!(parse_listen("127.0.0.1:10809"), Ok(port));
+        for bad in ["", "unix:", "tcp:10809", "/run/s", "udp:1", "10809", "host:1"] {
             assert!(parse_listen(bad).is_err(), "{bad:?}");
         }
     }
