@@ -116,8 +116,7 @@ impl Credentials {
             let added = roots.add(authority);
             added.map_err(|e| self.invalid(AUTHORITY, e.to_string()))?;
         }
-        let mut verifier =
-            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
+        let mut verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider);
         if let Some(pem) = &self.revoked {
             let lists: std::result::Result<Vec<_>, _> =
                 CertificateRevocationListDer::pem_slice_iter(pem).collect();
@@ -157,10 +156,11 @@ impl Identity {
 
 /// TLS 1.3 with all its ciphers, TLS 1.2 with ChaCha20 only: keys of AES-GCM wear out after 2^24
 /// records, which 1.3 renews under way and 1.2 answers by hanging up, on a disk in use.
-fn provider() -> CryptoProvider {
+pub(super) fn provider() -> CryptoProvider {
     let mut provider = ring::default_provider();
     provider.cipher_suites.retain(|suite| {
-        let lasting = |suite: &rustls::Tls12CipherSuite| suite.common.confidentiality_limit == u64::MAX;
+        let lasting =
+            |suite: &rustls::Tls12CipherSuite| suite.common.confidentiality_limit == u64::MAX;
         match suite {
             rustls::SupportedCipherSuite::Tls12(suite) => lasting(suite),
             rustls::SupportedCipherSuite::Tls13(_) => true,

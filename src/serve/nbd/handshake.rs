@@ -891,4 +891,80 @@ mod tests {
             Step::Drop(_)
         ));
     }
+
+    fn begun_with(tls: Tls) -> Handshake {
+        Handshake { tls, ..begun() }
+    }
+
+    #[test]
+    fn where_tls_is_required_nothing_else_is_answered() {
+        for number in 0..200 {
+            let mut handshake = begun_with(Tls::Required);
+            for data in [&b""[..], b"disk", &info_data("disk", &[1, 2, 3])] {
+                let (kinds, step) = send(&mut handshake, number, data);
+                match number {
+                    option::EXPORT_NAME => {
+                        assert!(matches!(step, Step::Drop(_)) && kinds.is_empty())
+                    }
+                    option::ABORT => assert_eq!((kinds, step), (vec![reply::ACK], Step::Abort)),
+                    option::STARTTLS => break,
+                    _ => assert_eq!((kinds, step), (vec![reply::ERR_TLS_REQD], Step::More)),
+                }
+            }
+        }
+        let step = send(
+            &mut begun_with(Tls::Allowed),
+            option::GO,
+            &info_data("", &[]),
+        )
+        .1;
+        assert!(matches!(step, Step::Start(_)));
+    }
+
+    #[test]
+    fn tls_starts_once_and_with_nothing_from_before() {
+        for tls in [Tls::Allowed, Tls::Required] {
+            let mut handshake = begun_with(tls);
+            if tls == Tls::Allowed {
+                send(&mut handshake, option::EXTENDED_HEADERS, b"");
+                let query = query_data("", &["base:allocation"]);
+                send(&mut handshake, option::SET_META_CONTEXT, &query);
+            }
+            let refused = (vec![reply::ERR_INVALID], Step::More);
+            assert_eq!(send(&mut handshake, option::STARTTLS, b"now"), refused);
+            let started = (vec![reply::ACK], Step::StartTls);
+            assert_eq!(send(&mut handshake, option::STARTTLS, b""), started);
+            assert_eq!(send(&mut handshake, option::STARTTLS, b""), refused);
+            let step = send(&mut handshake, option::GO, &info_data("", &[])).1;
+            let nothing = Terms {
+                style: Style::Simple,
+                contexts: vec![],
+            };
+            assert_eq!(start(step).terms, nothing);
+        }
+    }
+
+    #[test]
+    fn what_was_sent_ahead_of_tls_ends_the_connection() {
+        for tls in [Tls::Allowed, Tls::Required] {
+            let mut input = message(option::STARTTLS, b"");
+            input.extend(message(option::LIST, b""));
+            let mut out = Vec::new();
+            let step = begun_with(tls).advance(&OFFER, &mut input, &mut out);
+            assert!(matches!(step, Step::Drop(_)), "{step:?}");
+            assert_eq!(out, b"");
+        }
+    }
+
+    #[test]
+    fn options_are_counted_across_the_start_of_tls() {
+        let mut handshake = begun_with(Tls::Allowed);
+        for _ in 1..limits::OPTIONS_MAX {
+            send(&mut handshake, option::LIST, b"");
+        }
+        let step = send(&mut handshake, option::STARTTLS, b"").1;
+        assert_eq!(step, Step::StartTls);
+        let step = send(&mut handshake, option::LIST, b"").1;
+        assert!(matches!(step, Step::Drop(_)));
+    }
 }

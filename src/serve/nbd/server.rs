@@ -16,6 +16,7 @@ use super::stop::{Stop, Watcher};
 use crate::device::Device;
 use crate::io::exec::{self, Engine};
 use crate::sandbox;
+use crate::serve::complaints::Complaints;
 use bytes::{Bytes, BytesMut};
 use ploop_formats::{Error, Result};
 use std::cell::RefCell;
@@ -92,6 +93,7 @@ struct Inner<D> {
     engine: Engine,
     stop: Stop,
     count: Count,
+    failures: Complaints,
 }
 
 impl<D: Device + Send + Sync + 'static> Server<D> {
@@ -109,6 +111,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             engine,
             stop,
             count,
+            failures: Complaints::new(),
         })))
     }
 
@@ -205,7 +208,8 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             match server.negotiate(&mut link, &mut stop).await {
                 Ok(Some(agreed)) => server.start(link, agreed),
                 Ok(None) => {}
-                Err(error) => info!("NBD: a negotiation failed: {error}"),
+                // Anybody who can connect can fail, as often as they like.
+                Err(error) => server.0.failures.about("an NBD negotiation", &error.into()),
             }
             drop((place, guest));
         });

@@ -217,3 +217,6 @@ impl Write for Direct<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -259,7 +259,14 @@ impl Holdings {
             None => (None, None),
         };
         let mode = match (&mut self.endpoint, &config.mode) {
-            (Endpoint::Nbd(sockets), Mode::Nbd { listen, export, tls }) => {
+            (
+                Endpoint::Nbd(sockets),
+                Mode::Nbd {
+                    listen,
+                    export,
+                    tls,
+                },
+            ) => {
                 let listeners = sockets.listeners.iter().map(|fd| bag.pack(fd));
                 let listeners = listeners.collect::<Result<_>>()?;
                 // A connection is passed on and not kept: its client must see the worker's end.

@@ -190,7 +190,15 @@ mod tests {
         assert_eq!(parse_listen("tcp:localhost:10809"), Ok(port.clone()));
         assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port.clone()));
         assert_eq!(parse_listen("127.0.0.1:10809"), Ok(port));
-        for bad in ["", "unix:", "tcp:10809", "/run/s", "udp:1", "10809", "host:1"] {
+        for bad in [
+            "",
+            "unix:",
+            "tcp:10809",
+            "/run/s",
+            "udp:1",
+            "10809",
+            "host:1",
+        ] {
             assert!(parse_listen(bad).is_err(), "{bad:?}");
         }
     }
