@@ -6,6 +6,7 @@ pub mod exec;
 pub mod file;
 pub mod lock;
 pub mod memfd;
+pub mod room;
 
 mod direct;
 mod fate;

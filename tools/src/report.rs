@@ -49,7 +49,9 @@ fn hint(kind: Kind) -> Option<&'static str> {
         Kind::Damaged => {
             Some("`ploopctl check DISK` says more; `--repair` mends what can be mended")
         }
-        Kind::Poisoned => Some("an earlier write failed; detach the disk, then `ploopctl check`"),
+        Kind::Poisoned => {
+            Some("an earlier write failed; `ploopctl recover DISK`, or detach and check it")
+        }
         Kind::NoSpace => Some("free space on the file system that holds the disk's files"),
         Kind::ReadOnly => Some("`--read-only` serves or mounts what cannot be written"),
         Kind::Privilege => Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root"),

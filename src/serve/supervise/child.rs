@@ -123,6 +123,13 @@ impl Worker {
         }
     }
 
+    /// Ends it at once: it has nothing left that is worth closing.
+    pub fn kill(&mut self) {
+        if let Err(e) = self.child.kill() {
+            tracing::debug!("{e}");
+        }
+    }
+
     /// Its next message, if one is there.
     pub fn event(&mut self) -> Option<Event> {
         let mut buf = vec![0u8; MESSAGE_MAX];

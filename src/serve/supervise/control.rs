@@ -7,7 +7,7 @@
 
 use super::message::Failure;
 use crate::counters::Stat;
-use crate::rundir::State;
+use crate::rundir::{Phase, State};
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags};
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,8 @@ pub enum Ask {
     Events,
     /// Detach the disk, as SIGTERM does; the answer only says that it was understood.
     Stop,
+    /// Use a failed disk again; the answer only says that it is tried.
+    Recover,
 }
 
 /// An answer.
@@ -90,8 +92,17 @@ pub(super) struct Control {
     control: UnixListener,
     metrics: UnixListener,
     clients: Vec<Client>,
-    /// A client asked for the disk to be detached.
+    /// What clients ordered since this was last taken.
+    pub(super) orders: Orders,
+}
+
+/// What clients can order.
+#[derive(Debug, Default)]
+pub(super) struct Orders {
+    /// Detach the disk.
     pub(super) stop: bool,
+    /// Use it again although it failed.
+    pub(super) recover: bool,
 }
 
 #[derive(Debug)]
@@ -112,7 +123,7 @@ impl Control {
             control: listen(&run.join(SOCKET))?,
             metrics: listen(&run.join(METRICS))?,
             clients: Vec::new(),
-            stop: false,
+            orders: Orders::default(),
         })
     }
 
@@ -142,8 +153,8 @@ impl Control {
                 }
             }
         }
-        let stop = &mut self.stop;
-        self.clients.retain_mut(|c| c.turn(oracle, stop));
+        let orders = &mut self.orders;
+        self.clients.retain_mut(|c| c.turn(oracle, orders));
     }
 
     /// Tells those who want to know.
@@ -200,10 +211,10 @@ impl Client {
     }
 
     /// Whether it stays.
-    fn turn(&mut self, oracle: &impl Oracle, stop: &mut bool) -> bool {
+    fn turn(&mut self, oracle: &impl Oracle, orders: &mut Orders) -> bool {
         let stays = self.receive();
         while let Some(line) = self.line() {
-            self.serve(&line, oracle, stop);
+            self.serve(&line, oracle, orders);
         }
         if self.input.len() >= LINE_MAX {
             return false;
@@ -234,7 +245,7 @@ impl Client {
         Some(line)
     }
 
-    fn serve(&mut self, line: &[u8], oracle: &impl Oracle, stop: &mut bool) {
+    fn serve(&mut self, line: &[u8], oracle: &impl Oracle, orders: &mut Orders) {
         if self.last {
             return;
         }
@@ -261,8 +272,16 @@ impl Client {
                 return self.say(&event(oracle.state()));
             }
             Ask::Stop => {
-                *stop = true;
+                orders.stop = true;
                 json!({})
+            }
+            Ask::Recover if oracle.state().state == Phase::Failed => {
+                orders.recover = true;
+                json!({})
+            }
+            Ask::Recover => {
+                let error = Error::invalid("the disk has not failed");
+                return self.refuse(request.id, &error);
             }
         };
         let (id, error) = (request.id, None);
@@ -408,6 +427,12 @@ impl Remote {
             (None, Some(result)) if answer.id == id => Ok(result),
             _ => Err(Error::new(Kind::Io, "control socket: an answer to nothing")),
         }
+    }
+
+    /// What `list` shows.
+    pub fn state(&mut self) -> Result<State> {
+        let state = self.ask(Ask::State)?;
+        serde_json::from_value(state).map_err(|e| Error::invalid(format!("state: {e}")))
     }
 
     /// The counters.

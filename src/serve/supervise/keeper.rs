@@ -14,11 +14,13 @@ use super::message::{
     Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, WorkerTls, kind_name,
 };
 use super::restart::Restarts;
+use super::space::Space;
 use super::{inherit, leftover};
 use crate::counters::{Counters, Stat};
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::memfd::SharedWords;
+use crate::io::room::HostSpace;
 use crate::rundir::{Outcome, Phase, RunDir, State};
 use crate::serve::{fuse, loopdev};
 use ploop_formats::ledger::Ledger;
@@ -30,7 +32,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -71,6 +73,8 @@ struct Keeper {
     worker: Option<Worker>,
     errand: Option<Errand>,
     restarts: Restarts,
+    space: Space,
+    health: Health,
     /// When to start the next worker.
     next_start: Option<Instant>,
     /// When to try to detach the device again.
@@ -83,6 +87,17 @@ struct Keeper {
     /// What the current worker said before it went.
     last_words: Option<Event>,
     failure: Option<Failure>,
+}
+
+/// What workers are good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Health {
+    /// They serve the disk.
+    Sound,
+    /// The last ones could not: the next one tries to in spite of that.
+    Mending,
+    /// They only answer with errors.
+    Broken,
 }
 
 /// What clients of the control socket may know.
@@ -153,6 +168,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         worker: None,
         errand: None,
         restarts: Restarts::default(),
+        space: Space::default(),
+        health: Health::Sound,
         next_start: Some(Instant::now()),
         next_detach: None,
         served: false,
@@ -213,6 +230,7 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
         read_only: config.read_only,
         cache: config.cache.name().into(),
         engine: None,
+        host_low: false,
         restarts: 0,
         error: None,
     })
@@ -250,8 +268,15 @@ impl Holdings {
         })
     }
 
-    /// Packs what a worker needs.
-    fn pack(&mut self, config: &KeeperConfig, takeover: bool) -> Result<(WorkerConfig, Baggage)> {
+    /// Packs what a worker needs for a disk of `size` bytes, which nobody has to know who is the
+    /// first, with `takeover` false.
+    fn pack(
+        &mut self,
+        config: &KeeperConfig,
+        takeover: bool,
+        health: Health,
+        size: u64,
+    ) -> Result<(WorkerConfig, Baggage)> {
         let mut bag = Baggage::default();
         let dir_fd = bag.pack(&self.dir)?;
         let (ledger_fd, witness_fd) = match &self.ledger {
@@ -292,9 +317,10 @@ impl Holdings {
             }
             (Endpoint::Fuse { fds, session }, _) => {
                 let fds = fds.iter().map(|fd| bag.pack(fd)).collect::<Result<_>>()?;
-                WorkerMode::Fuse {
-                    fds,
-                    session: session.clone(),
+                let session = session.clone();
+                match health {
+                    Health::Broken => WorkerMode::Broken { fds, session, size },
+                    _ => WorkerMode::Fuse { fds, session },
                 }
             }
             (Endpoint::Nbd(_), Mode::Device) => return Err(Error::invalid("no such mode")),
@@ -306,9 +332,11 @@ impl Holdings {
             witness_fd,
             counters_fd: bag.pack(&self.counters)?,
             takeover,
+            heal: health == Health::Mending,
             sandbox: config.sandbox,
             fence_ms: FENCE.as_millis() as u64,
             cache: config.cache,
+            keep_free: config.keep_free,
             mode,
         };
         Ok((config, bag))
@@ -368,7 +396,7 @@ impl Keeper {
 
     /// Sleeps until something happens or is due.
     fn wait(&self) -> Result<Ready> {
-        let due = [self.next_start, self.next_detach]
+        let due = [self.next_start, self.next_detach, self.space.due()]
             .into_iter()
             .flatten()
             .min();
@@ -439,14 +467,61 @@ impl Keeper {
             counters: &self.held.counters,
         };
         self.control.turn(&known);
-        if std::mem::take(&mut self.control.stop) {
+        let orders = std::mem::take(&mut self.control.orders);
+        if orders.stop {
             tracing::info!("asked to stop by the control socket");
             self.stop();
         }
+        if orders.recover {
+            self.recover();
+        }
+    }
+
+    /// Uses a failed disk again: what it lost is lost, and what is there is looked at anew.
+    fn recover(&mut self) {
+        if self.stopping || self.state.state != Phase::Failed {
+            return;
+        }
+        tracing::warn!("asked to recover from: {:?}", self.state.error);
+        self.failure = None;
+        self.settled = false;
+        self.state.error = None;
+        self.state.state = Phase::Recovering;
+        self.health = Health::Mending;
+        match self.worker.as_mut() {
+            // The next one starts when it has ended.
+            Some(worker) => worker.kill(),
+            None => self.next_start = Some(Instant::now()),
+        }
+        self.publish();
+    }
+
+    /// Looks whether the host has space again, when that is due.
+    fn look_at_space(&mut self) {
+        let device = self.state.device.as_deref().map(Path::new);
+        let (now, keep) = (Instant::now(), self.config.keep_free);
+        if self.space.look(now, &self.held.dir, keep, device) {
+            tracing::info!("the host has space again");
+            self.publish();
+        }
+    }
+
+    fn on_low(&mut self) {
+        if !self.space.report(Instant::now()) {
+            return;
+        }
+        let space = HostSpace::of(&self.held.dir);
+        let space = space.map_or_else(|e| e.to_string(), |s| s.to_string());
+        tracing::warn!(
+            "the host is low on space ({space}): the disk takes no more, or soon will not, \
+             until there is more than --keep-free"
+        );
+        self.publish();
     }
 
     /// Starts whatever the present state calls for. Idempotent.
     fn advance(&mut self) {
+        self.look_at_space();
         let stopping = self.stopping;
         self.step();
         // To stop may be the outcome, and calls for other things: nothing else would wake us.
@@ -504,6 +579,7 @@ impl Keeper {
 
     fn publish(&mut self) {
         self.state.restarts = self.restarts.total();
+        self.state.host_low = self.space.is_low();
         self.state.worker_pid = self.worker.as_ref().map(Worker::pid);
         if let Err(e) = self.run.publish(&self.state) {
             tracing::warn!("{e}");
@@ -525,7 +601,7 @@ impl Keeper {
         let capture = self.log.is_some();
         let started = self
             .held
-            .pack(&self.config, self.served)
+            .pack(&self.config, self.served, self.health, self.state.size)
             .and_then(|(config, bag)| Worker::start(&config, bag, capture));
         self.last_words = None;
         match started {
@@ -630,17 +706,35 @@ impl Keeper {
                         worker.ready = Some(Instant::now());
                     }
                     self.served = true;
+                    if self.health == Health::Broken {
+                        continue;
+                    }
+                    self.health = Health::Sound;
                     self.state.size = size;
                     self.state.engine = Some(engine);
                     self.state.cache = cache.name().into();
+                    self.state.error = None;
                     if !self.stopping {
                         self.state.state = Phase::Serving;
                     }
                     self.publish();
                 }
+                Event::Low => self.on_low(),
+                Event::Poisoned => self.on_poison(),
                 words => self.last_words = Some(words),
             }
         }
+    }
+
+    /// The worker goes on and lets what is there be read; nobody is told a success any more.
+    fn on_poison(&mut self) {
+        let why = "a flush failed, and data may be lost: nothing more can be written; see the \
+                   host's log, then use `ploopctl recover`, or detach the disk and check it";
+        let failure = self.name(Failure::from(&Error::new(Kind::Poisoned, why)));
+        tracing::error!("{}", failure.message);
+        self.state.state = Phase::Failed;
+        self.state.error = Some(failure.message);
+        self.publish();
     }
 
     fn on_exit(&mut self) {
@@ -652,6 +746,10 @@ impl Keeper {
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         match self.last_words.take() {
+            // Ended by us, to make room for one that mends.
+            None if self.health == Health::Mending && worker.ready.is_some() => {
+                self.next_start = Some(Instant::now());
+            }
             Some(Event::Closed) => {
                 self.settled = true;
                 self.stop();
@@ -710,16 +808,28 @@ impl Keeper {
     }
 
     /// No worker can serve this disk any more: every request from now on fails with EIO, until
-    /// the disk is detached.
+    /// the disk is recovered or detached.
     fn give_up(&mut self, failure: Failure) {
         let failure = self.name(failure);
         tracing::error!("giving up: {}", failure.message);
-        self.settled = true;
         self.next_start = None;
         self.state.state = Phase::Failed;
         self.state.error = Some(failure.message.clone());
         self.failure.get_or_insert(failure);
         let attached = self.state.device.is_some() || self.errand.is_some();
+        let fuse = matches!(self.held.endpoint, Endpoint::Fuse { .. });
+        if attached && fuse && self.held.survives() && self.health != Health::Broken {
+            self.health = Health::Broken;
+            self.next_start = Some(Instant::now());
+        } else {
+            self.let_go(attached);
+        }
+        self.publish();
+    }
+
+    /// Not even errors can be answered.
+    fn let_go(&mut self, attached: bool) {
+        self.settled = true;
         if let Endpoint::Fuse { fds, .. } = &mut self.held.endpoint {
             // Nobody else holds one: the kernel ends the session and fails what waits.
             fds.clear();
@@ -727,7 +837,6 @@ impl Keeper {
         if !attached {
             self.stopping = true;
         }
-        self.publish();
     }
 
     /// Releases everything, in order, and says how it went.

@@ -3,6 +3,7 @@
 
 use crate::image::target::{Format, Source};
 use crate::io::file;
+use crate::io::room::KeepFree;
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -114,6 +115,8 @@ pub struct KeeperConfig {
     pub read_only: bool,
     /// Cache mode of the top layer.
     pub cache: Cache,
+    /// Space that the disk leaves to the host.
+    pub keep_free: KeepFree,
     /// How the disk is reached.
     pub mode: Mode,
     /// Whether to run in a session of its own and log into the run directory.
@@ -219,6 +222,15 @@ pub enum WorkerMode {
         /// The INIT handshake's result.
         session: crate::serve::fuse::Session,
     },
+    /// The same, and answer every request with EIO: better than not at all. Opens no image.
+    Broken {
+        /// The descriptors.
+        fds: Vec<RawFd>,
+        /// The INIT handshake's result.
+        session: crate::serve::fuse::Session,
+        /// Virtual size in bytes.
+        size: u64,
+    },
     /// Serve NBD.
     Nbd {
         /// Listening sockets.
@@ -250,12 +262,16 @@ pub struct WorkerConfig {
     pub counters_fd: RawFd,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
+    /// Whether a failed disk is to be used again: what it lost is lost.
+    pub heal: bool,
     /// Whether to be confined before looking at an image.
     pub sandbox: bool,
     /// How long the fence may take, in milliseconds.
     pub fence_ms: u64,
     /// Cache mode of the top layer.
     pub cache: Cache,
+    /// Space that the disk leaves to the host.
+    pub keep_free: KeepFree,
     /// How clients are reached.
     pub mode: WorkerMode,
 }
@@ -279,6 +295,11 @@ pub enum Event {
         /// The cache mode in effect.
         cache: Cache,
     },
+    /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
+    /// more than once a second.
+    Low,
+    /// No flush can succeed any more.
+    Poisoned,
     /// The image is closed and clean.
     Closed,
     /// It could not open, serve or close the image.

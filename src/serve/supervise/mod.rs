@@ -8,9 +8,11 @@
 //!
 //! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
-//! [`control`] what others may ask, [`leftover`] what a dead keeper leaves behind.
+//! [`control`] what others may ask, [`leftover`] what a dead keeper leaves behind, [`space`] and
+//! [`brake`] what is done while the host is nearly full.
 
 mod announce;
+mod brake;
 mod child;
 pub mod control;
 mod errand;
@@ -22,6 +24,7 @@ pub mod log;
 pub mod message;
 pub mod mounts;
 mod restart;
+mod space;
 pub mod worker;
 
 pub use errand::{Task, run as run_errand};

@@ -53,8 +53,9 @@ fn line(event: &Value) -> String {
         text(&disk["device"]),
         text(&disk["worker_pid"]),
         text(&disk["restarts"]),
-        match &disk["error"] {
-            Value::String(error) => format!(": {error}"),
+        match (&disk["error"], &disk["host_low"]) {
+            (Value::String(error), _) => format!(": {error}"),
+            (_, Value::Bool(true)) => ": the host is low on space".into(),
             _ => String::new(),
         }
     )

@@ -41,8 +41,17 @@ fn row(state: &State) -> [String; 5] {
     [
         reached.unwrap_or_else(|| "-".into()),
         size::show(state.size),
-        format!("{:?}", state.state).to_lowercase(),
+        phase(state),
         state.mountpoint.clone().unwrap_or_else(|| "-".into()),
         state.path.clone(),
     ]
+}
+
+/// What it is doing, and whether that will last.
+fn phase(state: &State) -> String {
+    let phase = format!("{:?}", state.state).to_lowercase();
+    match state.host_low {
+        true => phase + ", host low on space",
+        false => phase,
+    }
 }

@@ -12,6 +12,7 @@ mod list;
 mod map;
 mod mount;
 mod orphans;
+mod recover;
 mod serve;
 mod stat;
 mod tour;
@@ -19,7 +20,9 @@ mod umount;
 
 use crate::answer::Answer;
 use crate::report::Output;
+use crate::size;
 use ploop::image::target::Format;
+use ploop::io::room::KeepFree;
 use ploop::sandbox::{self, Files};
 use ploop::{Kind, Result};
 use std::os::fd::AsFd;
@@ -51,6 +54,8 @@ pub enum Command {
     Adopt(adopt::Args),
     #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
     Delete(delete::Args),
+    #[command(after_help = "Example: ploopctl recover /mnt/100")]
+    Recover(recover::Args),
     #[command(after_help = "Example: ploopctl doctor -o json")]
     Doctor(doctor::Args),
     #[command(after_help = "Example: ploopctl tour")]
@@ -74,6 +79,7 @@ pub fn run(command: Command, output: Output) -> Result<Answer> {
         Command::Check(args) => check::run(&args),
         Command::Adopt(args) => adopt::run(&args),
         Command::Delete(args) => delete::run(&args),
+        Command::Recover(args) => recover::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Tour(args) => tour::run(&args),
         Command::Generate(args) => generate::run(&args),
@@ -114,6 +120,16 @@ pub enum SandboxArg {
     On,
     /// Everything that this user may do
     Off,
+}
+
+/// `--keep-free`: a size, or hundredths of the host's file system.
+pub fn keep_free(text: &str) -> std::result::Result<KeepFree, String> {
+    let percent = text.strip_suffix('%').map(|n| n.parse::<u8>());
+    match percent {
+        Some(Ok(n @ 0..=100)) => Ok(KeepFree::Percent(n)),
+        Some(_) => Err("0% to 100%".into()),
+        None => size::parse(text).map(KeepFree::Bytes),
+    }
 }
 
 /// `--cache` of the writable layer.

@@ -5,6 +5,7 @@ use crate::answer::Answer;
 use crate::attach;
 use crate::cancel::Cancel;
 use ploop::image::target::Target;
+use ploop::io::room::KeepFree;
 use ploop::rundir::State;
 use ploop::serve::supervise::message::{Announce, Cache, KeeperConfig, Mode};
 use ploop::{Error, Kind, Result};
@@ -34,6 +35,12 @@ pub struct Args {
     /// Cache mode of the writable layer
     #[arg(long, default_value = "none")]
     cache: CacheArg,
+    /// Leave so much of the host's file system free: a size, a percentage, or 0
+    ///
+    /// With less, whatever needs new space fails with ENOSPC until there is more. Without this
+    /// option 1G or 1% are left, whichever is more, but at most an eighth.
+    #[arg(long, value_name = "SPACE", value_parser = super::keep_free)]
+    keep_free: Option<KeepFree>,
     /// What the process that serves may do, should an image or a client take it over
     #[arg(long, default_value = "on")]
     sandbox: SandboxArg,
@@ -47,6 +54,7 @@ pub fn run(args: &Args) -> Result<Answer> {
     let config = KeeperConfig {
         read_only: args.read_only,
         cache: args.cache.into(),
+        keep_free: args.keep_free.unwrap_or_default(),
         sandbox: args.sandbox == SandboxArg::On,
         ..device_config(&target, args.format)
     };
@@ -76,6 +84,7 @@ pub fn device_config(target: &Target, format: Option<FormatArg>) -> KeeperConfig
         format: format.map(Into::into),
         read_only: false,
         cache: Cache::None,
+        keep_free: KeepFree::default(),
         mode: Mode::Device,
         detached: true,
         sandbox: true,

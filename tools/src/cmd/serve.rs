@@ -8,6 +8,7 @@ use crate::answer::Answer;
 use crate::attach;
 use crate::report::Output;
 use ploop::image::target::Target;
+use ploop::io::room::KeepFree;
 use ploop::serve::supervise::leftover;
 use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode, Tls};
 use ploop::{Error, Result};
@@ -49,6 +50,12 @@ pub struct Args {
     /// Cache mode of the writable layer
     #[arg(long, default_value = "writeback")]
     cache: CacheArg,
+    /// Leave so much of the host's file system free: a size, a percentage, or 0
+    ///
+    /// With less, whatever needs new space fails with ENOSPC until there is more. Without this
+    /// option 1G or 1% are left, whichever is more, but at most an eighth.
+    #[arg(long, value_name = "SPACE", value_parser = super::keep_free)]
+    keep_free: Option<KeepFree>,
     /// What the process that serves may do, should an image or a client take it over
     #[arg(long, default_value = "on")]
     sandbox: SandboxArg,
@@ -99,6 +106,7 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         format: args.format.map(Into::into),
         read_only: args.read_only,
         cache: args.cache.into(),
+        keep_free: args.keep_free.unwrap_or_default(),
         mode: Mode::Nbd {
             listen,
             export: args.export,
