@@ -167,7 +167,8 @@ fn only_clients_of_our_authority_are_served() {
     }
     if have("only_clients_of_our_authority_are_served", &["nbdinfo"]) {
         for folder in [&scene.nobody, &scene.stranger] {
-            fails(tool("nbdinfo").arg(uri(&server, folder)));
+            let said = fails(tool("nbdinfo").arg(uri(&server, folder)));
+            assert!(said.err.contains("alert"), "{}", said.err);
         }
         ok(tool("nbdinfo").arg(uri(&server, &scene.client)));
     }

@@ -48,5 +48,7 @@ pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub const TLS_BUFFER: usize = 64 << 10;
 /// The same before a client has shown who it is: its part of the handshake is a few kilobytes.
 pub const TLS_HANDSHAKE_BUFFER: usize = 4 << 10;
+/// Time for a client whose handshake failed to read why.
+pub const TLS_LINGER: Duration = Duration::from_secs(1);
 /// Bytes encrypted and not sent: while they leave, the client decrypts what left before.
 pub const TLS_UNSENT: usize = 64 << 10;

@@ -18,7 +18,7 @@ use crate::io::exec::{self, Engine};
 use crate::sandbox;
 use crate::serve::complaints::Complaints;
 use bytes::{Bytes, BytesMut};
-use ploop_formats::{Error, Result};
+use ploop_formats::{Error, Kind, Result};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -209,7 +209,10 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
                 Ok(Some(agreed)) => server.start(link, agreed),
                 Ok(None) => {}
                 // Anybody who can connect can fail, as often as they like.
-                Err(error) => server.0.failures.about("an NBD negotiation", &error.into()),
+                Err(error) => {
+                    let error = Error::new(Kind::Io, error.to_string());
+                    server.0.failures.about("an NBD negotiation", &error);
+                }
             }
             drop((place, guest));
         });

@@ -46,15 +46,35 @@ impl Tls {
             connection,
             received: Received::default(),
         }));
-        while tls.0.borrow().connection.is_handshaking() {
-            tls.flush(output).await?;
-            if tls.receive(input, limits::TLS_HANDSHAKE_BUFFER).await? == 0 {
+        match tls.shake(input, output).await {
+            Ok(()) => Ok(tls),
+            Err(e) => {
+                exec::timeout(limits::TLS_LINGER, tls.linger(input, output)).await;
+                Err(e)
+            }
+        }
+    }
+
+    async fn shake(&self, input: &Arc<OwnedFd>, output: &Arc<OwnedFd>) -> io::Result<()> {
+        while self.0.borrow().connection.is_handshaking() {
+            self.flush(output).await?;
+            if self.receive(input, limits::TLS_HANDSHAKE_BUFFER).await? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
-            tls.with_replies(output, State::shake)?;
+            self.with_replies(output, State::shake)?;
         }
-        tls.flush(output).await?;
-        Ok(tls)
+        self.flush(output).await
+    }
+
+    /// Lets the peer read why it was refused: closed with something of its own unread, or while
+    /// it still sends, a socket would tell it of that instead.
+    async fn linger(&self, input: &Arc<OwnedFd>, output: &Arc<OwnedFd>) {
+        let _ = rustix::net::shutdown(output, rustix::net::Shutdown::Write);
+        while self
+            .receive(input, limits::TLS_HANDSHAKE_BUFFER)
+            .await
+            .is_ok_and(|got| got != 0)
+        {}
     }
 
     /// See [`super::link::Link::recv`].
