@@ -27,7 +27,7 @@ use std::process::Command;
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
     disk: PathBuf,
-    /// unix:PATH, [tcp:]ADDR:PORT, or - for one client on standard input and output
+    /// unix:PATH, tcp:ADDR:PORT (tcp: may be left out), or - for one client on standard input and output
     ///
     /// An address off loopback needs TLS, see --tls-creds.
     #[arg(long, value_name = "WHERE", value_parser = parse_listen)]
