@@ -1,8 +1,8 @@
-//! Words in memory that outlives the process that writes them: a memfd.
+//! Memory that outlives the process that writes it: words that change, or bytes that do not.
 //!
-//! The memory is sealed against any change of its size, so that no holder of the descriptor can
-//! make another's access fault. Words are only touched as atomics. Who only watches gets a
-//! descriptor that can be read and no more.
+//! Words are sealed against any change of their size, so that no holder of the descriptor can
+//! make another's access fault, and only touched as atomics. Who only watches them gets a descriptor
+//! that can be read and no more. Bytes are sealed altogether.
 
 use ploop_formats::ledger::Words;
 use ploop_formats::{Error, Result};
@@ -12,8 +12,10 @@ use rustix::fs::{
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::fmt;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -200,6 +202,33 @@ impl Words for SharedWords {
     }
 }
 
+/// Bytes that nobody can change any more, for whoever holds the descriptor.
+pub fn sealed(name: &str, bytes: &[u8]) -> Result<OwnedFd> {
+    let made = || {
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        let file = File::from(fd);
+        file.write_all_at(bytes, 0)?;
+        fcntl_add_seals(&file, SEALS | SealFlags::WRITE)?;
+        Ok(OwnedFd::from(file))
+    };
+    made().map_err(|e: io::Error| Error::from(e).at(name))
+}
+
+/// The bytes of a descriptor that [`sealed`] made, perhaps in another process.
+pub fn contents(fd: &OwnedFd) -> Result<Vec<u8>> {
+    let len = fstat(fd).map_err(io::Error::from)?.st_size;
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    let mut filled = 0;
+    // At offsets: all holders share one position.
+    while let Some(room) = bytes.get_mut(filled..).filter(|room| !room.is_empty()) {
+        match rustix::io::pread(fd, room, filled as u64).map_err(io::Error::from)? {
+            0 => return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into()),
+            got => filled += got,
+        }
+    }
+    Ok(bytes)
+}
+
 fn failed(error: rustix::io::Errno) -> Error {
     Error::from(io::Error::from(error)).at("shared words")
 }
@@ -261,6 +290,18 @@ mod tests {
         let watched = WatchedWords::from_fd(fd).unwrap();
         words.set(7, 3);
         assert_eq!((watched.len(), watched.at(7), watched.at(8)), (8, 3, 0));
+    }
+
+    #[test]
+    fn sealed_bytes_are_read_by_all_holders_and_changed_by_none() {
+        let fd = sealed("t", b"the key").unwrap();
+        let other = fd.try_clone().unwrap();
+        for holder in [&fd, &other, &fd] {
+            assert_eq!(contents(holder).unwrap(), b"the key");
+        }
+        assert!(rustix::io::pwrite(&other, b"x", 0).is_err());
+        assert!(ftruncate(&other, 1).is_err());
+        assert!(contents(&sealed("t", b"").unwrap()).unwrap().is_empty());
     }
 
     #[test]

@@ -11,7 +11,9 @@ use super::errand::{Errand, Task};
 use super::host::{self, Footprint};
 use super::listen::Sockets;
 use super::log::Log;
-use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, kind_name};
+use super::message::{
+    Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, WorkerTls, kind_name,
+};
 use super::restart::Restarts;
 use super::space::Space;
 use super::{inherit, leftover};
@@ -224,11 +226,11 @@ fn open_log(
 
 fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Result<State> {
     let (transport, uri, socket) = match (&held.endpoint, &config.mode) {
-        (Endpoint::Nbd(sockets), Mode::Nbd { export, .. }) => (
-            "nbd",
-            sockets.uri.as_ref().map(|u| u.of(export)),
-            sockets.path(),
-        ),
+        (Endpoint::Nbd(sockets), Mode::Nbd { export, tls, .. }) => {
+            let required = tls.as_ref().is_some_and(|tls| tls.required);
+            let uri = sockets.uri.as_ref().map(|u| u.of(export, required));
+            ("nbd", uri, sockets.path())
+        }
         _ => ("fuse+loop", None, None),
     };
     Ok(State {
@@ -272,7 +274,9 @@ impl Holdings {
         let counters = Counters::new(Arc::new(SharedWords::create(Counters::WORDS)?))?;
         let endpoint = match &config.mode {
             Mode::Device => mount(config, target, run)?,
-            Mode::Nbd { listen, .. } => Endpoint::Nbd(Sockets::open(listen, inherit::take)?),
+            Mode::Nbd { listen, tls, .. } => {
+                Endpoint::Nbd(Sockets::open(listen, tls.as_ref(), inherit::take)?)
+            }
         };
         Ok(Self {
             source,
@@ -302,7 +306,14 @@ impl Holdings {
             None => (None, None),
         };
         let mode = match (&mut self.endpoint, &config.mode) {
-            (Endpoint::Nbd(sockets), Mode::Nbd { listen, export }) => {
+            (
+                Endpoint::Nbd(sockets),
+                Mode::Nbd {
+                    listen,
+                    export,
+                    tls,
+                },
+            ) => {
                 let listeners = sockets.listeners.iter().map(|fd| bag.pack(fd));
                 let listeners = listeners.collect::<Result<_>>()?;
                 // A connection is passed on and not kept: its client must see the worker's end.
@@ -310,11 +321,19 @@ impl Holdings {
                     Some((input, output)) => Some((bag.pack(input)?, bag.pack(output)?)),
                     None => None,
                 };
+                let tls = match (&sockets.credentials, tls) {
+                    (Some(fd), Some(tls)) => Some(WorkerTls {
+                        credentials_fd: bag.pack(fd)?,
+                        required: tls.required,
+                    }),
+                    _ => None,
+                };
                 let until_idle = Sockets::ends_with_clients(listen);
                 WorkerMode::Nbd {
                     listeners,
                     connection,
                     export: export.clone(),
+                    tls,
                     until_idle,
                 }
             }

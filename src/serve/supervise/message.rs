@@ -68,13 +68,23 @@ mod any_path {
 pub enum Listen {
     /// A unix socket at this path.
     Unix(#[serde(with = "any_path")] PathBuf),
-    /// A loopback address.
+    /// An address; off loopback only where TLS is required.
     Tcp(SocketAddr),
     /// One client, on standard input and output; the server ends with it.
     Stdio,
     /// So many listening sockets inherited from descriptor 3 on; the server ends with the last
     /// client.
     Inherited(u32),
+}
+
+/// How NBD clients are protected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tls {
+    /// The folder of the credentials, absolute.
+    #[serde(with = "any_path")]
+    pub folder: PathBuf,
+    /// Whether clients without TLS are refused.
+    pub required: bool,
 }
 
 /// How the disk is reached.
@@ -88,6 +98,8 @@ pub enum Mode {
         listen: Listen,
         /// The export's name.
         export: String,
+        /// TLS, if there is any.
+        tls: Option<Tls>,
     },
 }
 
@@ -209,6 +221,15 @@ pub enum Report {
     Failed(Failure),
 }
 
+/// TLS for a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerTls {
+    /// The memfd of the credentials, inherited: the worker opens no file of theirs.
+    pub credentials_fd: RawFd,
+    /// Whether clients without TLS are refused.
+    pub required: bool,
+}
+
 /// How a worker reaches its clients; numbers are inherited descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WorkerMode {
@@ -236,6 +257,8 @@ pub enum WorkerMode {
         connection: Option<(RawFd, RawFd)>,
         /// The export's name.
         export: String,
+        /// TLS, if there is any.
+        tls: Option<WorkerTls>,
         /// End with the last client.
         until_idle: bool,
     },

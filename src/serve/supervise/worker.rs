@@ -7,7 +7,7 @@
 
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;
-use super::message::{Cache, Event, Failure, Order, WorkerConfig, WorkerMode};
+use super::message::{Cache, Event, Failure, Order, WorkerConfig, WorkerMode, WorkerTls};
 use crate::counters::{Counted, Counters};
 use crate::device::Device;
 use crate::disk::Disk;
@@ -15,9 +15,10 @@ use crate::image::chain::Chain;
 use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
-use crate::io::memfd::SharedWords;
+use crate::io::memfd::{self, SharedWords};
 use crate::sandbox;
 use crate::serve::broken::Broken;
+use crate::serve::nbd::credentials::Credentials;
 use crate::serve::{fuse, nbd};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
@@ -270,6 +271,17 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
 
 type Served = Counted<Disk<FileStore>>;
 
+/// TLS with the credentials that the keeper read.
+fn tls(given: WorkerTls) -> Result<nbd::Tls> {
+    let text = memfd::contents(&inherit::take(given.credentials_fd)?)?;
+    let credentials: Credentials = serde_json::from_slice(&text)
+        .map_err(|e| Error::invalid(format!("credentials from the keeper: {e}")))?;
+    Ok(nbd::Tls {
+        identity: credentials.identity()?,
+        required: given.required,
+    })
+}
+
 /// A way to clients, ready to be used.
 enum Transport {
     Fuse {
@@ -309,6 +321,7 @@ impl Transport {
                 listeners,
                 connection,
                 export,
+                tls: given,
                 until_idle,
             } => {
                 let options = nbd::Options {
@@ -316,6 +329,7 @@ impl Transport {
                         name: export,
                         ..Default::default()
                     },
+                    tls: given.map(tls).transpose()?,
                     end_with_last_client: until_idle,
                     confined,
                     ..Default::default()

@@ -37,7 +37,7 @@ pub enum Command {
     Mount(mount::Args),
     #[command(after_help = "Example: ploopctl umount /mnt/100")]
     Umount(umount::Args),
-    #[command(after_help = "Example: ploopctl serve /var/lib/ct/100 --nbd unix:/run/ct-100.sock")]
+    #[command(after_help = serve::EXAMPLES)]
     Serve(serve::Args),
     #[command(after_help = "Example: ploopctl list -o json")]
     List(list::Args),

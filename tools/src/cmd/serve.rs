@@ -11,7 +11,9 @@ use crate::report::Output;
 use ploop::image::target::Target;
 use ploop::io::room::KeepFree;
 use ploop::serve::supervise::leftover;
-use ploop::serve::supervise::message::{Announce, Cache, Destination, KeeperConfig, Listen, Mode};
+use ploop::serve::supervise::message::{
+    Announce, Cache, Destination, KeeperConfig, Listen, Mode, Tls,
+};
 use ploop::{Error, Kind, Result};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -25,12 +27,26 @@ use std::process::Command;
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
     disk: PathBuf,
-    /// unix:PATH, tcp:ADDR:PORT (loopback only), or - for one client on standard input and output
+    /// unix:PATH, tcp:ADDR:PORT (tcp: may be left out), or - for one client on standard input and output
+    ///
+    /// An address off loopback needs TLS, see --tls-creds.
     #[arg(long, value_name = "WHERE", value_parser = parse_listen)]
     nbd: Option<Listen>,
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// Folder with server-cert.pem and server-key.pem (mode 0600), as QEMU and nbdkit name them
+    ///
+    /// With ca-cert.pem in it, clients must show a certificate that this authority signed, and
+    /// that ca-crl.pem, if there is one, does not revoke. Without it whoever can connect can use
+    /// the disk. The files are read once, at the start.
+    #[arg(long, value_name = "DIR", required_if_eq_any([("tls", "allow"), ("tls", "require")]))]
+    tls_creds: Option<PathBuf>,
+    /// Whether clients must use TLS, may, or cannot; with --tls-creds they must
+    ///
+    /// Where they may, somebody in between can make them go without.
+    #[arg(long, value_name = "WHEN")]
+    tls: Option<TlsArg>,
     /// Name of the export
     #[arg(long, default_value = "", value_name = "NAME")]
     export: String,
@@ -52,6 +68,25 @@ pub struct Args {
     format: Option<FormatArg>,
 }
 
+/// What the help ends with.
+pub const EXAMPLES: &str = "\
+Examples:
+  ploopctl serve /var/lib/ct/100 --nbd unix:/run/ct-100.sock
+  ploopctl serve /var/lib/ct/100 --nbd tcp:0.0.0.0:10809 --tls-creds /etc/pki/ploop
+      and on the client, whose certificate is in a folder there:
+      nbdinfo 'nbds://HOST/?tls-certificates=/etc/pki/client'";
+
+/// Whether clients use TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TlsArg {
+    /// They cannot
+    Off,
+    /// They may
+    Allow,
+    /// They must
+    Require,
+}
+
 /// Becomes ploopd; returns only on failure.
 pub fn run(args: Args, global: &Global) -> Result<Answer> {
     let settings = global.settings()?;
@@ -66,6 +101,7 @@ pub fn run(args: Args, global: &Global) -> Result<Answer> {
             return Err(Error::new(Kind::Usage, what));
         }
     };
+    let tls = tls(args.tls, args.tls_creds)?;
     let announce = match &listen {
         Listen::Unix(_) | Listen::Tcp(_) => Announce::Stdout,
         Listen::Stdio | Listen::Inherited(_) => Announce::Nobody,
@@ -82,6 +118,7 @@ pub fn run(args: Args, global: &Global) -> Result<Answer> {
         mode: Mode::Nbd {
             listen,
             export: args.export,
+            tls,
         },
         detached: false,
         log: Destination::default(),
@@ -101,6 +138,17 @@ pub fn run(args: Args, global: &Global) -> Result<Answer> {
         .env_remove("LISTEN_FDNAMES")
         .exec();
     Err(attach::not_started(&program, failed))
+}
+
+/// TLS as asked for. That it is asked for without credentials was found out before.
+fn tls(when: Option<TlsArg>, folder: Option<PathBuf>) -> Result<Option<Tls>> {
+    let Some(folder) = folder.filter(|_| when != Some(TlsArg::Off)) else {
+        return Ok(None);
+    };
+    Ok(Some(Tls {
+        folder: std::path::absolute(&folder).map_err(|e| Error::from(e).at(folder.display()))?,
+        required: when != Some(TlsArg::Allow),
+    }))
 }
 
 /// What fits into a `sockaddr_un`, the last byte aside.
@@ -150,7 +198,10 @@ fn parse_listen(text: &str) -> std::result::Result<Listen, String> {
                 .map(Listen::Tcp)
                 .map_err(|e| format!("tcp:ADDR:PORT: {e}"))
         }
-        _ => Err("one of unix:PATH, tcp:ADDR:PORT, -".into()),
+        _ => text
+            .parse()
+            .map(Listen::Tcp)
+            .map_err(|_| "one of unix:PATH, tcp:ADDR:PORT, ADDR:PORT, -".into()),
     }
 }
 
@@ -167,8 +218,17 @@ mod tests {
         );
         let port = "127.0.0.1:10809".parse().map(Listen::Tcp).expect("address");
         assert_eq!(parse_listen("tcp:localhost:10809"), Ok(port.clone()));
-        assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port));
-        for bad in ["", "unix:", "tcp:10809", "/run/s", "udp:1"] {
+        assert_eq!(parse_listen("tcp:127.0.0.1:10809"), Ok(port.clone()));
+        assert_eq!(parse_listen("127.0.0.1:10809"), Ok(port));
+        for bad in [
+            "",
+            "unix:",
+            "tcp:10809",
+            "/run/s",
+            "udp:1",
+            "10809",
+            "host:1",
+        ] {
             assert!(parse_listen(bad).is_err(), "{bad:?}");
         }
     }
