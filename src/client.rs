@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 
 /// How long a keeper may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Keepers asked at once: each costs a descriptor, of which there are 1024 by default.
+const TOGETHER: usize = 256;
 /// Shortest time that a socket is waited at: 0 would mean for ever.
 const INSTANT: Duration = Duration::from_millis(1);
 
@@ -193,16 +195,18 @@ impl Remote {
     }
 }
 
-/// Asks many keepers the same questions and waits for all of them together: one that hangs costs
-/// `patience` once, however many do. The answers are in the order of the run directories, and each
+/// Asks many keepers the same questions and waits for all of them together: those that hang cost
+/// `patience` once, not each ([`TOGETHER`] at a time). The answers are in the order of the run directories, and each
 /// keeper's in that of the questions.
 pub fn ask_all<P: AsRef<Path>>(
     runs: &[P],
     asks: &[Ask],
     patience: Duration,
 ) -> Vec<Result<Vec<Value>>> {
-    let asked = tell_all(runs, asks, patience).into_iter();
-    asked.map(|asked| asked?.answers()).collect()
+    let answers = |asked: Result<Asked>| asked?.answers();
+    let some = runs.chunks(TOGETHER);
+    let all = some.flat_map(|runs| together(runs, asks, patience, answers));
+    all.collect()
 }
 
 /// [`Remote::watch`] of many keepers, all asked together.
@@ -212,8 +216,9 @@ pub fn watch_all<P: AsRef<Path>>(runs: &[P], patience: Duration) -> Vec<Result<W
         asked.answers()?;
         asked.remote.watched()
     };
-    let asked = tell_all(runs, &[Ask::Counters], patience).into_iter();
-    asked.map(watched).collect()
+    let some = runs.chunks(TOGETHER);
+    let all = some.flat_map(|runs| together(runs, &[Ask::Counters], patience, watched));
+    all.collect()
 }
 
 /// A keeper that has its questions and owes the greeting and the answers.
@@ -231,7 +236,12 @@ impl Asked {
 }
 
 /// Every keeper has its questions before the first answer is waited for.
-fn tell_all<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec<Result<Asked>> {
+fn together<P: AsRef<Path>, T>(
+    runs: &[P],
+    asks: &[Ask],
+    patience: Duration,
+    outcome: impl Fn(Result<Asked>) -> Result<T>,
+) -> Vec<Result<T>> {
     let due = Instant::now() + patience;
     let tell = |run: &P| {
         let mut remote = Remote::dial(run.as_ref(), due)?;
@@ -239,7 +249,8 @@ fn tell_all<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec
         let ids = ids.collect::<Result<_>>()?;
         Ok(Asked { remote, ids })
     };
-    runs.iter().map(tell).collect()
+    let asked: Vec<Result<Asked>> = runs.iter().map(tell).collect();
+    asked.into_iter().map(outcome).collect()
 }
 
 /// An answer as what it should be.

@@ -54,6 +54,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         "attached": attached,
     });
     let mut text = format!("{}\n", target.path().display());
+    text += &format!("virtual    {}\n", size::show(size));
     text += &match used {
         Some(used) => format!(
             "used       {} (in its file system)

@@ -55,7 +55,10 @@ enum Fs {
 
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
-    let settings = global.settings()?;
+    let settings = match args.fs {
+        Fs::None => Settings::default(),
+        _ => global.settings()?,
+    };
     if args.fs != Fs::None {
         need_privilege("init with a file system")?;
     }
