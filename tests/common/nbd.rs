@@ -22,8 +22,8 @@ pub mod command {
 
 /// A connection in its transmission phase, with simple replies.
 #[derive(Debug)]
-pub struct Client {
-    stream: UnixStream,
+pub struct Client<S = UnixStream> {
+    stream: S,
 }
 
 impl Client {
@@ -36,10 +36,21 @@ impl Client {
     pub fn negotiate(mut stream: UnixStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(Duration::from_secs(20)))?;
         stream.set_write_timeout(Some(Duration::from_secs(20)))?;
-        let greeting: [u8; 18] = take(&mut stream)?;
-        check(&greeting[..16] == b"NBDMAGICIHAVEOPT", "the greeting")?;
-        // Fixed newstyle and no zeroes.
-        stream.write_all(&3u32.to_be_bytes())?;
+        greet(&mut stream)?;
+        Self::go(stream)
+    }
+}
+
+/// Takes the server's greeting and answers it: fixed newstyle and no zeroes.
+pub fn greet(stream: &mut (impl Read + Write)) -> io::Result<()> {
+    let greeting: [u8; 18] = take(stream)?;
+    check(&greeting[..16] == b"NBDMAGICIHAVEOPT", "the greeting")?;
+    stream.write_all(&3u32.to_be_bytes())
+}
+
+impl<S: Read + Write> Client<S> {
+    /// Asks for the default export, after the greeting and whatever else was agreed.
+    pub fn go(mut stream: S) -> io::Result<Self> {
         stream.write_all(b"IHAVEOPT")?;
         stream.write_all(&OPTION_GO.to_be_bytes())?;
         // No name, no information requests.
@@ -105,7 +116,7 @@ impl Client {
     }
 }
 
-fn take<const N: usize>(stream: &mut UnixStream) -> io::Result<[u8; N]> {
+fn take<const N: usize>(stream: &mut impl Read) -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     stream.read_exact(&mut bytes)?;
     Ok(bytes)

@@ -232,7 +232,9 @@ impl<S: Store> Ploop<S> {
     async fn extend(&self) -> Result<()> {
         let size = self.header.cluster;
         let end = lock(&self.index).alloc.end();
-        let wanted = size.whole((size.start(end) / 8).clamp(EXTEND_MIN, EXTEND_MAX));
+        // The step takes space before anybody needs it: never much of what the host has left.
+        let most = EXTEND_MAX.min(self.store.room()? / 16).max(EXTEND_MIN);
+        let wanted = size.whole((size.start(end) / 8).clamp(EXTEND_MIN, most));
         let mut step = (wanted.max(1) as u32).min(self.last_cluster().saturating_sub(end));
         if step == 0 {
             return Err(Error::new(
@@ -315,6 +317,7 @@ impl<S: Store> Layer for Ploop<S> {
 
     async fn reserve(&self) -> Result<Reserved> {
         self.may_write()?;
+        self.store.room()?;
         let slot = lock(&self.index).take_slot()?;
         loop {
             let taken = lock(&self.index).alloc.take();

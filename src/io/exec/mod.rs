@@ -20,12 +20,12 @@ mod stream;
 mod uring;
 mod wake;
 
-pub(crate) use op::Witness;
+pub(crate) use op::{Witness, advance};
 
 use bytes::{Bytes, BytesMut};
 use rustix::event::PollFlags;
 use std::future::Future;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::pin::pin;
 use std::sync::Arc;
@@ -129,6 +129,17 @@ pub async fn recv(fd: &Arc<OwnedFd>, buf: BytesMut) -> (BytesMut, io::Result<usi
 /// Under [`Engine::Poll`] a pipe is switched to O_NONBLOCK; sockets keep their mode.
 pub async fn send_all(fd: &Arc<OwnedFd>, parts: Vec<Bytes>) -> io::Result<()> {
     stream::send_all(fd, parts).await
+}
+
+/// Sends what a socket or pipe takes at once of `parts` (at most 1024): how many bytes, or
+/// `WouldBlock`. A pipe is switched to O_NONBLOCK.
+pub fn try_send(fd: &OwnedFd, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+    stream::try_send(fd, parts)
+}
+
+/// Waits until [`try_send`] has room, or meets an error.
+pub async fn writable(fd: &Arc<OwnedFd>) -> io::Result<()> {
+    stream::ready(fd, PollFlags::OUT).await
 }
 
 /// Writes all parts with one writev(2), as /dev/fuse wants its replies: at most 1024 parts, of

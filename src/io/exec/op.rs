@@ -91,7 +91,7 @@ impl Parts {
 }
 
 /// Cuts `sent` bytes off the front; empty parts vanish.
-pub(super) fn advance(parts: &mut Vec<Bytes>, mut sent: usize) {
+pub(crate) fn advance(parts: &mut Vec<Bytes>, mut sent: usize) {
     let mut whole = 0;
     for part in parts.iter_mut() {
         let cut = sent.min(part.len());

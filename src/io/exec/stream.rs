@@ -237,13 +237,26 @@ fn send_now(fd: &OwnedFd, parts: &[Bytes], socket: bool) -> io::Result<usize> {
         .take(super::op::PARTS_MAX)
         .map(|p| IoSlice::new(p))
         .collect();
+    send_slices(fd, &parts, socket)
+}
+
+fn send_slices(fd: &OwnedFd, parts: &[IoSlice<'_>], socket: bool) -> io::Result<usize> {
     if socket {
         let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let mut control = SendAncillaryBuffer::default();
-        return Ok(rustix::net::sendmsg(fd, &parts, &mut control, flags)?);
+        return Ok(rustix::net::sendmsg(fd, parts, &mut control, flags)?);
     }
     unblock(fd)?;
-    Ok(rustix::io::writev(fd, &parts)?)
+    Ok(rustix::io::writev(fd, parts)?)
+}
+
+/// See [`super::try_send`].
+pub(super) fn try_send(fd: &OwnedFd, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+    let sent = send_slices(fd, parts, true);
+    if no_socket(&sent) {
+        return send_slices(fd, parts, false);
+    }
+    sent
 }
 
 /// See [`super::accept`].

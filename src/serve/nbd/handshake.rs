@@ -47,6 +47,20 @@ enum How {
     ExportName,
 }
 
+/// Where a connection stands with TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Tls {
+    /// There is none here.
+    #[default]
+    Off,
+    /// The client may ask for it.
+    Allowed,
+    /// Before the client asks for it, it gets nothing else and learns nothing.
+    Required,
+    /// It is on.
+    On,
+}
+
 /// What the caller does next. Replies written so far are sent first in any case.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
@@ -54,6 +68,8 @@ pub enum Step {
     More,
     /// The client wants to start: [`Handshake::accept`] or [`Handshake::refuse`] it.
     Start(Start),
+    /// The client turns to TLS: shake hands, then go on. `input` is empty.
+    StartTls,
     /// The client took its leave: close.
     Abort,
     /// The client broke a rule: close without a word. The text is for the log.
@@ -65,18 +81,14 @@ pub enum Step {
 pub struct Handshake {
     client: Option<u16>,
     options: u32,
+    tls: Tls,
     style: Style,
     selected: Option<(Vec<u8>, Vec<Context>)>,
 }
 
 impl Default for Handshake {
     fn default() -> Self {
-        Self {
-            client: None,
-            options: 0,
-            style: Style::Simple,
-            selected: None,
-        }
+        Self::new(Tls::Off)
     }
 }
 
@@ -92,6 +104,17 @@ impl Refusal {
 type Answer = Result<(), Refusal>;
 
 impl Handshake {
+    /// A negotiation that has not begun.
+    pub fn new(tls: Tls) -> Self {
+        Self {
+            client: None,
+            options: 0,
+            tls,
+            style: Style::Simple,
+            selected: None,
+        }
+    }
+
     /// Takes whole messages off `input` and appends replies to `out`, until more bytes are needed
     /// or something is decided. Never keeps more than one option's data waiting in `input`.
     pub fn advance(&mut self, offer: &Offer, input: &mut BytesMut, out: &mut Vec<u8>) -> Step {
@@ -137,7 +160,38 @@ impl Handshake {
         }
         let data = input.split_to(end).split_off(16);
         self.options += 1;
+        if number == option::STARTTLS {
+            return self.start_tls(&data, input, out);
+        }
+        if self.tls == Tls::Required {
+            return without_tls(number, out);
+        }
         self.answer(number, offer, &data, out)
+    }
+
+    /// Everything that was agreed in the clear is forgotten: somebody in between may have agreed
+    /// to it. For the same reason what was sent ahead in the clear is never looked at.
+    fn start_tls(&mut self, data: &[u8], ahead: &[u8], out: &mut Vec<u8>) -> Result<(), Step> {
+        let (kind, text) = match self.tls {
+            Tls::Off => (reply::ERR_UNSUP, "no TLS here"),
+            Tls::On => (reply::ERR_INVALID, "TLS is on"),
+            _ if !data.is_empty() => (reply::ERR_INVALID, NO_DATA),
+            _ if !ahead.is_empty() => {
+                let what = format!("{} bytes behind STARTTLS, in the clear", ahead.len());
+                return Err(Step::Drop(what));
+            }
+            _ => {
+                *self = Self {
+                    client: self.client,
+                    options: self.options,
+                    ..Self::new(Tls::On)
+                };
+                proto::option_reply(out, option::STARTTLS, reply::ACK, &[]);
+                return Err(Step::StartTls);
+            }
+        };
+        proto::option_reply(out, option::STARTTLS, kind, text.as_bytes());
+        Ok(())
     }
 
     fn bounds(&self, flags: u16, magic: u64, number: u32, len: u32) -> Result<(), String> {
@@ -165,10 +219,7 @@ impl Handshake {
     ) -> Result<(), Step> {
         let answer = match number {
             option::EXPORT_NAME => return Err(self.export_name(offer, data)),
-            option::ABORT => {
-                proto::option_reply(out, number, reply::ACK, &[]);
-                return Err(Step::Abort);
-            }
+            option::ABORT => return Err(abort(out)),
             option::GO => match self.information(offer, number, data, out) {
                 Ok(start) => return Err(Step::Start(start)),
                 Err(refusal) => Err(refusal),
@@ -179,7 +230,6 @@ impl Handshake {
             option::EXTENDED_HEADERS => self.extended(data),
             option::LIST_META_CONTEXT => self.list_contexts(offer, data, out),
             option::SET_META_CONTEXT => self.set_contexts(offer, data, out),
-            option::STARTTLS => Err(Refusal(reply::ERR_UNSUP, "no TLS here".into())),
             other => Err(Refusal(
                 reply::ERR_UNSUP,
                 format!("option {other} is not known here"),
@@ -328,11 +378,31 @@ impl Handshake {
     }
 }
 
+const NO_DATA: &str = "this option takes no data";
+
 fn no_data(data: &[u8]) -> Answer {
     if data.is_empty() {
         Ok(())
     } else {
-        Err(Refusal::invalid("this option takes no data"))
+        Err(Refusal::invalid(NO_DATA))
+    }
+}
+
+fn abort(out: &mut Vec<u8>) -> Step {
+    proto::option_reply(out, option::ABORT, reply::ACK, &[]);
+    Step::Abort
+}
+
+/// What a client gets for any option but STARTTLS where TLS is required: nothing about the export.
+fn without_tls(number: u32, out: &mut Vec<u8>) -> Result<(), Step> {
+    match number {
+        option::ABORT => Err(abort(out)),
+        // The one option that cannot be refused with a word.
+        option::EXPORT_NAME => Err(Step::Drop("EXPORT_NAME where TLS is required".into())),
+        _ => {
+            proto::option_reply(out, number, reply::ERR_TLS_REQD, b"TLS is required here");
+            Ok(())
+        }
     }
 }
 
@@ -820,5 +890,81 @@ mod tests {
             begun().advance(&OFFER, &mut noise, &mut Vec::new()),
             Step::Drop(_)
         ));
+    }
+
+    fn begun_with(tls: Tls) -> Handshake {
+        Handshake { tls, ..begun() }
+    }
+
+    #[test]
+    fn where_tls_is_required_nothing_else_is_answered() {
+        for number in 0..200 {
+            let mut handshake = begun_with(Tls::Required);
+            for data in [&b""[..], b"disk", &info_data("disk", &[1, 2, 3])] {
+                let (kinds, step) = send(&mut handshake, number, data);
+                match number {
+                    option::EXPORT_NAME => {
+                        assert!(matches!(step, Step::Drop(_)) && kinds.is_empty())
+                    }
+                    option::ABORT => assert_eq!((kinds, step), (vec![reply::ACK], Step::Abort)),
+                    option::STARTTLS => break,
+                    _ => assert_eq!((kinds, step), (vec![reply::ERR_TLS_REQD], Step::More)),
+                }
+            }
+        }
+        let step = send(
+            &mut begun_with(Tls::Allowed),
+            option::GO,
+            &info_data("", &[]),
+        )
+        .1;
+        assert!(matches!(step, Step::Start(_)));
+    }
+
+    #[test]
+    fn tls_starts_once_and_with_nothing_from_before() {
+        for tls in [Tls::Allowed, Tls::Required] {
+            let mut handshake = begun_with(tls);
+            if tls == Tls::Allowed {
+                send(&mut handshake, option::EXTENDED_HEADERS, b"");
+                let query = query_data("", &["base:allocation"]);
+                send(&mut handshake, option::SET_META_CONTEXT, &query);
+            }
+            let refused = (vec![reply::ERR_INVALID], Step::More);
+            assert_eq!(send(&mut handshake, option::STARTTLS, b"now"), refused);
+            let started = (vec![reply::ACK], Step::StartTls);
+            assert_eq!(send(&mut handshake, option::STARTTLS, b""), started);
+            assert_eq!(send(&mut handshake, option::STARTTLS, b""), refused);
+            let step = send(&mut handshake, option::GO, &info_data("", &[])).1;
+            let nothing = Terms {
+                style: Style::Simple,
+                contexts: vec![],
+            };
+            assert_eq!(start(step).terms, nothing);
+        }
+    }
+
+    #[test]
+    fn what_was_sent_ahead_of_tls_ends_the_connection() {
+        for tls in [Tls::Allowed, Tls::Required] {
+            let mut input = message(option::STARTTLS, b"");
+            input.extend(message(option::LIST, b""));
+            let mut out = Vec::new();
+            let step = begun_with(tls).advance(&OFFER, &mut input, &mut out);
+            assert!(matches!(step, Step::Drop(_)), "{step:?}");
+            assert_eq!(out, b"");
+        }
+    }
+
+    #[test]
+    fn options_are_counted_across_the_start_of_tls() {
+        let mut handshake = begun_with(Tls::Allowed);
+        for _ in 1..limits::OPTIONS_MAX {
+            send(&mut handshake, option::LIST, b"");
+        }
+        let step = send(&mut handshake, option::STARTTLS, b"").1;
+        assert_eq!(step, Step::StartTls);
+        let step = send(&mut handshake, option::LIST, b"").1;
+        assert!(matches!(step, Step::Drop(_)));
     }
 }

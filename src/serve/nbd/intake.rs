@@ -4,17 +4,15 @@
 //! is copied once, into aligned memory; what has not arrived yet is received there.
 
 use super::limits;
+use super::link::Link;
 use super::pool::Pool;
 use super::proto::{BadMagic, Request, Style};
 use super::stop::Watcher;
-use crate::io::exec;
 use bytes::{Bytes, BytesMut};
 use ploop_formats::buf;
 use std::cell::RefCell;
 use std::future::Future;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 /// Why a connection ends.
 #[derive(Debug)]
@@ -30,8 +28,8 @@ pub(super) enum End {
 }
 
 /// The receiving side of a connection.
-pub(super) struct Intake {
-    fd: Arc<OwnedFd>,
+pub(super) struct Intake<'a> {
+    link: &'a Link,
     style: Style,
     /// What was received and not taken is at `start .. end`.
     buf: BytesMut,
@@ -42,14 +40,14 @@ pub(super) struct Intake {
     stop: Watcher,
 }
 
-impl Intake {
+impl<'a> Intake<'a> {
     /// `early` was received already.
-    pub(super) fn new(fd: Arc<OwnedFd>, style: Style, early: &[u8], stop: Watcher) -> Self {
+    pub(super) fn new(link: &'a Link, style: Style, early: &[u8], stop: Watcher) -> Self {
         let mut buf = buf::aligned(limits::RECEIVE_BUFFER.max(early.len()));
         let (head, _) = buf.split_at_mut(early.len());
         head.copy_from_slice(early);
         Self {
-            fd,
+            link,
             style,
             buf,
             start: 0,
@@ -91,7 +89,7 @@ impl Intake {
             false => self.buf.len() - kept,
         };
         let all = std::mem::take(&mut self.buf);
-        let (all, got) = receive_at(&self.fd, &mut self.stop, all, kept, window).await?;
+        let (all, got) = receive_at(self.link, &mut self.stop, all, kept, window).await?;
         self.buf = all;
         self.end += got;
         match got {
@@ -112,7 +110,7 @@ impl Intake {
         self.start += filled;
         while filled < len {
             let got;
-            (data, got) = receive_at(&self.fd, &mut self.stop, data, filled, len - filled).await?;
+            (data, got) = receive_at(self.link, &mut self.stop, data, filled, len - filled).await?;
             if got == 0 {
                 return Err(closed_early());
             }
@@ -149,7 +147,7 @@ fn closed_early() -> End {
 
 /// Receives at most `room` bytes into `buf` from `at` on.
 async fn receive_at(
-    fd: &Arc<OwnedFd>,
+    link: &Link,
     stop: &mut Watcher,
     mut buf: BytesMut,
     at: usize,
@@ -157,11 +155,11 @@ async fn receive_at(
 ) -> Result<(BytesMut, usize), End> {
     let got;
     if at == 0 && room == buf.len() {
-        (buf, got) = stop.or(exec::recv(fd, buf)).await.ok_or(End::Stopped)?;
+        (buf, got) = stop.or(link.recv(buf)).await.ok_or(End::Stopped)?;
     } else {
         let mut tail = buf.split_off(at);
         let rest = tail.split_off(room);
-        (tail, got) = stop.or(exec::recv(fd, tail)).await.ok_or(End::Stopped)?;
+        (tail, got) = stop.or(link.recv(tail)).await.ok_or(End::Stopped)?;
         tail.unsplit(rest);
         buf.unsplit(tail);
     }

@@ -44,3 +44,11 @@ pub const POOL_IDLE: Duration = Duration::from_secs(1);
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// Pause after a failed accept (descriptors or memory are short), so that it does not spin.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Bytes of ciphertext received at once: four records of the largest.
+pub const TLS_BUFFER: usize = 64 << 10;
+/// The same before a client has shown who it is: its part of the handshake is a few kilobytes.
+pub const TLS_HANDSHAKE_BUFFER: usize = 4 << 10;
+/// Time for a client whose handshake failed to read why.
+pub const TLS_LINGER: Duration = Duration::from_secs(1);
+/// Bytes encrypted and not sent: while they leave, the client decrypts what left before.
+pub const TLS_UNSENT: usize = 64 << 10;

@@ -7,14 +7,17 @@
 //! - [`handshake`]: negotiation as a state machine, bytes in, replies out;
 //! - [`meta`]: metadata contexts, and how extents are told to a client;
 //! - [`command`]: whether a request is legal, and its execution on a device;
+//! - [`credentials`], [`tls`], [`link`]: what a connection is made of, in the clear or not;
 //! - [`session`]: the transmission phase of one connection, on one executor;
 //! - [`server`]: listening, counting, stopping.
 //!
 //! Nothing here knows what an image is; the device decides what durable means.
 pub mod command;
+pub mod credentials;
 pub mod handshake;
 mod intake;
 pub mod limits;
+mod link;
 pub mod meta;
 mod outbox;
 mod pool;
@@ -22,5 +25,6 @@ pub mod proto;
 pub mod server;
 mod session;
 mod stop;
+mod tls;
 
-pub use server::{Export, Options, Server};
+pub use server::{Export, Options, Server, Tls};

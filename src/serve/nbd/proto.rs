@@ -71,6 +71,8 @@ pub mod reply {
     pub const ERR_POLICY: u32 = 0x8000_0002;
     /// The option's data makes no sense.
     pub const ERR_INVALID: u32 = 0x8000_0003;
+    /// Nothing without TLS.
+    pub const ERR_TLS_REQD: u32 = 0x8000_0005;
     /// No such export.
     pub const ERR_UNKNOWN: u32 = 0x8000_0006;
     /// The request is too large.

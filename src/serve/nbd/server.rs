@@ -5,17 +5,20 @@
 //! executor of its own, so that none waits for another. Errors of one connection end that
 //! connection, and are said once, in the log.
 
-use super::handshake::{Handshake, Offer, Step, Terms};
+use super::credentials::Identity;
+use super::handshake::{self, Handshake, Offer, Step, Terms};
 use super::intake::End;
 use super::limits;
+use super::link::Link;
 use super::proto;
-use super::session::{self, Link, Summary};
+use super::session::{self, Summary};
 use super::stop::{Stop, Watcher};
 use crate::device::Device;
 use crate::io::exec::{self, Engine};
 use crate::sandbox;
+use crate::serve::complaints::Complaints;
 use bytes::{Bytes, BytesMut};
-use ploop_formats::{Error, Result};
+use ploop_formats::{Error, Kind, Result};
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
@@ -37,11 +40,22 @@ pub struct Export {
     pub description: String,
 }
 
+/// TLS, as clients are offered it.
+#[derive(Debug, Clone)]
+pub struct Tls {
+    /// The server's key, and what it asks of clients.
+    pub identity: Identity,
+    /// Whether clients without TLS are refused.
+    pub required: bool,
+}
+
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct Options {
     /// What clients see.
     pub export: Export,
+    /// TLS, if there is any.
+    pub tls: Option<Tls>,
     /// Negotiated connections at once; more are refused.
     pub max_connections: usize,
     /// Stop once the last client has left, after at least one came.
@@ -54,6 +68,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             export: Export::default(),
+            tls: None,
             max_connections: limits::CONNECTIONS_DEFAULT,
             end_with_last_client: false,
             confined: false,
@@ -78,6 +93,7 @@ struct Inner<D> {
     engine: Engine,
     stop: Stop,
     count: Count,
+    failures: Complaints,
 }
 
 impl<D: Device + Send + Sync + 'static> Server<D> {
@@ -95,6 +111,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             engine,
             stop,
             count,
+            failures: Complaints::new(),
         })))
     }
 
@@ -146,9 +163,9 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
     /// Serves one client over a socket (the same descriptor twice) or a pair of pipes, on the
     /// caller's executor. Returns when it has left and everything that it asked for is done.
     pub async fn serve_connection(&self, input: Arc<OwnedFd>, output: Arc<OwnedFd>) -> Result<()> {
-        let link = Link { input, output };
+        let mut link = Link::new(input, output);
         let mut stop = self.0.stop.watcher();
-        let negotiated = self.negotiate(&link, &mut stop).await;
+        let negotiated = self.negotiate(&mut link, &mut stop).await;
         let negotiated = negotiated.map_err(|why| Error::from(why).at("NBD client"))?;
         let Some(Agreed { terms, early, seat }) = negotiated else {
             return Ok(());
@@ -186,39 +203,45 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
         let (server, place) = (self.clone(), lobby.enter(&fd));
         let guest = self.0.count.admit_guest();
         exec::spawn(async move {
-            let link = Link {
-                input: Arc::clone(&fd),
-                output: fd,
-            };
+            let mut link = Link::new(Arc::clone(&fd), fd);
             let mut stop = server.0.stop.watcher();
-            match server.negotiate(&link, &mut stop).await {
+            match server.negotiate(&mut link, &mut stop).await {
                 Ok(Some(agreed)) => server.start(link, agreed),
                 Ok(None) => {}
-                Err(error) => info!("NBD: a negotiation failed: {error}"),
+                // Anybody who can connect can fail, as often as they like.
+                Err(error) => {
+                    let error = Error::new(Kind::Io, error.to_string());
+                    server.0.failures.about("an NBD negotiation", &error);
+                }
             }
             drop((place, guest));
         });
     }
 
     /// Negotiates within the deadline. `None` when the client, or the server, ended it in peace.
-    async fn negotiate(&self, link: &Link, stop: &mut Watcher) -> io::Result<Option<Agreed>> {
+    async fn negotiate(&self, link: &mut Link, stop: &mut Watcher) -> io::Result<Option<Agreed>> {
         let talk = exec::timeout(limits::HANDSHAKE_DEADLINE, self.talk(link));
-        match stop.or(talk).await {
+        let agreed = match stop.or(talk).await {
             None => Ok(None),
             Some(Some(result)) => result,
             Some(None) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        if !matches!(agreed, Ok(Some(_))) {
+            link.say_goodbye();
         }
+        agreed
     }
 
-    async fn talk(&self, link: &Link) -> io::Result<Option<Agreed>> {
-        let mut handshake = Handshake::default();
+    async fn talk(&self, link: &mut Link) -> io::Result<Option<Agreed>> {
+        let mut handshake = Handshake::new(self.tls());
         let (mut input, mut scratch) = (BytesMut::new(), BytesMut::zeroed(4096));
         let mut out = proto::greeting().to_vec();
         loop {
             let step = handshake.advance(&self.offer(), &mut input, &mut out);
             let next = self.decide(&handshake, step, &mut out);
             if !out.is_empty() {
-                exec::send_all(&link.output, vec![Bytes::from(std::mem::take(&mut out))]).await?;
+                link.send_all(vec![Bytes::from(std::mem::take(&mut out))])
+                    .await?;
             }
             match next {
                 Next::Go(terms, seat) => {
@@ -231,10 +254,11 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
                 Next::Leave => return Ok(None),
                 Next::Drop(why) => return Err(io::Error::other(why)),
                 Next::Again => continue,
+                Next::Secure(identity) => link.secure(&identity).await?,
                 Next::Receive => {}
             }
             let got;
-            (scratch, got) = exec::recv(&link.input, scratch).await;
+            (scratch, got) = link.recv(scratch).await;
             match got? {
                 0 => return Ok(None),
                 got => input.extend_from_slice(scratch.get(..got).unwrap_or_default()),
@@ -248,6 +272,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             Step::More => return Next::Receive,
             Step::Abort => return Next::Leave,
             Step::Drop(why) => return Next::Drop(why),
+            Step::StartTls => return self.secure(),
             Step::Start(start) => start,
         };
         const FULL: &str = "all connections are taken, try again later";
@@ -259,6 +284,20 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             None if handshake.refuse(&start, FULL, out) => Next::Again,
             None => Next::Drop(FULL.into()),
         }
+    }
+
+    fn tls(&self) -> handshake::Tls {
+        match &self.0.options.tls {
+            None => handshake::Tls::Off,
+            Some(Tls { required: true, .. }) => handshake::Tls::Required,
+            Some(_) => handshake::Tls::Allowed,
+        }
+    }
+
+    fn secure(&self) -> Next {
+        let tls = self.0.options.tls.as_ref();
+        let tls = tls.expect("a negotiation turns to TLS only where there is one");
+        Next::Secure(tls.identity.clone())
     }
 
     fn offer(&self) -> Offer<'_> {
@@ -323,6 +362,8 @@ enum Next {
     /// Look at what was received already.
     Again,
     Go(Terms, Seat),
+    /// Turn to TLS.
+    Secure(Identity),
     Leave,
     Drop(String),
 }

@@ -12,6 +12,7 @@ use super::command::{self, Answer, Export, Op, Payload, Refusal, Status};
 use super::handshake::Terms;
 use super::intake::{End, Intake};
 use super::limits;
+use super::link::Link;
 use super::outbox::{Encoder, Reply};
 use super::pool::Pool;
 use super::proto::{Request, command as number};
@@ -23,20 +24,10 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-
-/// A connection: where requests come from and where answers go, often one socket.
-#[derive(Debug, Clone)]
-pub(super) struct Link {
-    /// Read.
-    pub(super) input: Arc<OwnedFd>,
-    /// Written.
-    pub(super) output: Arc<OwnedFd>,
-}
 
 /// What a session came to.
 #[derive(Debug)]
@@ -60,12 +51,12 @@ pub(super) async fn run<D: Device + 'static>(
     terms: Terms,
     stop: &Stop,
 ) -> Summary {
-    let mut intake = Intake::new(link.input, terms.style, &early, stop.watcher());
+    let mut intake = Intake::new(&link, terms.style, &early, stop.watcher());
     drop(early);
     let desk = Rc::new(Desk::new(device, terms));
     let end = {
         let mut reader = pin!(read(Rc::clone(&desk), &mut intake));
-        let mut writer = pin!(write(Rc::clone(&desk), link.output));
+        let mut writer = pin!(write(Rc::clone(&desk), &link));
         let (mut end, mut deadline) = (None, None);
         poll_fn(|cx| {
             desk.polled.set(true);
@@ -91,7 +82,9 @@ pub(super) async fn run<D: Device + 'static>(
         })
         .await
     };
-    finish(&desk, end).await
+    let summary = finish(&desk, end).await;
+    link.say_goodbye();
+    summary
 }
 
 /// Ready when a client that takes its leave does not take its last answers in time.
@@ -264,7 +257,7 @@ fn weight(answer: &Answer) -> usize {
 }
 
 /// Reads requests until there is a reason to end.
-async fn read<D: Device + 'static>(desk: Rc<Desk<D>>, intake: &mut Intake) -> End {
+async fn read<D: Device + 'static>(desk: Rc<Desk<D>>, intake: &mut Intake<'_>) -> End {
     loop {
         let request = match intake.request().await {
             Ok(request) if request.command == number::DISC => return End::Client,
@@ -280,7 +273,7 @@ async fn read<D: Device + 'static>(desk: Rc<Desk<D>>, intake: &mut Intake) -> En
 /// Receives the rest of a request and starts it.
 async fn take<D: Device + 'static>(
     desk: &Rc<Desk<D>>,
-    intake: &mut Intake,
+    intake: &mut Intake<'_>,
     request: Request,
 ) -> Result<(), End> {
     let payload = payload_len(desk, &request)?;
@@ -331,7 +324,7 @@ fn payload_len<D: Device>(desk: &Desk<D>, request: &Request) -> Result<u64, End>
 /// Brings what a request needs to run: the payload, or room for data.
 async fn gather<D: Device>(
     desk: &Desk<D>,
-    intake: &mut Intake,
+    intake: &mut Intake<'_>,
     op: Op,
 ) -> Result<Result<(Op, Payload), Refusal>, End> {
     Ok(match op {
@@ -386,7 +379,7 @@ async fn perform<D: Device + 'static>(desk: Rc<Desk<D>>, job: Job) {
 }
 
 /// Sends answers until none comes any more.
-async fn write<D: Device + 'static>(desk: Rc<Desk<D>>, output: Arc<OwnedFd>) -> io::Result<()> {
+async fn write<D: Device + 'static>(desk: Rc<Desk<D>>, link: &Link) -> io::Result<()> {
     let mut encoder = Encoder::new(desk.terms.style);
     let over = || desk.closing.get() && desk.running.get() == 0;
     loop {
@@ -397,7 +390,7 @@ async fn write<D: Device + 'static>(desk: Rc<Desk<D>>, output: Arc<OwnedFd>) -> 
             return Ok(());
         }
         desk.sending(batch.lent.iter().map(Bytes::len).sum());
-        exec::send_all(&output, batch.parts).await?;
+        link.send_all(batch.parts).await?;
         let mut pool = desk.pool.borrow_mut();
         batch.lent.into_iter().for_each(|data| pool.give(data));
         drop(pool);

@@ -2,9 +2,12 @@
 //!
 //! Sockets live as long as the disk is attached, not as long as a worker: a client that connects
 //! while one is being replaced waits in the backlog. Nobody but the owner may ever reach a unix
-//! socket, and TCP never leaves the machine: NBD has no authentication here.
+//! socket, and TCP leaves the machine only where TLS is required. The credentials for it are read
+//! here, once, so that every worker has them, whatever became of the files.
 
-use super::message::Listen;
+use super::message::{Listen, Tls};
+use crate::io::memfd;
+use crate::serve::nbd::credentials::Credentials;
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{CWD, Mode};
 use rustix::net::sockopt;
@@ -29,29 +32,32 @@ pub struct Sockets {
     pub connection: Option<(OwnedFd, OwnedFd)>,
     /// Where clients connect, as an NBD URI without the export's name.
     pub uri: Option<Uri>,
+    /// The credentials for TLS, in a memfd.
+    pub credentials: Option<OwnedFd>,
 }
 
 /// An address in the form of NBD URIs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Uri {
-    /// `nbd+unix:///EXPORT?socket=PATH`
+    /// `nbd+unix:///EXPORT?socket=PATH`, with TLS `nbds+unix:`
     Unix(PathBuf),
-    /// `nbd://ADDR:PORT/EXPORT`
+    /// `nbd://ADDR:PORT/EXPORT`, with TLS `nbds:`
     Tcp(SocketAddr),
 }
 
 impl Uri {
-    /// The URI of an export.
-    pub fn of(&self, export: &str) -> String {
+    /// The URI of an export, for clients that must, or need not, use TLS.
+    pub fn of(&self, export: &str, tls: bool) -> String {
         let export = escape(export, "");
+        let scheme = if tls { "nbds" } else { "nbd" };
         match self {
             Uri::Unix(path) => {
                 format!(
-                    "nbd+unix:///{export}?socket={}",
+                    "{scheme}+unix:///{export}?socket={}",
                     escape(&path.to_string_lossy(), "/")
                 )
             }
-            Uri::Tcp(addr) => format!("nbd://{addr}/{export}"),
+            Uri::Tcp(addr) => format!("{scheme}://{addr}/{export}"),
         }
     }
 }
@@ -88,21 +94,31 @@ impl Drop for Made {
 }
 
 impl Sockets {
-    /// Makes or takes the sockets that `listen` asks for. `inherited` hands out descriptors that
-    /// this process was started with.
-    pub fn open(listen: &Listen, inherited: impl Fn(i32) -> Result<OwnedFd>) -> Result<Self> {
-        match listen {
-            Listen::Unix(path) => unix(path),
-            Listen::Tcp(addr) => tcp(*addr),
-            Listen::Stdio => stdio(),
+    /// Makes or takes the sockets that `listen` asks for, once the credentials for `tls` are
+    /// read. `inherited` hands out descriptors that this process was started with.
+    pub fn open(
+        listen: &Listen,
+        tls: Option<&Tls>,
+        inherited: impl Fn(i32) -> Result<OwnedFd>,
+    ) -> Result<Self> {
+        let credentials = tls.map(credentials).transpose()?;
+        let required = tls.is_some_and(|tls| tls.required);
+        let sockets = match listen {
+            Listen::Unix(path) => unix(path)?,
+            Listen::Tcp(addr) => tcp(*addr, required)?,
+            Listen::Stdio => stdio(required)?,
             Listen::Inherited(count) => {
-                let fds = (0..*count as i32).map(|n| listening(inherited(n + 3)?));
-                Ok(Self {
+                let fds = (0..*count as i32).map(|n| listening(inherited(n + 3)?, required));
+                Self {
                     listeners: fds.collect::<Result<_>>()?,
                     ..Self::default()
-                })
+                }
             }
-        }
+        };
+        Ok(Self {
+            credentials,
+            ..sockets
+        })
     }
 
     /// The unix socket in the file system, when there is one.
@@ -114,6 +130,19 @@ impl Sockets {
     pub fn ends_with_clients(listen: &Listen) -> bool {
         matches!(listen, Listen::Stdio | Listen::Inherited(_))
     }
+}
+
+fn credentials(tls: &Tls) -> Result<OwnedFd> {
+    let credentials = Credentials::read(&tls.folder)?;
+    if !credentials.asks_clients() {
+        tracing::warn!(
+            "{}: no ca-cert.pem, so clients are not asked for certificates: whoever can connect \
+             can use the disk",
+            tls.folder.display()
+        );
+    }
+    let text = serde_json::to_vec(&credentials).map_err(io::Error::from)?;
+    memfd::sealed("ploop-credentials", &text)
 }
 
 fn unix(path: &Path) -> Result<Sockets> {
@@ -135,7 +164,7 @@ fn unix(path: &Path) -> Result<Sockets> {
         listeners: vec![listener.into()],
         uri: Some(Uri::Unix(path)),
         made: Some(made),
-        connection: None,
+        ..Sockets::default()
     })
 }
 
@@ -164,13 +193,29 @@ fn make_room(path: &Path) -> Result<()> {
     }
 }
 
-fn tcp(addr: SocketAddr) -> Result<Sockets> {
-    if !addr.ip().is_loopback() {
-        return Err(Error::unsupported(format!(
+/// Whether clients of this address may go without TLS.
+fn check_exposure(addr: SocketAddr, required: bool) -> Result<()> {
+    match required || addr.ip().is_loopback() {
+        true => Ok(()),
+        false => Err(Error::unsupported(format!(
             "{addr} is not a loopback address: NBD without TLS would show the disk to the \
-             network; serve on 127.0.0.1 and forward the port through ssh"
-        )));
+             network; require it with --tls-creds, or serve on 127.0.0.1 and forward the port \
+             through ssh"
+        ))),
     }
+}
+
+/// The same for a socket that somebody else made; others than of TCP stay on the machine.
+fn check_socket(fd: impl AsFd, required: bool) -> Result<()> {
+    let addr = rustix::net::getsockname(fd).ok();
+    match addr.and_then(|addr| SocketAddr::try_from(addr).ok()) {
+        Some(addr) => check_exposure(addr, required),
+        None => Ok(()),
+    }
+}
+
+fn tcp(addr: SocketAddr, required: bool) -> Result<Sockets> {
+    check_exposure(addr, required)?;
     let listener = TcpListener::bind(addr).map_err(|e| Error::from(e).at(addr))?;
     let addr = listener.local_addr().map_err(|e| Error::from(e).at(addr))?;
     Ok(Sockets {
@@ -182,7 +227,7 @@ fn tcp(addr: SocketAddr) -> Result<Sockets> {
 
 /// Takes the client from standard input and output and leaves nothing of it here, so that it sees
 /// the end when the worker ends.
-fn stdio() -> Result<Sockets> {
+fn stdio(required: bool) -> Result<Sockets> {
     let at = |e: rustix::io::Errno| Error::from(io::Error::from(e)).at("standard input and output");
     let (stdin, stdout) = (io::stdin(), io::stdout());
     if stdin.is_terminal() || stdout.is_terminal() {
@@ -190,6 +235,8 @@ fn stdio() -> Result<Sockets> {
             "--nbd - speaks NBD on standard input and output, and one of them is a terminal",
         ));
     }
+    check_socket(&stdin, required)?;
+    check_socket(&stdout, required)?;
     let input = rustix::io::fcntl_dupfd_cloexec(&stdin, 3).map_err(at)?;
     let output = rustix::io::fcntl_dupfd_cloexec(&stdout, 3).map_err(at)?;
     let null = rustix::fs::openat(CWD, "/dev/null", rustix::fs::OFlags::RDWR, Mode::empty());
@@ -202,7 +249,8 @@ fn stdio() -> Result<Sockets> {
     })
 }
 
-fn listening(fd: OwnedFd) -> Result<OwnedFd> {
+fn listening(fd: OwnedFd, required: bool) -> Result<OwnedFd> {
+    check_socket(&fd, required)?;
     match sockopt::socket_acceptconn(fd.as_fd()) {
         Ok(true) => Ok(fd),
         _ => Err(Error::invalid(
@@ -217,7 +265,7 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     fn unix_at(path: &Path) -> Result<Sockets> {
-        Sockets::open(&Listen::Unix(path.to_path_buf()), |_| unreachable!())
+        Sockets::open(&Listen::Unix(path.to_path_buf()), None, |_| unreachable!())
     }
 
     #[test]
@@ -242,14 +290,35 @@ mod tests {
     #[test]
     fn an_address_off_the_machine_is_refused() {
         let addr = "0.0.0.0:0".parse().expect("address");
-        let refused = Sockets::open(&Listen::Tcp(addr), |_| unreachable!());
-        assert_eq!(refused.map_err(|e| e.kind()).err(), Some(Kind::Unsupported));
+        let refused = Sockets::open(&Listen::Tcp(addr), None, |_| unreachable!());
+        let refused = refused.expect_err("everybody could connect");
+        assert_eq!(refused.kind(), Kind::Unsupported);
+        assert!(refused.to_string().contains("--tls-creds"), "{refused}");
+        assert!(tcp(addr, true).is_ok(), "TLS protects it");
+    }
+
+    #[test]
+    fn an_inherited_socket_off_the_machine_is_refused() {
+        for (addr, required, good) in [
+            ("0.0.0.0:0", false, false),
+            ("[::]:0", false, false),
+            ("0.0.0.0:0", true, true),
+            ("127.0.0.1:0", false, true),
+        ] {
+            let Ok(socket) = TcpListener::bind(addr) else {
+                continue;
+            };
+            assert_eq!(listening(socket.into(), required).is_ok(), good, "{addr}");
+        }
     }
 
     #[test]
     fn a_uri_survives_odd_names() {
         let uri = Uri::Unix("/tmp/a b".into());
-        assert_eq!(uri.of("x y"), "nbd+unix:///x%20y?socket=/tmp/a%20b");
-        assert_eq!(uri.of(""), "nbd+unix:///?socket=/tmp/a%20b");
+        assert_eq!(uri.of("x y", false), "nbd+unix:///x%20y?socket=/tmp/a%20b");
+        assert_eq!(uri.of("", false), "nbd+unix:///?socket=/tmp/a%20b");
+        assert_eq!(uri.of("", true), "nbds+unix:///?socket=/tmp/a%20b");
+        let uri = Uri::Tcp("[::1]:10809".parse().expect("address"));
+        assert_eq!(uri.of("x", true), "nbds://[::1]:10809/x");
     }
 }

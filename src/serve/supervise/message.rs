@@ -3,6 +3,7 @@
 
 use crate::image::target::{Format, Source};
 use crate::io::file;
+use crate::io::room::KeepFree;
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -67,13 +68,23 @@ mod any_path {
 pub enum Listen {
     /// A unix socket at this path.
     Unix(#[serde(with = "any_path")] PathBuf),
-    /// A loopback address.
+    /// An address; off loopback only where TLS is required.
     Tcp(SocketAddr),
     /// One client, on standard input and output; the server ends with it.
     Stdio,
     /// So many listening sockets inherited from descriptor 3 on; the server ends with the last
     /// client.
     Inherited(u32),
+}
+
+/// How NBD clients are protected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tls {
+    /// The folder of the credentials, absolute.
+    #[serde(with = "any_path")]
+    pub folder: PathBuf,
+    /// Whether clients without TLS are refused.
+    pub required: bool,
 }
 
 /// How the disk is reached.
@@ -87,6 +98,8 @@ pub enum Mode {
         listen: Listen,
         /// The export's name.
         export: String,
+        /// TLS, if there is any.
+        tls: Option<Tls>,
     },
 }
 
@@ -102,16 +115,35 @@ pub struct KeeperConfig {
     pub read_only: bool,
     /// Cache mode of the top layer.
     pub cache: Cache,
+    /// Space that the disk leaves to the host.
+    pub keep_free: KeepFree,
     /// How the disk is reached.
     pub mode: Mode,
     /// Whether to run in a session of its own and log into the run directory.
     pub detached: bool,
+    /// Where it logs when it is detached.
+    pub log: Destination,
     /// Whether the worker is confined before it looks at an image.
     pub sandbox: bool,
     /// Who is told once the disk can be used.
     pub announce: Announce,
     /// Whether output and errors of this process are JSON.
     pub json: bool,
+}
+
+/// Where a keeper logs that has no terminal. What cannot be reached is replaced by the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Destination {
+    /// The first of the following that is there.
+    #[default]
+    Auto,
+    /// The journal of systemd.
+    Journal,
+    /// syslog, by `/dev/log`.
+    Syslog,
+    /// `log` in the run directory.
+    File,
 }
 
 /// Who is told once the disk can be used, or that it cannot.
@@ -135,7 +167,8 @@ pub struct Failure {
 }
 
 /// Every kind with its stable name.
-const KINDS: [(Kind, &str); 14] = [
+const KINDS: [(Kind, &str); 15] = [
+    (Kind::Usage, "usage"),
     (Kind::Io, "io"),
     (Kind::NoSpace, "no-space"),
     (Kind::Pending, "pending"),
@@ -188,6 +221,15 @@ pub enum Report {
     Failed(Failure),
 }
 
+/// TLS for a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerTls {
+    /// The memfd of the credentials, inherited: the worker opens no file of theirs.
+    pub credentials_fd: RawFd,
+    /// Whether clients without TLS are refused.
+    pub required: bool,
+}
+
 /// How a worker reaches its clients; numbers are inherited descriptors.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum WorkerMode {
@@ -198,6 +240,15 @@ pub enum WorkerMode {
         /// The INIT handshake's result.
         session: crate::serve::fuse::Session,
     },
+    /// The same, and answer every request with EIO: better than not at all. Opens no image.
+    Broken {
+        /// The descriptors.
+        fds: Vec<RawFd>,
+        /// The INIT handshake's result.
+        session: crate::serve::fuse::Session,
+        /// Virtual size in bytes.
+        size: u64,
+    },
     /// Serve NBD.
     Nbd {
         /// Listening sockets.
@@ -206,6 +257,8 @@ pub enum WorkerMode {
         connection: Option<(RawFd, RawFd)>,
         /// The export's name.
         export: String,
+        /// TLS, if there is any.
+        tls: Option<WorkerTls>,
         /// End with the last client.
         until_idle: bool,
     },
@@ -227,12 +280,16 @@ pub struct WorkerConfig {
     pub counters_fd: RawFd,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
+    /// Whether a failed disk is to be used again: what it lost is lost.
+    pub heal: bool,
     /// Whether to be confined before looking at an image.
     pub sandbox: bool,
     /// How long the fence may take, in milliseconds.
     pub fence_ms: u64,
     /// Cache mode of the top layer.
     pub cache: Cache,
+    /// Space that the disk leaves to the host.
+    pub keep_free: KeepFree,
     /// How clients are reached.
     pub mode: WorkerMode,
 }
@@ -256,6 +313,11 @@ pub enum Event {
         /// The cache mode in effect.
         cache: Cache,
     },
+    /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
+    /// more than four times a second.
+    Low,
+    /// No flush can succeed any more.
+    Poisoned,
     /// The image is closed and clean.
     Closed,
     /// It could not open, serve or close the image.

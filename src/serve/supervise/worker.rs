@@ -7,7 +7,7 @@
 
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;
-use super::message::{Event, Failure, Order, WorkerConfig, WorkerMode};
+use super::message::{Cache, Event, Failure, Order, WorkerConfig, WorkerMode, WorkerTls};
 use crate::counters::{Counted, Counters};
 use crate::device::Device;
 use crate::disk::Disk;
@@ -15,8 +15,10 @@ use crate::image::chain::Chain;
 use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
-use crate::io::memfd::SharedWords;
+use crate::io::memfd::{self, SharedWords};
 use crate::sandbox;
+use crate::serve::broken::Broken;
+use crate::serve::nbd::credentials::Credentials;
 use crate::serve::{fuse, nbd};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
@@ -34,6 +36,8 @@ use tokio::sync::{oneshot, watch};
 
 /// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
+/// Time between two reports of the same.
+const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
 pub fn run() -> Result<()> {
@@ -94,6 +98,9 @@ async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
 async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> Result<()> {
     let dir = inherit::take(config.dir_fd)?;
     confine(&dir, config.sandbox)?;
+    if let WorkerMode::Broken { fds, session, size } = config.mode {
+        return serve_errors(control, fds, &session, size, engine).await;
+    }
     let ledger = ledger(&config)?;
     let counters = Counters::new(Arc::new(SharedWords::from_fd(inherit::take(
         config.counters_fd,
@@ -101,21 +108,10 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk = match ledger {
-        Some(ledger) => {
-            let patience = Duration::from_millis(config.fence_ms);
-            let top = Top::fenced(&dir, chain.top(), patience)?;
-            let store = top.store(chain.top(), config.cache.into())?;
-            if let (true, Some(witness)) = (config.takeover, &witness)
-                && open::has_lost_data(witness)
-            {
-                tracing::error!("{}: the host lost data of it", chain.top().display());
-                ledger.poison();
-            }
-            open::open_write(&dir, &chain, store, ledger).await?
-        }
+        Some(ledger) => open_write(&config, &dir, &chain, witness, ledger).await?,
         None => open::open_read(&dir, &chain, config.cache.into()).await?,
     };
-    let cache = disk.stack().top().store().cache();
+    let store = disk.stack().top().store().clone();
     let disk = Arc::new(disk);
     counters.forget_unanswered();
     let device = Arc::new(Counted::new(Arc::clone(&disk), counters));
@@ -130,11 +126,13 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ready = Event::Ready {
         size: disk.size(),
         engine: name(engine).into(),
-        cache: cache.into(),
+        cache: store.cache().into(),
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     exec::spawn(hear(Arc::clone(control), stop));
+    exec::spawn(report_low(Arc::clone(control), store));
+    exec::spawn(report_poison(Arc::clone(control), Arc::clone(&disk)));
     let (quit, quitted) = watch::channel(false);
     let (last, ended) = oneshot::channel();
     let background = write_back(Arc::clone(&disk), quitted);
@@ -148,6 +146,54 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let _ = ended.await;
     served?;
     disk.close().await
+}
+
+/// Opens the disk as the successor of whoever wrote to it before.
+async fn open_write(
+    config: &WorkerConfig,
+    dir: &OwnedFd,
+    chain: &Chain,
+    witness: Option<OwnedFd>,
+    ledger: Ledger,
+) -> Result<Disk<FileStore>> {
+    let patience = Duration::from_millis(config.fence_ms);
+    let top = Top::fenced(dir, chain.top(), patience)?;
+    let store = top.store(chain.top(), config.cache.into())?;
+    store.keep_free(config.keep_free);
+    if let (true, Some(witness)) = (config.takeover, witness)
+        && open::has_lost_data(witness)
+    {
+        tracing::error!("{}: the host lost data of it", chain.top().display());
+        ledger.poison();
+    }
+    if config.heal {
+        ledger.heal();
+    }
+    open::open_write(dir, chain, store, ledger).await
+}
+
+/// Answers every request with EIO, in place of a worker that can open the image.
+async fn serve_errors(
+    control: &Arc<OwnedFd>,
+    fds: Vec<RawFd>,
+    session: &fuse::Session,
+    size: u64,
+    engine: Engine,
+) -> Result<()> {
+    let fd = fds.into_iter().next();
+    let fd = fd.ok_or_else(|| Error::invalid("no FUSE descriptor"))?;
+    let fd = Arc::new(inherit::take(fd)?);
+    fuse::resend(&fd, session)?;
+    let ready = Event::Ready {
+        size,
+        engine: name(engine).into(),
+        cache: Cache::None,
+    };
+    say(control, &ready).await?;
+    let (stop, stopped) = watch::channel(false);
+    exec::spawn(hear(Arc::clone(control), stop));
+    let served = fuse::serve(fd, session, Arc::new(Broken { size }), wait(stopped)).await;
+    served.map(|_| ())
 }
 
 /// From here on foreign bytes are looked at.
@@ -187,6 +233,25 @@ async fn hear(control: Arc<OwnedFd>, stop: watch::Sender<bool>) {
     }
 }
 
+/// Tells the keeper when the host has little space.
+async fn report_low(control: Arc<OwnedFd>, store: FileStore) {
+    loop {
+        store.low().await;
+        if let Err(e) = say(&control, &Event::Low).await {
+            return tracing::warn!("{e}");
+        }
+        exec::sleep(REPORT_PAUSE).await;
+    }
+}
+
+/// Tells the keeper that the disk has failed.
+async fn report_poison(control: Arc<OwnedFd>, disk: Arc<Disk<FileStore>>) {
+    disk.poisoned().await;
+    if let Err(e) = say(&control, &Event::Poisoned).await {
+        tracing::warn!("{e}");
+    }
+}
+
 /// Bounds what a power cut can take from a guest that never flushes.
 async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) {
     let mut quit = pin!(wait(quitted));
@@ -205,6 +270,17 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
 }
 
 type Served = Counted<Disk<FileStore>>;
+
+/// TLS with the credentials that the keeper read.
+fn tls(given: WorkerTls) -> Result<nbd::Tls> {
+    let text = memfd::contents(&inherit::take(given.credentials_fd)?)?;
+    let credentials: Credentials = serde_json::from_slice(&text)
+        .map_err(|e| Error::invalid(format!("credentials from the keeper: {e}")))?;
+    Ok(nbd::Tls {
+        identity: credentials.identity()?,
+        required: given.required,
+    })
+}
 
 /// A way to clients, ready to be used.
 enum Transport {
@@ -240,10 +316,12 @@ impl Transport {
                 fds: all(fds)?.into_iter().map(Arc::new).collect(),
                 session,
             }),
+            WorkerMode::Broken { .. } => Err(Error::invalid("there is no disk to serve")),
             WorkerMode::Nbd {
                 listeners,
                 connection,
                 export,
+                tls: given,
                 until_idle,
             } => {
                 let options = nbd::Options {
@@ -251,6 +329,7 @@ impl Transport {
                         name: export,
                         ..Default::default()
                     },
+                    tls: given.map(tls).transpose()?,
                     end_with_last_client: until_idle,
                     confined,
                     ..Default::default()

@@ -3,7 +3,7 @@
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::io::exec::{self, Engine};
-use crate::serve::nbd::handshake::{Handshake, Offer, Step};
+use crate::serve::nbd::handshake::{Handshake, Offer, Step, Tls};
 use crate::serve::nbd::limits;
 use crate::serve::nbd::proto::{IHAVEOPT, OPTION_REPLY, REQUEST, command, option};
 use crate::serve::nbd::{Options, Server};
@@ -38,7 +38,14 @@ pub fn handshake(input: &[u8]) {
         return;
     };
     let piece = usize::from(*piece).max(1) * 7;
-    let (mut state, mut waiting) = (Handshake::default(), BytesMut::new());
+    for tls in [Tls::Off, Tls::Allowed, Tls::Required] {
+        negotiation(tls, piece, input);
+    }
+}
+
+fn negotiation(tls: Tls, piece: usize, input: &[u8]) {
+    let (mut state, mut waiting) = (Handshake::new(tls), BytesMut::new());
+    let mut silent = tls == Tls::Required;
     for bytes in input.chunks(piece) {
         waiting.extend_from_slice(bytes);
         loop {
@@ -47,9 +54,15 @@ pub fn handshake(input: &[u8]) {
             let step = state.advance(&OFFER, &mut waiting, &mut out);
             well_formed(&out);
             assert!(out.len() <= REPLY_MAX * (1 + before / 16));
+            let told = out.windows(4).any(|w| w == OFFER.name.as_bytes());
+            assert!(!silent || !told && !matches!(step, Step::Start(_)));
             match step {
                 Step::More => break,
                 Step::Abort | Step::Drop(_) => return,
+                Step::StartTls => {
+                    assert!(waiting.is_empty() && tls != Tls::Off);
+                    silent = false;
+                }
                 Step::Start(start) => {
                     let mut out = Vec::new();
                     state.accept(&OFFER, &start, &mut out);
