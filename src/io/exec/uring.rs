@@ -653,3 +653,31 @@ impl Drop for Pending {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spinning_in_vain_is_left_for_longer_each_time() {
+        let mut patience = Patience {
+            company: true,
+            ..Patience::new()
+        };
+        assert!(!patience.spins(), "nothing is known yet");
+        patience.learn(CLOSE / 2);
+        let mut tries = 0;
+        for _ in 0..10_000 {
+            if patience.spins() {
+                tries += 1;
+                patience.spun(false);
+            }
+        }
+        assert!((10..30).contains(&tries), "{tries}");
+        patience.learn(CLOSE * 2);
+        assert!(
+            (0..5000).all(|_| !patience.spins()),
+            "answers are far apart"
+        );
+    }
+}
