@@ -31,6 +31,8 @@ pub struct Disk<S> {
     flush: Flush,
     /// Something may wait for a flush.
     changed: Notify,
+    /// It failed for good.
+    poisoned: Notify,
     read_only: bool,
 }
 
@@ -49,7 +51,10 @@ impl<S: Store> Disk<S> {
     /// A disk over layers, base first. The top is written unless `read_only`.
     pub fn new(layers: Vec<AnyLayer<S>>, read_only: bool) -> Result<Self> {
         let stack = Stack::new(layers)?;
-        let changed = Notify::new();
+        let (changed, poisoned) = (Notify::new(), Notify::new());
+        if stack.is_poisoned() {
+            poisoned.notify_one();
+        }
         if stack.has_pending() {
             // A predecessor's answers.
             changed.notify_one();
@@ -59,6 +64,7 @@ impl<S: Store> Disk<S> {
             flight: Flight::default(),
             flush: Flush::default(),
             changed,
+            poisoned,
             read_only,
         })
     }
@@ -79,6 +85,11 @@ impl<S: Store> Disk<S> {
     /// Returns once something may wait for a flush: an idle disk wakes nobody.
     pub async fn changed(&self) {
         self.changed.notified().await;
+    }
+
+    /// Returns once no flush can succeed any more.
+    pub async fn poisoned(&self) {
+        self.poisoned.notified().await;
     }
 
     /// Makes durable what waits for a flush that nobody asked for; nothing when nothing waits.
@@ -114,6 +125,7 @@ impl<S: Store> Disk<S> {
             return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
         }
         if self.stack.is_poisoned() {
+            self.poisoned.notify_one();
             return Err(Error::poisoned());
         }
         self.check(at, len)
@@ -145,7 +157,11 @@ impl<S: Store> Disk<S> {
     }
 
     async fn flush_once(&self) -> Result<()> {
-        self.flush.join(|| self.stack.top().sync()).await
+        let done = self.flush.join(|| self.stack.top().sync()).await;
+        if done.is_err() && self.stack.is_poisoned() {
+            self.poisoned.notify_one();
+        }
+        done
     }
 
     /// Whether a write to this range is durable as soon as its bytes are.

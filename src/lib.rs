@@ -1,4 +1,5 @@
 //! ploop: a container's file system in a file.
+pub mod client;
 pub mod counters;
 pub mod cow;
 pub mod device;

@@ -31,7 +31,8 @@ pub enum Phase {
     Recovering,
     /// Being detached.
     Stopping,
-    /// Gave up: every request fails with EIO until it is detached.
+    /// No worker can make durable what is written, or serve at all: writes, or all requests, fail
+    /// with EIO until it is recovered or detached.
     Failed,
 }
 
@@ -68,8 +69,15 @@ pub struct State {
     pub cache: String,
     /// What drives its I/O: `io_uring` or `poll`.
     pub engine: Option<String>,
+    /// Whether the host is low on space, so that the disk takes no more, or soon will not.
+    #[serde(default)]
+    pub host_low: bool,
     /// How many times a worker died and was replaced.
     pub restarts: u32,
+    /// Where it says what happens to it: `journal`, `syslog` or a file; none when that is the
+    /// standard error of who started it.
+    #[serde(default)]
+    pub log: Option<String>,
     /// Why it failed.
     pub error: Option<String>,
 }

@@ -111,6 +111,12 @@ impl Ledger {
         self.words.store(POISON, 1);
     }
 
+    /// Forgets that the disk failed. Only for who reads it anew from the files, and tells the
+    /// people above that what they wrote before may be lost.
+    pub fn heal(&self) {
+        self.words.store(POISON, 0);
+    }
+
     /// Whether the disk failed.
     pub fn is_poisoned(&self) -> bool {
         self.words.load(POISON) != 0

@@ -7,6 +7,7 @@
 use super::direct::{self, Alignment};
 use super::exec::{self, Witness, disk};
 use super::fate::{Barrier, Fate, Quiet};
+use super::room::{KeepFree, Room};
 use super::space::UNIT;
 use bytes::{Buf, Bytes, BytesMut};
 use ploop_formats::buf;
@@ -18,8 +19,8 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::{Mutex, RwLock, RwLockWriteGuard};
 
 /// Who keeps copies of the bytes.
@@ -56,6 +57,7 @@ struct Inner {
     why_cached: Option<String>,
     align: Alignment,
     len: AtomicU64,
+    room: OnceLock<Room>,
     /// One change of length at a time.
     sizing: Mutex<()>,
     /// A barrier of cached data has it alone: the kernel tells each error to one caller, who need
@@ -137,6 +139,7 @@ impl FileStore {
             why_cached,
             align,
             len: AtomicU64::new(len),
+            room: OnceLock::new(),
             sizing: Mutex::default(),
             barriers: RwLock::default(),
             quiet: Arc::new(Quiet(Arc::clone(&fate))),
@@ -146,6 +149,22 @@ impl FileStore {
             no_punching: AtomicBool::new(no_punching),
             no_zeroing: AtomicBool::new(false),
         })))
+    }
+
+    /// From now on no space is taken that the host should keep. Once.
+    pub fn keep_free(&self, keep: KeepFree) {
+        let room = Room::new(Arc::clone(&self.0.fd), keep);
+        let first = self.0.room.set(room).is_ok();
+        debug_assert!(first, "a store learns once what to keep free");
+    }
+
+    /// Returns when space was wanted of a host that is low on it; never for a store that keeps
+    /// none free.
+    pub async fn low(&self) {
+        match self.0.room.get() {
+            Some(room) => room.low().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// The cache mode in use, which may not be the one asked for.
@@ -189,6 +208,13 @@ impl Store for FileStore {
             // far none was.
             fresh_zero: inner.regular && inner.cache == Cache::None,
             punches: !inner.no_punching.load(Ordering::Relaxed),
+        }
+    }
+
+    fn room(&self) -> Result<u64> {
+        match self.0.room.get() {
+            Some(room) => room.left().map_err(|e| e.at(self.0.path.display())),
+            None => Ok(u64::MAX),
         }
     }
 
@@ -280,7 +306,11 @@ impl Inner {
     }
 
     fn place(&self, what: &str, error: io::Error) -> Error {
-        Error::from(error).at(what).at(self.path.display())
+        let error = Error::from(error);
+        if let (Kind::NoSpace, Some(room)) = (error.kind(), self.room.get()) {
+            room.ran_out();
+        }
+        error.at(what).at(self.path.display())
     }
 
     fn fail(&self, what: &str, at: u64, len: u64, error: io::Error) -> Error {

@@ -5,7 +5,9 @@ pub mod beneath;
 pub mod exec;
 pub mod file;
 pub mod lock;
+pub mod look;
 pub mod memfd;
+pub mod room;
 
 mod direct;
 mod fate;

@@ -1,9 +1,9 @@
 //! Complaints: failed requests, told to the log without filling it.
 //!
-//! The first is told at once. A full disk fails thousands of requests a second: after that there is
-//! one line in [`PAUSE`], which says how many it stands for.
+//! The first is told at once. A failing disk fails thousands of requests a second: after that there
+//! is one line in [`PAUSE`], which says how many it stands for.
 
-use ploop_formats::Error;
+use ploop_formats::{Error, Kind};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -29,8 +29,11 @@ impl Complaints {
         }))
     }
 
-    /// A request failed.
+    /// A request failed. A lack of space is the keeper's to tell, once.
     pub fn about(&self, request: &str, error: &Error) {
+        if error.kind() == Kind::NoSpace {
+            return;
+        }
         match self.due(Instant::now()) {
             None => {}
             Some(0) => tracing::warn!("{request} failed: {error}"),

@@ -222,7 +222,7 @@ impl<S: Store> Ploop<S> {
     /// Extends the file by a large durable step, or by the largest that finds space.
     async fn extend(&self) -> Result<()> {
         let end = lock(&self.index).alloc.end();
-        let mut step = self.extension(end);
+        let mut step = self.extension(end)?;
         if step == 0 {
             return Err(Error::new(
                 Kind::NoSpace,
@@ -247,16 +247,18 @@ impl<S: Store> Ploop<S> {
 
     /// Clusters by which a file of `end` clusters is extended. Where that takes no space it is
     /// doubled: each extension has a barrier that a guest waits for.
-    fn extension(&self, end: u32) -> u32 {
+    fn extension(&self, end: u32) -> Result<u32> {
         let size = self.header.cluster;
         let len = size.start(end);
+        // The step may take space before anybody needs it: never much of what the host has left.
+        let most = EXTEND_MAX.min(self.store.room()? / 16).max(EXTEND_MIN);
         let wanted = if self.store.info().fresh_zero {
             len
         } else {
             len / 8
         };
-        let step = size.whole(wanted.clamp(EXTEND_MIN, EXTEND_MAX)).max(1);
-        (step as u32).min(self.last_cluster().saturating_sub(end))
+        let step = size.whole(wanted.clamp(EXTEND_MIN, most)).max(1);
+        Ok((step as u32).min(self.last_cluster().saturating_sub(end)))
     }
 
     /// Extends the file when clusters are being taken and run low, to be made durable by a barrier
@@ -268,8 +270,11 @@ impl<S: Store> Ploop<S> {
             let index = lock(&self.index);
             (index.alloc.end(), index.alloc.fresh(), index.allocates())
         };
-        let step = self.extension(end);
-        if !allocates || fresh >= u64::from(step / 2) {
+        if !allocates {
+            return None;
+        }
+        let step = self.extension(end).ok()?;
+        if fresh >= u64::from(step / 2) {
             return None;
         }
         let end = end.saturating_add(step);
@@ -338,6 +343,7 @@ impl<S: Store> Layer for Ploop<S> {
 
     async fn reserve(&self) -> Result<Reserved> {
         self.may_write()?;
+        self.store.room()?;
         let slot = lock(&self.index).take_slot()?;
         loop {
             let taken = lock(&self.index).alloc.take();

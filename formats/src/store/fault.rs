@@ -26,20 +26,23 @@ pub enum Operation {
     SetLen,
     /// [`Store::punch`].
     Punch,
+    /// [`Store::room`], which fails in one way only: `NoSpace`.
+    Room,
 }
 
 impl Operation {
     /// Every kind.
-    pub const ALL: [Operation; 5] = [
+    pub const ALL: [Operation; 6] = [
         Operation::Read,
         Operation::Write,
         Operation::Flush,
         Operation::SetLen,
         Operation::Punch,
+        Operation::Room,
     ];
 
     const fn takes_space(self) -> bool {
-        matches!(self, Operation::Write | Operation::SetLen)
+        matches!(self, Operation::Write | Operation::SetLen | Operation::Room)
     }
 }
 
@@ -120,7 +123,8 @@ impl Faults {
         };
         let meant = match rule.only {
             Some(only) => only == kind,
-            None => rule.error != Kind::NoSpace || kind.takes_space(),
+            None if rule.error == Kind::NoSpace => kind.takes_space(),
+            None => kind != Operation::Room,
         };
         if !meant {
             return Ok(());
@@ -166,6 +170,11 @@ impl<S> FaultStore<S> {
 impl<S: Store> Store for FaultStore<S> {
     fn info(&self) -> StoreInfo {
         self.inner.info()
+    }
+
+    fn room(&self) -> Result<u64> {
+        self.faults.check(Operation::Room).map_err(|(e, _)| e)?;
+        self.inner.room()
     }
 
     async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {

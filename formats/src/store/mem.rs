@@ -109,6 +109,10 @@ impl Store for MemStore {
         }
     }
 
+    fn room(&self) -> Result<u64> {
+        Ok(u64::MAX)
+    }
+
     async fn read_at(&self, at: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let pages = self.lock();
         admit(at, buf.len() as u64, self.align, Some(pages.len()))?;

@@ -66,6 +66,10 @@ pub trait Store {
     /// Length, alignment and promises. Never blocks.
     fn info(&self) -> StoreInfo;
 
+    /// Bytes that may still be taken from the storage, asked before any is. `NoSpace` when it
+    /// shall give no more, although it may have some. Never waits.
+    fn room(&self) -> Result<u64>;
+
     /// Fills `buf` exactly from offset `at`, or fails: a short read is an error, also at the end.
     /// `at`, the length and the address are aligned to [`StoreInfo::align`].
     async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut>;

@@ -168,6 +168,10 @@ impl<S: Store> Store for MutateStore<S> {
         self.inner.info()
     }
 
+    fn room(&self) -> Result<u64> {
+        self.inner.room()
+    }
+
     async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
         self.inner.read_at(at, buf).await
     }

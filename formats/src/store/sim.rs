@@ -424,6 +424,10 @@ impl Store for SimStore {
         }
     }
 
+    fn room(&self) -> Result<u64> {
+        Ok(u64::MAX)
+    }
+
     async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
         self.admit(at, &buf)?;
         self.ask(Ask::Read { at, buf }).await

@@ -84,6 +84,9 @@ impl Worker {
             .process_group(0)
             .fd_mappings(baggage.mappings)
             .map_err(|e| Error::invalid(e.to_string()))?;
+        if capture {
+            command.arg("--captured");
+        }
         let mut child = command
             .spawn()
             .map_err(|e| Error::from(e).at("starting a worker"))?;
@@ -119,6 +122,13 @@ impl Worker {
             return;
         }
         if let Err(e) = self.send(&Order::Stop) {
+            tracing::debug!("{e}");
+        }
+    }
+
+    /// Ends it at once: it has nothing left that is worth closing.
+    pub fn kill(&mut self) {
+        if let Err(e) = self.child.kill() {
             tracing::debug!("{e}");
         }
     }

@@ -6,17 +6,21 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
-use super::control::{Control, Oracle};
+use super::control::{Control, Figures, Oracle};
 use super::errand::{Errand, Task};
+use super::host::{self, Footprint};
 use super::listen::Sockets;
 use super::log::Log;
 use super::message::{Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, kind_name};
 use super::restart::Restarts;
+use super::space::Space;
 use super::{inherit, leftover};
-use crate::counters::{Counters, Stat};
+use crate::counters::Counters;
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
+use crate::io::look::Look;
 use crate::io::memfd::SharedWords;
+use crate::io::room::HostSpace;
 use crate::rundir::{Outcome, Phase, RunDir, State};
 use crate::serve::{fuse, loopdev};
 use ploop_formats::ledger::Ledger;
@@ -24,11 +28,11 @@ use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::OpenOptions;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -52,7 +56,11 @@ struct Holdings {
     source: Source,
     ledger: Option<SharedWords>,
     counters: Counters,
+    /// Their memory as watchers may have it; none where `/proc` is missing.
+    watched: Option<OwnedFd>,
     endpoint: Endpoint,
+    /// None where `/proc` is missing.
+    host: Option<Look<Footprint>>,
     locks: DiskLocks,
 }
 
@@ -69,6 +77,8 @@ struct Keeper {
     worker: Option<Worker>,
     errand: Option<Errand>,
     restarts: Restarts,
+    space: Space,
+    health: Health,
     /// When to start the next worker.
     next_start: Option<Instant>,
     /// When to try to detach the device again.
@@ -83,10 +93,23 @@ struct Keeper {
     failure: Option<Failure>,
 }
 
+/// What workers are good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Health {
+    /// They serve the disk.
+    Sound,
+    /// The last ones could not: the next one tries to in spite of that.
+    Mending,
+    /// They only answer with errors.
+    Broken,
+}
+
 /// What clients of the control socket may know.
 struct Known<'a> {
     state: &'a State,
     counters: &'a Counters,
+    watched: Option<&'a OwnedFd>,
+    host: Option<&'a Look<Footprint>>,
 }
 
 impl Oracle for Known<'_> {
@@ -94,8 +117,15 @@ impl Oracle for Known<'_> {
         self.state
     }
 
-    fn stat(&self) -> Stat {
-        self.counters.stat()
+    fn stat(&self) -> Figures {
+        Figures {
+            counters: self.counters.stat(),
+            footprint: self.host.and_then(Look::now),
+        }
+    }
+
+    fn counters(&self) -> Option<BorrowedFd<'_>> {
+        self.watched.map(AsFd::as_fd)
     }
 }
 
@@ -123,7 +153,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         Ok((signals, target, run))
     });
     let (signals, target, run) = opened.inspect_err(|e| announcer.failed(&Failure::from(e)))?;
-    let prepared = open_log(&config, &run, logging).and_then(|log| {
+    let prepared = open_log(&config, &target, &run, logging).and_then(|log| {
         let control = Control::listen(run.path())?;
         Ok((log, control, Holdings::take(&config, &target, &run)?))
     });
@@ -138,7 +168,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
             return Err(e);
         }
     };
-    let state = first_state(&config, &target, &held)?;
+    let mut state = first_state(&config, &target, &held)?;
+    state.log = log.as_ref().map(Log::place);
     let keeper = Keeper {
         config,
         run,
@@ -151,6 +182,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         worker: None,
         errand: None,
         restarts: Restarts::default(),
+        space: Space::default(),
+        health: Health::Sound,
         next_start: Some(Instant::now()),
         next_detach: None,
         served: false,
@@ -174,12 +207,15 @@ fn signals() -> Result<UnixStream> {
 
 fn open_log(
     config: &KeeperConfig,
+    target: &Target,
     run: &RunDir,
     logging: impl FnOnce(Option<&Log>),
 ) -> Result<Option<Log>> {
     let path = run.path().join("log");
+    let disk = target.path().display().to_string();
+    let open = || Log::open(&path, &disk, config.log);
     let log = match config.detached {
-        true => Some(Log::open(&path).map_err(|e| Error::from(e).at(path.display()))?),
+        true => Some(open().map_err(|e| Error::from(e).at(path.display()))?),
         false => None,
     };
     logging(log.as_ref());
@@ -211,7 +247,9 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
         read_only: config.read_only,
         cache: config.cache.name().into(),
         engine: None,
+        host_low: false,
         restarts: 0,
+        log: None,
         error: None,
     })
 }
@@ -237,17 +275,26 @@ impl Holdings {
             Mode::Nbd { listen, .. } => Endpoint::Nbd(Sockets::open(listen, inherit::take)?),
         };
         Ok(Self {
-            dir,
             source,
             ledger,
+            watched: counters.read_only().ok(),
             counters,
             endpoint,
+            host: host::footprint(&dir, locks.top()).ok(),
+            dir,
             locks,
         })
     }
 
-    /// Packs what a worker needs.
-    fn pack(&mut self, config: &KeeperConfig, takeover: bool) -> Result<(WorkerConfig, Baggage)> {
+    /// Packs what a worker needs for a disk of `size` bytes, which nobody has to know who is the
+    /// first, with `takeover` false.
+    fn pack(
+        &mut self,
+        config: &KeeperConfig,
+        takeover: bool,
+        health: Health,
+        size: u64,
+    ) -> Result<(WorkerConfig, Baggage)> {
         let mut bag = Baggage::default();
         let dir_fd = bag.pack(&self.dir)?;
         let (ledger_fd, witness_fd) = match &self.ledger {
@@ -273,9 +320,10 @@ impl Holdings {
             }
             (Endpoint::Fuse { fds, session }, _) => {
                 let fds = fds.iter().map(|fd| bag.pack(fd)).collect::<Result<_>>()?;
-                WorkerMode::Fuse {
-                    fds,
-                    session: session.clone(),
+                let session = session.clone();
+                match health {
+                    Health::Broken => WorkerMode::Broken { fds, session, size },
+                    _ => WorkerMode::Fuse { fds, session },
                 }
             }
             (Endpoint::Nbd(_), Mode::Device) => return Err(Error::invalid("no such mode")),
@@ -287,9 +335,11 @@ impl Holdings {
             witness_fd,
             counters_fd: bag.pack(&self.counters)?,
             takeover,
+            heal: health == Health::Mending,
             sandbox: config.sandbox,
             fence_ms: FENCE.as_millis() as u64,
             cache: config.cache,
+            keep_free: config.keep_free,
             mode,
         };
         Ok((config, bag))
@@ -349,7 +399,7 @@ impl Keeper {
 
     /// Sleeps until something happens or is due.
     fn wait(&self) -> Result<Ready> {
-        let due = [self.next_start, self.next_detach]
+        let due = [self.next_start, self.next_detach, self.space.due()]
             .into_iter()
             .flatten()
             .min();
@@ -418,16 +468,65 @@ impl Keeper {
         let known = Known {
             state: &self.state,
             counters: &self.held.counters,
+            watched: self.held.watched.as_ref(),
+            host: self.held.host.as_ref(),
         };
         self.control.turn(&known);
-        if std::mem::take(&mut self.control.stop) {
+        let orders = std::mem::take(&mut self.control.orders);
+        if orders.stop {
             tracing::info!("asked to stop by the control socket");
             self.stop();
         }
+        if orders.recover {
+            self.recover();
+        }
+    }
+
+    /// Uses a failed disk again: what it lost is lost, and what is there is looked at anew.
+    fn recover(&mut self) {
+        if self.stopping || self.state.state != Phase::Failed {
+            return;
+        }
+        tracing::warn!("asked to recover from: {:?}", self.state.error);
+        self.failure = None;
+        self.settled = false;
+        self.state.error = None;
+        self.state.state = Phase::Recovering;
+        self.health = Health::Mending;
+        match self.worker.as_mut() {
+            // The next one starts when it has ended.
+            Some(worker) => worker.kill(),
+            None => self.next_start = Some(Instant::now()),
+        }
+        self.publish();
+    }
+
+    /// Looks whether the host has space again, when that is due.
+    fn look_at_space(&mut self) {
+        let device = self.state.device.as_deref().map(Path::new);
+        let (now, keep) = (Instant::now(), self.config.keep_free);
+        if self.space.look(now, &self.held.dir, keep, device) {
+            tracing::info!("the host has space again");
+            self.publish();
+        }
+    }
+
+    fn on_low(&mut self) {
+        if !self.space.report(Instant::now()) {
+            return;
+        }
+        let space = HostSpace::of(&self.held.dir);
+        let space = space.map_or_else(|e| e.to_string(), |s| s.to_string());
+        tracing::warn!(
+            "the host is low on space ({space}): the disk takes no more, or soon will not, \
+             until there is more than --keep-free"
+        );
+        self.publish();
     }
 
     /// Starts whatever the present state calls for. Idempotent.
     fn advance(&mut self) {
+        self.look_at_space();
         let stopping = self.stopping;
         self.step();
         // To stop may be the outcome, and calls for other things: nothing else would wake us.
@@ -485,6 +584,7 @@ impl Keeper {
 
     fn publish(&mut self) {
         self.state.restarts = self.restarts.total();
+        self.state.host_low = self.space.is_low();
         self.state.worker_pid = self.worker.as_ref().map(Worker::pid);
         if let Err(e) = self.run.publish(&self.state) {
             tracing::warn!("{e}");
@@ -506,7 +606,7 @@ impl Keeper {
         let capture = self.log.is_some();
         let started = self
             .held
-            .pack(&self.config, self.served)
+            .pack(&self.config, self.served, self.health, self.state.size)
             .and_then(|(config, bag)| Worker::start(&config, bag, capture));
         self.last_words = None;
         match started {
@@ -571,7 +671,7 @@ impl Keeper {
     /// Copies what the worker printed into the log.
     fn copy_output(&mut self) {
         let output = self.worker.as_ref().and_then(|w| w.output.as_ref());
-        let (Some(output), Some(log)) = (output, self.log.as_mut()) else {
+        let (Some(output), Some(log)) = (output, &self.log) else {
             return;
         };
         let mut buf = [0u8; 16 << 10];
@@ -586,12 +686,13 @@ impl Keeper {
         let mut ended = false;
         while !ended && again(output) {
             match rustix::io::read(output, &mut buf) {
-                Ok(n) if n > 0 => {
-                    let _ = log.write_all(buf.get(..n).unwrap_or_default());
-                }
+                Ok(n) if n > 0 => log.raw(buf.get(..n).unwrap_or_default()),
                 Err(rustix::io::Errno::INTR) => {}
                 _ => ended = true,
             }
+        }
+        if ended {
+            log.end_raw();
         }
         if let Some(worker) = self.worker.as_mut().filter(|_| ended) {
             worker.output = None;
@@ -611,17 +712,35 @@ impl Keeper {
                         worker.ready = Some(Instant::now());
                     }
                     self.served = true;
+                    if self.health == Health::Broken {
+                        continue;
+                    }
+                    self.health = Health::Sound;
                     self.state.size = size;
                     self.state.engine = Some(engine);
                     self.state.cache = cache.name().into();
+                    self.state.error = None;
                     if !self.stopping {
                         self.state.state = Phase::Serving;
                     }
                     self.publish();
                 }
+                Event::Low => self.on_low(),
+                Event::Poisoned => self.on_poison(),
                 words => self.last_words = Some(words),
             }
         }
+    }
+
+    /// The worker goes on and lets what is there be read; nobody is told a success any more.
+    fn on_poison(&mut self) {
+        let why = "a flush failed, and data may be lost: nothing more can be written; see the \
+                   host's log, then use `ploopctl recover`, or detach the disk and check it";
+        let failure = self.name(Failure::from(&Error::new(Kind::Poisoned, why)));
+        tracing::error!("{}", failure.message);
+        self.state.state = Phase::Failed;
+        self.state.error = Some(failure.message);
+        self.publish();
     }
 
     fn on_exit(&mut self) {
@@ -633,6 +752,10 @@ impl Keeper {
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         match self.last_words.take() {
+            // Ended by us, to make room for one that mends.
+            None if self.health == Health::Mending && worker.ready.is_some() => {
+                self.next_start = Some(Instant::now());
+            }
             Some(Event::Closed) => {
                 self.settled = true;
                 self.stop();
@@ -691,16 +814,28 @@ impl Keeper {
     }
 
     /// No worker can serve this disk any more: every request from now on fails with EIO, until
-    /// the disk is detached.
+    /// the disk is recovered or detached.
     fn give_up(&mut self, failure: Failure) {
         let failure = self.name(failure);
         tracing::error!("giving up: {}", failure.message);
-        self.settled = true;
         self.next_start = None;
         self.state.state = Phase::Failed;
         self.state.error = Some(failure.message.clone());
         self.failure.get_or_insert(failure);
         let attached = self.state.device.is_some() || self.errand.is_some();
+        let fuse = matches!(self.held.endpoint, Endpoint::Fuse { .. });
+        if attached && fuse && self.held.survives() && self.health != Health::Broken {
+            self.health = Health::Broken;
+            self.next_start = Some(Instant::now());
+        } else {
+            self.let_go(attached);
+        }
+        self.publish();
+    }
+
+    /// Not even errors can be answered.
+    fn let_go(&mut self, attached: bool) {
+        self.settled = true;
         if let Endpoint::Fuse { fds, .. } = &mut self.held.endpoint {
             // Nobody else holds one: the kernel ends the session and fails what waits.
             fds.clear();
@@ -708,7 +843,6 @@ impl Keeper {
         if !attached {
             self.stopping = true;
         }
-        self.publish();
     }
 
     /// Releases everything, in order, and says how it went.

@@ -3,6 +3,7 @@
 
 use crate::image::target::{Format, Source};
 use crate::io::file;
+use crate::io::room::KeepFree;
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -102,16 +103,35 @@ pub struct KeeperConfig {
     pub read_only: bool,
     /// Cache mode of the top layer.
     pub cache: Cache,
+    /// Space that the disk leaves to the host.
+    pub keep_free: KeepFree,
     /// How the disk is reached.
     pub mode: Mode,
     /// Whether to run in a session of its own and log into the run directory.
     pub detached: bool,
+    /// Where it logs when it is detached.
+    pub log: Destination,
     /// Whether the worker is confined before it looks at an image.
     pub sandbox: bool,
     /// Who is told once the disk can be used.
     pub announce: Announce,
     /// Whether output and errors of this process are JSON.
     pub json: bool,
+}
+
+/// Where a keeper logs that has no terminal. What cannot be reached is replaced by the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Destination {
+    /// The first of the following that is there.
+    #[default]
+    Auto,
+    /// The journal of systemd.
+    Journal,
+    /// syslog, by `/dev/log`.
+    Syslog,
+    /// `log` in the run directory.
+    File,
 }
 
 /// Who is told once the disk can be used, or that it cannot.
@@ -135,7 +155,8 @@ pub struct Failure {
 }
 
 /// Every kind with its stable name.
-const KINDS: [(Kind, &str); 14] = [
+const KINDS: [(Kind, &str); 15] = [
+    (Kind::Usage, "usage"),
     (Kind::Io, "io"),
     (Kind::NoSpace, "no-space"),
     (Kind::Pending, "pending"),
@@ -198,6 +219,15 @@ pub enum WorkerMode {
         /// The INIT handshake's result.
         session: crate::serve::fuse::Session,
     },
+    /// The same, and answer every request with EIO: better than not at all. Opens no image.
+    Broken {
+        /// The descriptors.
+        fds: Vec<RawFd>,
+        /// The INIT handshake's result.
+        session: crate::serve::fuse::Session,
+        /// Virtual size in bytes.
+        size: u64,
+    },
     /// Serve NBD.
     Nbd {
         /// Listening sockets.
@@ -227,12 +257,16 @@ pub struct WorkerConfig {
     pub counters_fd: RawFd,
     /// Whether another worker may have written before: fence, overlay, resend.
     pub takeover: bool,
+    /// Whether a failed disk is to be used again: what it lost is lost.
+    pub heal: bool,
     /// Whether to be confined before looking at an image.
     pub sandbox: bool,
     /// How long the fence may take, in milliseconds.
     pub fence_ms: u64,
     /// Cache mode of the top layer.
     pub cache: Cache,
+    /// Space that the disk leaves to the host.
+    pub keep_free: KeepFree,
     /// How clients are reached.
     pub mode: WorkerMode,
 }
@@ -256,6 +290,11 @@ pub enum Event {
         /// The cache mode in effect.
         cache: Cache,
     },
+    /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
+    /// more than four times a second.
+    Low,
+    /// No flush can succeed any more.
+    Poisoned,
     /// The image is closed and clean.
     Closed,
     /// It could not open, serve or close the image.

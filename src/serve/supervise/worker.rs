@@ -7,7 +7,7 @@
 
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;
-use super::message::{Event, Failure, Order, WorkerConfig, WorkerMode};
+use super::message::{Cache, Event, Failure, Order, WorkerConfig, WorkerMode};
 use crate::counters::{Counted, Counters};
 use crate::device::Device;
 use crate::disk::Disk;
@@ -17,6 +17,7 @@ use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
 use crate::io::memfd::SharedWords;
 use crate::sandbox;
+use crate::serve::broken::Broken;
 use crate::serve::{fuse, nbd};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
@@ -34,6 +35,8 @@ use tokio::sync::{oneshot, watch};
 
 /// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
+/// Time between two reports of the same.
+const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
 pub fn run() -> Result<()> {
@@ -97,25 +100,17 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
         config.counters_fd,
     )?)?))?;
     confine(&dir, config.sandbox)?;
+    if let WorkerMode::Broken { fds, session, size } = config.mode {
+        return serve_errors(control, fds, &session, size, engine).await;
+    }
     let ledger = ledger(&config)?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk = match ledger {
-        Some(ledger) => {
-            let patience = Duration::from_millis(config.fence_ms);
-            let top = Top::fenced(&dir, chain.top(), patience)?;
-            let store = top.store(chain.top(), config.cache.into())?;
-            if let (true, Some(witness)) = (config.takeover, &witness)
-                && open::has_lost_data(witness)
-            {
-                tracing::error!("{}: the host lost data of it", chain.top().display());
-                ledger.poison();
-            }
-            open::open_write(&dir, &chain, store, ledger).await?
-        }
+        Some(ledger) => open_write(&config, &dir, &chain, witness, ledger).await?,
         None => open::open_read(&dir, &chain, config.cache.into()).await?,
     };
-    let cache = disk.stack().top().store().cache();
+    let store = disk.stack().top().store().clone();
     let disk = Arc::new(disk);
     counters.forget_unanswered();
     let device = Arc::new(Counted::new(Arc::clone(&disk), counters));
@@ -130,11 +125,13 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ready = Event::Ready {
         size: disk.size(),
         engine: name(engine).into(),
-        cache: cache.into(),
+        cache: store.cache().into(),
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     exec::spawn(hear(Arc::clone(control), stop));
+    exec::spawn(report_low(Arc::clone(control), store));
+    exec::spawn(report_poison(Arc::clone(control), Arc::clone(&disk)));
     let (quit, quitted) = watch::channel(false);
     let (last, ended) = oneshot::channel();
     let background = write_back(Arc::clone(&disk), quitted);
@@ -148,6 +145,54 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let _ = ended.await;
     served?;
     disk.close().await
+}
+
+/// Opens the disk as the successor of whoever wrote to it before.
+async fn open_write(
+    config: &WorkerConfig,
+    dir: &OwnedFd,
+    chain: &Chain,
+    witness: Option<OwnedFd>,
+    ledger: Ledger,
+) -> Result<Disk<FileStore>> {
+    let patience = Duration::from_millis(config.fence_ms);
+    let top = Top::fenced(dir, chain.top(), patience)?;
+    let store = top.store(chain.top(), config.cache.into())?;
+    store.keep_free(config.keep_free);
+    if let (true, Some(witness)) = (config.takeover, witness)
+        && open::has_lost_data(witness)
+    {
+        tracing::error!("{}: the host lost data of it", chain.top().display());
+        ledger.poison();
+    }
+    if config.heal {
+        ledger.heal();
+    }
+    open::open_write(dir, chain, store, ledger).await
+}
+
+/// Answers every request with EIO, in place of a worker that can open the image.
+async fn serve_errors(
+    control: &Arc<OwnedFd>,
+    fds: Vec<RawFd>,
+    session: &fuse::Session,
+    size: u64,
+    engine: Engine,
+) -> Result<()> {
+    let fd = fds.into_iter().next();
+    let fd = fd.ok_or_else(|| Error::invalid("no FUSE descriptor"))?;
+    let fd = Arc::new(inherit::take(fd)?);
+    fuse::resend(&fd, session)?;
+    let ready = Event::Ready {
+        size,
+        engine: name(engine).into(),
+        cache: Cache::None,
+    };
+    say(control, &ready).await?;
+    let (stop, stopped) = watch::channel(false);
+    exec::spawn(hear(Arc::clone(control), stop));
+    let served = fuse::serve(fd, session, Arc::new(Broken { size }), wait(stopped)).await;
+    served.map(|_| ())
 }
 
 /// From here on foreign bytes are looked at.
@@ -184,6 +229,25 @@ async fn hear(control: Arc<OwnedFd>, stop: watch::Sender<bool>) {
         if let Ok(Order::Stop) = serde_json::from_slice(buf.get(..len).unwrap_or_default()) {
             stop.send_replace(true);
         }
+    }
+}
+
+/// Tells the keeper when the host has little space.
+async fn report_low(control: Arc<OwnedFd>, store: FileStore) {
+    loop {
+        store.low().await;
+        if let Err(e) = say(&control, &Event::Low).await {
+            return tracing::warn!("{e}");
+        }
+        exec::sleep(REPORT_PAUSE).await;
+    }
+}
+
+/// Tells the keeper that the disk has failed.
+async fn report_poison(control: Arc<OwnedFd>, disk: Arc<Disk<FileStore>>) {
+    disk.poisoned().await;
+    if let Err(e) = say(&control, &Event::Poisoned).await {
+        tracing::warn!("{e}");
     }
 }
 
@@ -240,6 +304,7 @@ impl Transport {
                 fds: all(fds)?.into_iter().map(Arc::new).collect(),
                 session,
             }),
+            WorkerMode::Broken { .. } => Err(Error::invalid("there is no disk to serve")),
             WorkerMode::Nbd {
                 listeners,
                 connection,

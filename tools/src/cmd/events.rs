@@ -4,7 +4,7 @@ use crate::answer::Answer;
 use crate::attach;
 use crate::report::Output;
 use ploop::Result;
-use ploop::serve::supervise::control::Remote;
+use ploop::client::Remote;
 use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;
@@ -53,8 +53,9 @@ fn line(event: &Value) -> String {
         text(&disk["device"]),
         text(&disk["worker_pid"]),
         text(&disk["restarts"]),
-        match &disk["error"] {
-            Value::String(error) => format!(": {error}"),
+        match (&disk["error"], &disk["host_low"]) {
+            (Value::String(error), _) => format!(": {error}"),
+            (_, Value::Bool(true)) => ": the host is low on space".into(),
             _ => String::new(),
         }
     )

@@ -6,11 +6,13 @@
 use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
+use crate::global::Global;
 use crate::report::Output;
 use ploop::image::target::Target;
+use ploop::io::room::KeepFree;
 use ploop::serve::supervise::leftover;
-use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode};
-use ploop::{Error, Result};
+use ploop::serve::supervise::message::{Announce, Cache, Destination, KeeperConfig, Listen, Mode};
+use ploop::{Error, Kind, Result};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -32,28 +34,36 @@ pub struct Args {
     /// Name of the export
     #[arg(long, default_value = "", value_name = "NAME")]
     export: String,
-    /// Cache mode of the writable layer
-    #[arg(long, default_value = "writeback")]
-    cache: CacheArg,
-    /// What the process that serves may do, should an image or a client take it over
-    #[arg(long, default_value = "on")]
-    sandbox: SandboxArg,
+    /// Cache mode of the writable layer; `writeback` when neither this nor the settings say
+    #[arg(long)]
+    cache: Option<CacheArg>,
+    /// Leave so much of the host's file system free: a size, a percentage, or 0
+    ///
+    /// With less, whatever needs new space fails with ENOSPC until there is more. Without this
+    /// option 1G or 1% are left, whichever is more, but at most an eighth.
+    #[arg(long, value_name = "SPACE", value_parser = super::keep_free)]
+    keep_free: Option<KeepFree>,
+    /// What the process that serves may do, should an image or a client take it over; `on` when
+    /// neither this nor the settings say
+    #[arg(long)]
+    sandbox: Option<SandboxArg>,
     /// Format of a bare image file
     #[arg(long)]
     format: Option<FormatArg>,
 }
 
 /// Becomes ploopd; returns only on failure.
-pub fn run(args: Args, output: Output) -> Result<Answer> {
+pub fn run(args: Args, global: &Global) -> Result<Answer> {
+    let settings = global.settings()?;
     leftover::sweep()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let listen = match (inherited()?, args.nbd) {
         (Some(count), _) => Listen::Inherited(count),
         (None, Some(listen)) => absolute(listen)?,
         (None, None) => {
-            return Err(Error::invalid(
-                "say where with --nbd, or pass sockets by LISTEN_FDS",
-            ));
+            let what =
+                "say where with --nbd unix:PATH, tcp:ADDR:PORT or -, or pass sockets by LISTEN_FDS";
+            return Err(Error::new(Kind::Usage, what));
         }
     };
     let announce = match &listen {
@@ -64,15 +74,23 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         disk: target.path().to_path_buf(),
         format: args.format.map(Into::into),
         read_only: args.read_only,
-        cache: args.cache.into(),
+        cache: args
+            .cache
+            .or(settings.serve.cache)
+            .map_or(Cache::Writeback, Into::into),
+        keep_free: args.keep_free.or(settings.keep_free).unwrap_or_default(),
         mode: Mode::Nbd {
             listen,
             export: args.export,
         },
         detached: false,
-        sandbox: args.sandbox == SandboxArg::On,
+        log: Destination::default(),
+        sandbox: args
+            .sandbox
+            .or(settings.sandbox)
+            .is_none_or(SandboxArg::is_on),
         announce,
-        json: output == Output::Json,
+        json: global.output == Output::Json,
     };
     let text = serde_json::to_string(&config).map_err(|e| Error::invalid(e.to_string()))?;
     let program = attach::ploopd();
@@ -84,6 +102,9 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         .exec();
     Err(attach::not_started(&program, failed))
 }
+
+/// What fits into a `sockaddr_un`, the last byte aside.
+const SOCKET_PATH_MAX: usize = 107;
 
 /// How many sockets a socket activator passed to this very process.
 fn inherited() -> Result<Option<u32>> {
@@ -103,9 +124,16 @@ fn inherited() -> Result<Option<u32>> {
 
 fn absolute(listen: Listen) -> Result<Listen> {
     match listen {
-        Listen::Unix(path) => Ok(Listen::Unix(
-            std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?,
-        )),
+        Listen::Unix(path) => {
+            let path = std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?;
+            match path.as_os_str().len() {
+                0..=SOCKET_PATH_MAX => Ok(Listen::Unix(path)),
+                n => Err(Error::new(
+                    Kind::Usage,
+                    format!("--nbd: a socket's path has at most {SOCKET_PATH_MAX} bytes, not {n}"),
+                )),
+            }
+        }
         other => Ok(other),
     }
 }
