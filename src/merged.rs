@@ -74,14 +74,16 @@ pub struct Merged {
     slots: RwLock<Vec<Option<Page>>>,
 }
 
-impl Merged {
+impl Default for Merged {
     /// A map that knows nothing yet.
-    pub fn new() -> Self {
+    fn default() -> Self {
         Self {
             slots: RwLock::new(vec![None; SLOTS as usize]),
         }
     }
+}
 
+impl Merged {
     /// Where `cluster` is, and how many clusters from it on continue in the same way, at most
     /// `max`; none when its page is not known.
     pub fn find(&self, cluster: u32, max: u64, size: ClusterSize) -> Option<(Place, u64)> {
@@ -148,7 +150,7 @@ mod tests {
             layer: 1,
             at: n * CLUSTER_MIN,
         };
-        let map = Merged::new();
+        let map = Merged::default();
         assert_eq!(map.find(0, 9, size), None);
         let places = [data(5), data(6), data(9), Place::Nowhere, Place::Nowhere];
         map.keep(0, places.into_iter());
@@ -162,7 +164,7 @@ mod tests {
     #[test]
     fn a_page_that_takes_the_slot_of_another_is_not_mistaken_for_it() {
         let size = ClusterSize::new(CLUSTER_MIN).unwrap();
-        let map = Merged::new();
+        let map = Merged::default();
         map.keep(3, [Place::Nowhere].into_iter());
         map.keep(3 + SLOTS, [Place::Zero { layer: 2 }].into_iter());
         assert_eq!(map.find(3 * PER_PAGE, 1, size), None);

@@ -195,7 +195,7 @@ impl<S: Store> Stack<S> {
             .map(|l| l.store().info().align)
             .max()
             .unwrap_or(1);
-        let merged = (layers.len() > 2).then(Merged::new);
+        let merged = (layers.len() > 2).then(Merged::default);
         Ok(Self {
             layers,
             align,
