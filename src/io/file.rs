@@ -35,7 +35,7 @@ pub enum Cache {
 /// Cached reads from this size on are cheaper copied at once than sent through a ring.
 const INLINE_MIN: usize = 128 << 10;
 /// Cached writes up to this size are copied at once: most file systems make a ring hand them to a
-/// thread of its own, which costs several times the copy.
+/// thread of its own, which costs several times the copy. Larger ones are worth a thread.
 const INLINE_WRITE_MAX: usize = 128 << 10;
 /// Bytes of data that are looked at together when space is taken.
 const SPACE_AHEAD: u64 = 8 << 20;
@@ -392,10 +392,11 @@ impl Inner {
         let len = data.len() as u64;
         let mut from = at;
         let witness = if durable { &self.barrier } else { &self.quiet };
-        let inline = !durable && self.cache == Cache::Writeback && data.len() <= INLINE_WRITE_MAX;
+        let small = data.len() <= INLINE_WRITE_MAX;
+        let cached = !durable && self.cache == Cache::Writeback;
         while !data.is_empty() {
             let mut target = self.target(witness);
-            target.here |= inline;
+            target.here = small && (cached || self.in_memory);
             let result = disk::write(target, data.clone(), from, durable).await;
             let result = result.and_then(|n| match n {
                 0 => Err(io::ErrorKind::WriteZero.into()),
