@@ -6,13 +6,13 @@
 //! and a few relaxed additions.
 
 use crate::device::{Device, GuestExtent, Zero};
-use crate::io::memfd::SharedWords;
+use crate::io::memfd::{SharedWords, WatchedWords};
 use bytes::{Bytes, BytesMut};
 use ploop_formats::{Error, Result};
 use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// Kinds of requests, in the order of their words.
@@ -35,6 +35,8 @@ const SUMS: usize = 4;
 const PER_OP: usize = SUMS + BUCKETS;
 /// Unanswered requests are counted by the second in which they began, modulo this.
 const SECONDS: usize = 1024;
+/// Age in seconds from which a request hangs.
+pub const HUNG_S: u64 = 10;
 const UNANSWERED: usize = OPS.len() * PER_OP;
 
 /// One kind of request, since the disk was attached.
@@ -69,6 +71,44 @@ impl OpStat {
     }
 }
 
+impl OpStat {
+    /// What came after `earlier`, an older look at the same counters.
+    pub fn since(&self, earlier: &Self) -> Self {
+        let buckets = self.latency_log2_us.iter().enumerate();
+        let before = |n: usize| earlier.latency_log2_us.get(n).copied().unwrap_or(0);
+        Self {
+            requests: self.requests.saturating_sub(earlier.requests),
+            errors: self.errors.saturating_sub(earlier.errors),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            total_us: self.total_us.saturating_sub(earlier.total_us),
+            latency_log2_us: buckets.map(|(n, c)| c.saturating_sub(before(n))).collect(),
+        }
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let (a, b) = (&self.latency_log2_us, &other.latency_log2_us);
+        let bucket = |n: usize| {
+            a.get(n)
+                .unwrap_or(&0)
+                .saturating_add(*b.get(n).unwrap_or(&0))
+        };
+        Self {
+            requests: self.requests.saturating_add(other.requests),
+            errors: self.errors.saturating_add(other.errors),
+            bytes: self.bytes.saturating_add(other.bytes),
+            total_us: self.total_us.saturating_add(other.total_us),
+            latency_log2_us: (0..a.len().max(b.len())).map(bucket).collect(),
+        }
+    }
+
+    /// Mean time in microseconds; 0 when there were none.
+    pub fn mean_us(&self) -> u64 {
+        self.total_us.checked_div(self.requests).unwrap_or(0)
+    }
+}
+
 /// Everything counted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stat {
@@ -78,11 +118,19 @@ pub struct Stat {
     pub in_flight: u64,
     /// How long the oldest of them has been waiting, in whole seconds, up to 17 minutes.
     pub oldest_s: u64,
+    /// Requests that have been waiting for [`HUNG_S`] seconds and more. A keeper of an older
+    /// release does not say.
+    #[serde(default)]
+    pub hung: u64,
 }
 
 /// The counters of one disk; clones share them.
 #[derive(Debug, Clone)]
 pub struct Counters(Arc<SharedWords>);
+
+/// The counters of a disk that another process serves.
+#[derive(Debug)]
+pub struct Watched(WatchedWords);
 
 impl AsFd for Counters {
     /// To be handed to the process that counts.
@@ -114,8 +162,11 @@ impl Counters {
     /// Words that they need.
     pub const WORDS: usize = UNANSWERED + SECONDS;
 
-    /// The counters in `words`.
+    /// The counters in `words`. Made before the sandbox is entered: the first look at the clock
+    /// finds the way that needs no system call, for which it asks the kernel something that a
+    /// confined thread may not.
     pub fn new(words: Arc<SharedWords>) -> Result<Self> {
+        Began::now();
         match words.len() {
             Self::WORDS => Ok(Self(words)),
             n => Err(Error::invalid(format!("counters: {n} words"))),
@@ -147,29 +198,57 @@ impl Counters {
 
     /// All of them, now.
     pub fn stat(&self) -> Stat {
-        let ops = OPS.iter().enumerate().map(|(op, name)| {
-            let first = op * PER_OP;
-            let stat = OpStat {
-                requests: self.0.at(first),
-                errors: self.0.at(first + 1),
-                bytes: self.0.at(first + 2),
-                total_us: self.0.at(first + 3),
-                latency_log2_us: (0..BUCKETS).map(|n| self.0.at(first + SUMS + n)).collect(),
-            };
-            ((*name).to_string(), stat)
-        });
-        let ops = ops.collect();
-        let now = Began::now().second();
-        let waiting = |age: u64| {
-            let word = UNANSWERED + (now.wrapping_sub(age) % SECONDS as u64) as usize;
-            self.0.at(word)
-        };
-        let ages = 0..SECONDS as u64;
-        Stat {
-            ops,
-            in_flight: ages.clone().map(waiting).fold(0, u64::wrapping_add),
-            oldest_s: ages.rev().find(|age| waiting(*age) != 0).unwrap_or(0),
+        tally(|word| self.0.at(word))
+    }
+
+    /// A descriptor for [`Watched::from_fd`], which can be read and not written.
+    pub fn read_only(&self) -> Result<OwnedFd> {
+        self.0.read_only()
+    }
+}
+
+impl Watched {
+    /// The counters behind a descriptor that [`Counters::read_only`] made in another process.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        let words = WatchedWords::from_fd(fd)?;
+        match words.len() {
+            Counters::WORDS => Ok(Self(words)),
+            n => Err(Error::unsupported(format!("counters: {n} words"))),
         }
+    }
+
+    /// All of them, now. They stay as they were when the process that counts is gone.
+    pub fn stat(&self) -> Stat {
+        tally(|word| self.0.at(word))
+    }
+}
+
+/// What the words say.
+fn tally(at: impl Fn(usize) -> u64) -> Stat {
+    let ops = OPS.iter().enumerate().map(|(op, name)| {
+        let first = op * PER_OP;
+        let stat = OpStat {
+            requests: at(first),
+            errors: at(first + 1),
+            bytes: at(first + 2),
+            total_us: at(first + 3),
+            latency_log2_us: (0..BUCKETS).map(|n| at(first + SUMS + n)).collect(),
+        };
+        ((*name).to_string(), stat)
+    });
+    let ops = ops.collect();
+    let now = Began::now().second();
+    let waiting = |age: u64| {
+        let word = UNANSWERED + (now.wrapping_sub(age) % SECONDS as u64) as usize;
+        at(word)
+    };
+    let sum = |ages: std::ops::Range<u64>| ages.map(waiting).fold(0, u64::wrapping_add);
+    let ages = 0..SECONDS as u64;
+    Stat {
+        ops,
+        in_flight: sum(ages.clone()),
+        oldest_s: ages.rev().find(|age| waiting(*age) != 0).unwrap_or(0),
+        hung: sum(HUNG_S..SECONDS as u64),
     }
 }
 
@@ -283,9 +362,37 @@ mod tests {
         counters.begin();
         let stat = counters.stat();
         assert!((12..=14).contains(&stat.oldest_s), "{}", stat.oldest_s);
-        assert_eq!(stat.in_flight, 2);
+        assert_eq!((stat.in_flight, stat.hung), (2, 1));
         counters.forget_unanswered();
         assert_eq!(counters.stat().in_flight, 0);
+    }
+
+    #[test]
+    fn what_came_between_two_looks_is_their_difference() {
+        let counters = counters();
+        counters.end(Op::Read, Began::now(), 512, &Ok(()));
+        let first = counters.stat();
+        counters.end(Op::Read, Began(Began::now().0 - 5_000_000), 4096, &Ok(()));
+        counters.end(Op::Flush, Began::now(), 0, &Err::<(), _>(Error::poisoned()));
+        let second = counters.stat();
+        let since = |op: &str| second.ops[op].since(&first.ops[op]);
+        assert_eq!((since("read").requests, since("read").bytes), (1, 4096));
+        assert!(since("read").quantile_us(0.5) >= 8192 && since("read").mean_us() >= 5000);
+        let both = since("read").and(&since("flush"));
+        assert_eq!((both.requests, both.errors, both.bytes), (2, 1, 4096));
+        assert_eq!(both.latency_log2_us.iter().sum::<u64>(), 2);
+    }
+
+    #[test]
+    fn who_watches_counts_the_same() {
+        let counters = counters();
+        let watched = Watched::from_fd(counters.read_only().expect("a descriptor"));
+        let watched = watched.expect("the same words");
+        let began = counters.begin();
+        counters.end(Op::Read, began, 4096, &Ok(()));
+        counters.begin();
+        assert_eq!(watched.stat(), counters.stat());
+        assert_eq!(watched.stat().ops["read"].bytes, 4096);
     }
 
     #[test]

@@ -1,4 +1,5 @@
 //! ploop: a container's file system in a file.
+pub mod client;
 pub mod counters;
 pub mod cow;
 pub mod device;
@@ -7,6 +8,7 @@ pub mod flight;
 pub mod flush;
 pub mod image;
 pub mod io;
+pub mod merged;
 pub mod policy;
 pub mod rundir;
 pub mod sandbox;

@@ -74,6 +74,10 @@ pub struct State {
     pub host_low: bool,
     /// How many times a worker died and was replaced.
     pub restarts: u32,
+    /// Where it says what happens to it: `journal`, `syslog` or a file; none when that is the
+    /// standard error of who started it.
+    #[serde(default)]
+    pub log: Option<String>,
     /// Why it failed.
     pub error: Option<String>,
 }

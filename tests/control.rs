@@ -4,15 +4,19 @@
 
 mod common;
 
-use common::attach::{kill, listed, run_directories};
+use common::attach::{self, kill, listed};
 use common::nbd::Client;
 use common::process::{eventually, ok};
 use common::programs::ploopctl;
-use common::serve::Disk;
+use common::serve::{Disk, Server};
+use ploop::Kind;
+use ploop::client::{self, Remote};
+use ploop::serve::supervise::control::Ask;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -21,11 +25,10 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(20);
 
 fn run_directory(disk: &Disk) -> PathBuf {
-    let inode = fs::metadata(disk.path()).unwrap().ino();
     eventually("a serving disk", SOON, || {
         listed(&disk.path()).filter(|object| object["state"] == "serving")
     });
-    run_directories(inode).pop().unwrap()
+    attach::run_directory(&disk.path())
 }
 
 /// A client that speaks by hand.
@@ -156,23 +159,79 @@ fn what_is_no_request_gets_an_error_and_harms_nobody() {
     drop(silent);
 
     // Somebody who asks and never reads is hung up on, and nobody waits for them.
-    let mut greedy = Hand::connect(&disk);
-    let asks = "{\"method\":\"stat\"}\n".repeat(1000);
-    let mut asked = 0;
-    greedy
-        .stream
-        .get_mut()
-        .set_write_timeout(Some(SOON))
-        .unwrap();
-    while asked < 100 && greedy.stream.get_mut().write_all(asks.as_bytes()).is_ok() {
-        asked += 1;
+    for method in ["stat", "counters"] {
+        let mut greedy = Hand::connect(&disk);
+        let asks = format!("{{\"method\":\"{method}\"}}\n").repeat(1000);
+        let mut asked = 0;
+        greedy
+            .stream
+            .get_mut()
+            .set_write_timeout(Some(SOON))
+            .unwrap();
+        while asked < 100 && greedy.stream.get_mut().write_all(asks.as_bytes()).is_ok() {
+            asked += 1;
+        }
+        assert!(
+            asked < 100,
+            "{method}: 100,000 answers were kept for a client that reads none"
+        );
+        assert_eq!(good.ask("state")["state"], "serving");
     }
-    assert!(
-        asked < 100,
-        "100,000 answers were kept for a client that reads none"
-    );
-    assert_eq!(good.ask("state")["state"], "serving");
+    let fds = fs::read_dir(format!("/proc/{}/fd", server.pid())).unwrap();
+    assert!(fds.count() < 100, "descriptors were kept for it");
     server.stop();
+}
+
+fn signal(server: &Server, signal: Signal) {
+    let pid = Pid::from_raw(server.pid().try_into().unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+#[test]
+fn counters_are_watched_without_asking_their_keeper_again() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let mut remote = Remote::connect(&run_directory(&disk)).unwrap();
+    assert_eq!(remote.state().unwrap().keeper_pid, server.pid());
+    let watched = remote.watch().unwrap();
+    // As many answers before and behind it as there may be.
+    remote.watch().unwrap();
+    assert_eq!(remote.stat().unwrap().counters, watched.stat());
+    drop(remote);
+    let mut client = Client::connect(server.socket()).unwrap();
+    signal(&server, Signal::STOP);
+    for n in 1..=3 {
+        assert_eq!(client.write(n * 4096, &[1; 4096]).unwrap(), 0);
+        assert_eq!(watched.stat().ops["write"].requests, n);
+    }
+    signal(&server, Signal::CONT);
+    drop(client);
+    server.stop();
+    assert_eq!(watched.stat().ops["write"].bytes, 3 * 4096, "it stays");
+}
+
+#[test]
+fn a_keeper_that_hangs_costs_those_who_ask_many_a_bounded_time() {
+    let disks = [Disk::new("64M", &[]), Disk::new("64M", &[])];
+    let servers = [disks[0].serve(&[]), disks[1].serve(&[])];
+    let runs = [&disks[0], &disks[1], &disks[0]].map(run_directory);
+    let asks = [Ask::State, Ask::Stat];
+    signal(&servers[0], Signal::STOP);
+    let start = std::time::Instant::now();
+    let answers = client::ask_all(&runs, &asks, Duration::from_millis(500));
+    assert!(start.elapsed() < Duration::from_secs(5));
+    signal(&servers[0], Signal::CONT);
+    let kinds = answers
+        .iter()
+        .map(|a| a.as_ref().err().map(ploop::Error::kind));
+    let late = Some(Kind::TimedOut);
+    assert_eq!(kinds.collect::<Vec<_>>(), [late, None, late], "{answers:?}");
+    let there = answers[1].as_ref().unwrap();
+    assert_eq!(there[0]["keeper_pid"], servers[1].pid());
+    assert_eq!(there[1]["in_flight"], 0);
+    let nobody = client::ask_all(&["/nonexistent"], &asks, SOON);
+    assert_eq!(nobody[0].as_ref().unwrap_err().kind(), Kind::NotFound);
+    servers.into_iter().for_each(Server::stop);
 }
 
 #[test]

@@ -104,6 +104,11 @@ fn any_bytes_of_a_served_client_end_in_a_closed_session() {
 }
 
 #[test]
+fn any_bytes_of_a_control_client_are_answered_in_lines_of_json_or_hung_up_on() {
+    replay(5);
+}
+
+#[test]
 fn a_planted_bug_is_caught_by_the_replay_of_requests() {
     let caught = |bug| {
         let _planted = planted::plant(bug);

@@ -22,6 +22,8 @@ pub enum Kind {
     Damaged,
     /// The image, or the request, is legal but not something that this program does.
     Unsupported,
+    /// The command line, or the settings, cannot be meant; nothing was looked at.
+    Usage,
     /// The caller's argument is wrong: out of range, misaligned, contradictory.
     Invalid,
     /// A write reached something that is open read-only.
@@ -50,7 +52,7 @@ impl Kind {
             Kind::NoSpace => 28,
             Kind::Pending => 11,
             Kind::Unsupported => 95,
-            Kind::Invalid => 22,
+            Kind::Invalid | Kind::Usage => 22,
             Kind::ReadOnly | Kind::Privilege => 1,
             Kind::Busy => 16,
             Kind::NotFound => 2,
@@ -65,6 +67,7 @@ impl Kind {
         match self {
             Kind::Pending => 1,
             Kind::Invalid | Kind::Exists | Kind::ReadOnly => 1,
+            Kind::Usage => 2,
             Kind::Busy => 4,
             Kind::Io | Kind::NoSpace | Kind::Poisoned => 5,
             Kind::Damaged => 6,
@@ -77,12 +80,11 @@ impl Kind {
     }
 }
 
-/// An error: its kind, what was being done, and what caused it.
+/// An error: its kind, and where and what went wrong.
 #[derive(Debug)]
 pub struct Error {
     kind: Kind,
     message: String,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
 impl Error {
@@ -91,7 +93,6 @@ impl Error {
         Self {
             kind,
             message: shorten(message.into()),
-            source: None,
         }
     }
 
@@ -118,10 +119,13 @@ impl Error {
         )
     }
 
-    /// Puts the place (a file, an operation) in front of the message.
+    /// Puts the place (a file, an operation) in front of the message, unless it is there already.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {
-        self.message = format!("{place}: {}", self.message);
+        let place = format!("{place}: ");
+        if !self.message.starts_with(&place) {
+            self.message = place + &self.message;
+        }
         self
     }
 
@@ -140,13 +144,12 @@ impl Error {
         self
     }
 
-    /// A copy for a second waiter of the same failed work; the cause stays with the first.
+    /// A copy for a second waiter of the same failed work.
     #[must_use]
     pub fn duplicate(&self) -> Self {
         Self {
             kind: self.kind,
-            message: self.to_string(),
-            source: None,
+            message: self.message.clone(),
         }
     }
 }
@@ -170,19 +173,11 @@ fn shorten(message: String) -> String {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)?;
-        match &self.source {
-            Some(source) => write!(f, ": {source}"),
-            None => Ok(()),
-        }
+        f.write_str(&self.message)
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_deref().map(|s| s as _)
-    }
-}
+impl std::error::Error for Error {}
 
 impl From<std::io::Error> for Error {
     fn from(source: std::io::Error) -> Self {
@@ -199,11 +194,7 @@ impl From<std::io::Error> for Error {
             E::ResourceBusy | E::WouldBlock | E::ExecutableFileBusy => Kind::Busy,
             _ => Kind::Io,
         };
-        Self {
-            kind,
-            message: "system call failed".into(),
-            source: Some(Box::new(source)),
-        }
+        Self::new(kind, source.to_string())
     }
 }
 

@@ -33,6 +33,7 @@ pub mod ledger;
 pub mod limits;
 pub mod planted;
 pub mod ploop;
+pub mod progress;
 pub mod raw;
 pub mod store;
 #[cfg(feature = "testkit")]

@@ -45,6 +45,10 @@ impl Candidate {
                 file.display()
             )));
         }
+        if fs::metadata(file).map_err(at)?.is_dir() {
+            let what = "a directory; what is adopted is one image file";
+            return Err(Error::new(Kind::Usage, what).at(file.display()));
+        }
         let target = Target::resolve(file, Some(format))?;
         let seen = fs::metadata(target.path()).map_err(at)?;
         if seen.nlink() > 1 {

@@ -8,7 +8,8 @@ use super::open::Top;
 use super::target::Format;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
-use ploop_formats::ploop::check::{Repair, Report, check, repair};
+use ploop_formats::ploop::check::{Repair, Report, check_watched, repair_watched};
+use ploop_formats::progress::Watch;
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 use std::os::fd::AsFd;
@@ -19,38 +20,46 @@ use std::time::Duration;
 const FENCE: Duration = Duration::from_secs(30);
 
 /// Checks each layer, base first; a raw one has nothing that could be wrong.
-pub async fn layers(dir: impl AsFd, chain: &Chain) -> Result<Vec<Report>> {
+pub async fn layers(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Result<Vec<Report>> {
     let mut reports = Vec::new();
     for layer in &chain.layers {
-        reports.push(one(&dir, layer).await.map_err(|e| e.at(layer.display()))?);
+        watch.enter(&layer.display().to_string());
+        reports.push(
+            one(&dir, layer, watch)
+                .await
+                .map_err(|e| e.at(layer.display()))?,
+        );
     }
     Ok(reports)
 }
 
-async fn one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
+async fn one(dir: impl AsFd, layer: &LayerFile, watch: &mut dyn Watch) -> Result<Report> {
     let path = Path::new(&layer.name);
     let fd = beneath::open_file(dir, path, Access::Read)?;
     match layer.format {
         Format::Raw => Ok(Report::default()),
-        Format::Ploop => check(&FileStore::new(fd, path, Cache::Writeback)?).await,
+        Format::Ploop => check_watched(&FileStore::new(fd, path, Cache::Writeback)?, watch).await,
     }
 }
 
 /// Checks each layer and mends what is wrong, base first. The caller holds the locks for writing.
-pub async fn mend(dir: impl AsFd, chain: &Chain) -> Result<Vec<Report>> {
-    let mut reports = layers(&dir, chain).await?;
+///
+/// Whoever watches may end it: what is mended stays so, and the next repair goes on from there.
+pub async fn mend(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Result<Vec<Report>> {
+    let mut reports = layers(&dir, chain, watch).await?;
     for (layer, report) in chain.layers.iter().zip(&mut reports) {
         if report.is_clean() {
             continue;
         }
-        *report = mend_one(&dir, layer)
+        watch.enter(&layer.display().to_string());
+        *report = mend_one(&dir, layer, watch)
             .await
             .map_err(|e| e.at(layer.display()))?;
     }
     Ok(reports)
 }
 
-async fn mend_one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
+async fn mend_one(dir: impl AsFd, layer: &LayerFile, watch: &mut dyn Watch) -> Result<Report> {
     let file = Top::fenced(dir, layer, FENCE)?;
     let links = file.links()?;
     if links > 1 {
@@ -60,7 +69,8 @@ async fn mend_one(dir: impl AsFd, layer: &LayerFile) -> Result<Report> {
         ));
     }
     let store = file.store(layer, Cache::Writeback)?;
-    let report = repair(&store, &Repair::default()).await?;
+    let report = repair_watched(&store, &Repair::default(), watch).await;
+    // Also when it was ended: what was asked of the file lands before its lock goes.
     store.settle().await;
-    Ok(report)
+    report
 }

@@ -12,6 +12,7 @@ use crate::io::file::{Cache, FileStore};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version, chs};
+use ploop_formats::progress::Watch;
 use ploop_formats::store::Store;
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Kind, Result};
@@ -59,8 +60,8 @@ pub struct Made {
     pub size: u64,
 }
 
-/// Makes the directory and the image.
-pub fn begin(new: &New<'_>) -> Result<Draft> {
+/// Makes the directory and the image. Whoever watches may end it; then nothing is left.
+pub fn begin(new: &New<'_>, watch: &mut dyn Watch) -> Result<Draft> {
     let header = Header::new(new.version, new.size, new.cluster)?;
     let descriptor = describe(new, &header)?;
     let made_dir = make_dir(new.dir)?;
@@ -75,7 +76,7 @@ pub fn begin(new: &New<'_>) -> Result<Draft> {
         finished: false,
     };
     let image = draft.image();
-    make_image(&image, &header, new.preallocate).map_err(|e| e.at(image.display()))?;
+    make_image(&image, &header, new.preallocate, watch).map_err(|e| e.at(image.display()))?;
     Ok(draft)
 }
 
@@ -116,7 +117,12 @@ pub(super) fn make_dir(dir: &Path) -> Result<bool> {
     }
 }
 
-fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
+fn make_image(
+    path: &Path,
+    header: &Header,
+    preallocate: bool,
+    watch: &mut dyn Watch,
+) -> Result<()> {
     let file = OpenOptions::new()
         .read(true)
         .write(true)
@@ -127,7 +133,7 @@ fn make_image(path: &Path, header: &Header, preallocate: bool) -> Result<()> {
     let store = FileStore::new(file.into(), path, Cache::Writeback)?;
     exec::run(Engine::Poll, async {
         match preallocate {
-            true => create::create_preallocated(&store, header).await,
+            true => create::create_preallocated_watched(&store, header, watch).await,
             false => create::create(&store, header).await,
         }?;
         store.settle().await;

@@ -94,8 +94,7 @@ fn parent(path: &Path) -> PathBuf {
 impl Target {
     /// Understands DISK. `format` is what `--format` said.
     ///
-    /// `NotFound` when nothing is there, `Invalid` when a format is missing, superfluous, or
-    /// contradicts a descriptor that names the same file.
+    /// `NotFound` when nothing is there, `Usage` when a format is missing or superfluous.
     pub fn resolve(disk: &Path, format: Option<Format>) -> Result<Self> {
         let path = disk
             .canonicalize()
@@ -111,10 +110,8 @@ impl Target {
 
     fn bundle(dir: PathBuf, format: Option<Format>) -> Result<Self> {
         if format.is_some() {
-            return Err(Error::invalid(format!(
-                "{}: the descriptor states every layer's format; leave --format out",
-                dir.display()
-            )));
+            let what = "the descriptor states every layer's format; leave --format out";
+            return Err(Error::new(Kind::Usage, what).at(dir.display()));
         }
         let descriptor = dir.join(DESCRIPTOR);
         let there = match std::fs::metadata(&descriptor) {
@@ -142,11 +139,9 @@ impl Target {
             )));
         }
         let format = format.ok_or_else(|| {
-            Error::invalid(format!(
-                "{}: a bare image file needs --format ploop or --format raw; formats are never \
-                 guessed",
-                file.display()
-            ))
+            let what = "a bare image file needs --format ploop or --format raw; formats are never \
+                        guessed";
+            Error::new(Kind::Usage, what).at(file.display())
         })?;
         Ok(Self::Bare { file, format })
     }
@@ -242,12 +237,12 @@ mod tests {
         let file = dir.path().join("x.img");
         assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::NotFound));
         std::fs::write(&file, "WithoutFreeSpace").expect("write");
-        assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::Invalid));
+        assert_eq!(kind(Target::resolve(&file, None)), Some(Kind::Usage));
         assert_eq!(kind(Target::resolve(&file, Some(Format::Raw))), None);
         std::fs::write(dir.path().join(DESCRIPTOR), "<x/>").expect("write");
         assert_eq!(
             kind(Target::resolve(dir.path(), Some(Format::Raw))),
-            Some(Kind::Invalid)
+            Some(Kind::Usage)
         );
     }
 }

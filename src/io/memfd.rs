@@ -1,12 +1,14 @@
 //! Memory that outlives the process that writes it: words that change, or bytes that do not.
 //!
 //! Words are sealed against any change of their size, so that no holder of the descriptor can
-//! make another's access fault, and only touched as atomics. Bytes are sealed altogether.
+//! make another's access fault, and only touched as atomics. Who only watches them gets a descriptor
+//! that can be read and no more. Bytes are sealed altogether.
 
 use ploop_formats::ledger::Words;
 use ploop_formats::{Error, Result};
 use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+    MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
+    memfd_create, open,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::fmt;
@@ -27,14 +29,61 @@ const SEALS: SealFlags = SealFlags::SHRINK
 /// Words shared by all who hold the same memfd.
 pub struct SharedWords {
     fd: OwnedFd,
+    map: Mapping,
+}
+
+/// Words that somebody else changes.
+pub struct WatchedWords(Mapping);
+
+/// Words of a memfd in our memory.
+struct Mapping {
     words: NonNull<AtomicU64>,
     count: usize,
 }
 
 // SAFETY: the mapping belongs to the value and is only accessed through atomics.
-unsafe impl Send for SharedWords {}
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl Sync for SharedWords {}
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps a memfd whose size cannot change. Without `WRITE` in `prot` no word may be stored to.
+    fn new(fd: &OwnedFd, prot: ProtFlags) -> Result<Self> {
+        let seals = fcntl_get_seals(fd)
+            .map_err(|_| Error::invalid("shared words: the descriptor is no memfd"))?;
+        if !seals.contains(SealFlags::SHRINK) {
+            return Err(Error::invalid("shared words: the memfd may still shrink"));
+        }
+        let bytes = usize::try_from(fstat(fd).map_err(failed)?.st_size).unwrap_or(0);
+        if bytes == 0 || bytes % WORD != 0 {
+            return Err(Error::invalid(format!(
+                "shared words: {bytes} bytes hold no whole words"
+            )));
+        }
+        // SAFETY: a new mapping at an address that the kernel chooses; the memory behind it
+        // cannot shrink, so every access within `bytes` is valid until it is unmapped.
+        let map = unsafe { mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, fd, 0) };
+        let map = map.map_err(failed)?;
+        let words = NonNull::new(map.cast()).expect("a mapping is never at address 0");
+        Ok(Self {
+            words,
+            count: bytes / WORD,
+        })
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is page aligned, holds `count` words and lives as long as `self`;
+        // every holder accesses it through atomics.
+        unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.count) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `new` with this length, and no borrow is left.
+        let _ = unsafe { munmap(self.words.as_ptr().cast(), self.count * WORD) };
+    }
+}
 
 impl SharedWords {
     /// `count` words, all 0, in new memory. At least one.
@@ -54,34 +103,26 @@ impl SharedWords {
     /// The words behind a descriptor that [`SharedWords::create`] made, perhaps in another
     /// process. Anything whose size could still change is refused.
     pub fn from_fd(fd: OwnedFd) -> Result<Self> {
-        let seals = fcntl_get_seals(&fd)
-            .map_err(|_| Error::invalid("shared words: the descriptor is no memfd"))?;
-        if !seals.contains(SealFlags::SHRINK) {
-            return Err(Error::invalid("shared words: the memfd may still shrink"));
-        }
-        let bytes = usize::try_from(fstat(&fd).map_err(failed)?.st_size).unwrap_or(0);
-        if bytes == 0 || bytes % WORD != 0 {
-            return Err(Error::invalid(format!(
-                "shared words: {bytes} bytes hold no whole words"
-            )));
-        }
-        let prot = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address that the kernel chooses; the memory behind it
-        // cannot shrink, so every access within `bytes` is valid until it is unmapped.
-        let map = unsafe { mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, &fd, 0) };
-        let map = map.map_err(failed)?;
-        let words = NonNull::new(map.cast()).expect("a mapping is never at address 0");
-        Ok(Self {
-            fd,
-            words,
-            count: bytes / WORD,
-        })
+        let map = Mapping::new(&fd, ProtFlags::READ | ProtFlags::WRITE)?;
+        Ok(Self { fd, map })
+    }
+
+    /// A descriptor of the same memory for somebody who may read it and no more: it can neither
+    /// be written nor mapped for writing.
+    ///
+    /// Whoever may open this process's descriptors in `/proc` (root, and its own user) could open
+    /// it anew for writing; they could do that without this descriptor, too.
+    pub fn read_only(&self) -> Result<OwnedFd> {
+        use std::os::fd::AsRawFd;
+        let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        open(path.as_str(), flags, Mode::empty()).map_err(failed)
     }
 
     /// How many.
     #[allow(clippy::len_without_is_empty, reason = "there is at least one")]
     pub fn len(&self) -> usize {
-        self.count
+        self.map.count
     }
 
     /// Adds to a word, with wrap-around. For counters: no other word is ordered by it.
@@ -100,16 +141,27 @@ impl SharedWords {
     }
 
     fn words(&self) -> &[AtomicU64] {
-        // SAFETY: the mapping is page aligned, holds `count` words and lives as long as `self`;
-        // every holder accesses it through atomics.
-        unsafe { std::slice::from_raw_parts(self.words.as_ptr(), self.count) }
+        self.map.words()
     }
 }
 
-impl Drop for SharedWords {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `from_fd` with this length, and no borrow is left.
-        let _ = unsafe { munmap(self.words.as_ptr().cast(), self.count * WORD) };
+impl WatchedWords {
+    /// The words behind a descriptor that [`SharedWords::read_only`] made, perhaps in another
+    /// process. Anything whose size could still change is refused.
+    pub fn from_fd(fd: OwnedFd) -> Result<Self> {
+        Mapping::new(&fd, ProtFlags::READ).map(Self)
+    }
+
+    /// How many.
+    #[allow(clippy::len_without_is_empty, reason = "there is at least one")]
+    pub fn len(&self) -> usize {
+        self.0.count
+    }
+
+    /// A word's present value; 0 when there is none of that number.
+    pub fn at(&self, i: usize) -> u64 {
+        let word = self.0.words().get(i);
+        word.map_or(0, |word| word.load(Ordering::Relaxed))
     }
 }
 
@@ -122,13 +174,19 @@ impl AsFd for SharedWords {
 
 impl fmt::Debug for SharedWords {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SharedWords({})", self.count)
+        write!(f, "SharedWords({})", self.map.count)
+    }
+}
+
+impl fmt::Debug for WatchedWords {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WatchedWords({})", self.0.count)
     }
 }
 
 impl Words for SharedWords {
     fn count(&self) -> usize {
-        self.count
+        self.map.count
     }
 
     fn load(&self, i: usize) -> u64 {
@@ -221,6 +279,17 @@ mod tests {
         fcntl_add_seals(&odd, SEALS).unwrap();
         assert!(SharedWords::from_fd(odd).is_err());
         assert!(SharedWords::create(0).is_err() && SharedWords::create(usize::MAX).is_err());
+    }
+
+    #[test]
+    fn who_watches_sees_every_change_and_can_make_none() {
+        let words = SharedWords::create(8).unwrap();
+        let fd = words.read_only().unwrap();
+        assert!(rustix::io::pwrite(&fd, &[1; 8], 0).is_err() && ftruncate(&fd, 64).is_err());
+        assert!(SharedWords::from_fd(fd.try_clone().unwrap()).is_err());
+        let watched = WatchedWords::from_fd(fd).unwrap();
+        words.set(7, 3);
+        assert_eq!((watched.len(), watched.at(7), watched.at(8)), (8, 3, 0));
     }
 
     #[test]

@@ -5,6 +5,7 @@ pub mod beneath;
 pub mod exec;
 pub mod file;
 pub mod lock;
+pub mod look;
 pub mod memfd;
 pub mod room;
 

@@ -219,10 +219,12 @@ fn open_backing(how: &Attach<'_>) -> Result<OwnedFd> {
     } else {
         OFlags::RDWR
     };
-    Ok(
-        rustix::fs::open(how.backing, access | OFlags::CLOEXEC, Mode::empty())
-            .map_err(io::Error::from)?,
-    )
+    let backing = rustix::fs::open(how.backing, access | OFlags::CLOEXEC, Mode::empty())
+        .map_err(io::Error::from)?;
+    // Kernels before 6.18 take the size that they remember, which is 0 for the root of a FUSE file
+    // system that nobody asked about.
+    rustix::fs::fstat(&backing).map_err(io::Error::from)?;
+    Ok(backing)
 }
 
 fn free_number() -> Result<u32> {

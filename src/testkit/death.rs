@@ -46,12 +46,7 @@ pub fn run<S: Subject>(seed: u64, tally: &mut Tally, bench: &Bench) -> Result<()
     let mut rng = Rng::new(seed);
     let setup = S::setup(&mut rng, &WISH);
     let mut session = Session::<S>::with_bench(&setup, bench, rng.next());
-    let shape = Shape {
-        sectors: setup.values.len(),
-        cluster: setup.cluster,
-        ops: rng.range(6, 40) as usize,
-        reopens: 30,
-    };
+    let shape = setup.shape(rng.range(6, 40) as usize, 30);
     let ops = shape.make(&mut rng);
     let depth = *rng.pick(&[1, 2, 4, 8, 16]);
     let cuts = Cuts::new(&setup, rng.next(), EFFORT);
@@ -60,13 +55,9 @@ pub fn run<S: Subject>(seed: u64, tally: &mut Tally, bench: &Bench) -> Result<()
         cuts,
         states: 0,
     };
-    let outcome = (|| {
-        let mut hook = |session: &Session<S>| deaths.maybe(session, 0);
-        session.open(&mut hook)?;
-        session.run(ops, depth, &mut hook)?;
-        session.check_all()?;
-        session.close(&mut hook)
-    })();
+    let outcome = session.live(ops, depth, &mut |session: &Session<S>| {
+        deaths.maybe(session, 0)
+    });
     tally.states += deaths.states;
     tally.requests += session.guest().called;
     outcome

@@ -11,7 +11,7 @@ use super::subject::{Bench, Setup, Subject, Wish};
 use ploop_formats::Kind;
 use ploop_formats::store::fault::{Faults, Operation, Rule};
 use ploop_formats::testkit::rng::Rng;
-use ploop_formats::testkit::workload::{Op, Shape};
+use ploop_formats::testkit::workload::Op;
 
 const WISH: Wish = Wish {
     min_layers: 1,
@@ -35,12 +35,7 @@ pub fn campaign<S: Subject>(seed: u64, runs: u64) -> Report {
 pub fn run<S: Subject>(seed: u64, tally: &mut Tally) -> Result<(), String> {
     let mut rng = Rng::new(seed);
     let setup = S::setup(&mut rng, &WISH);
-    let shape = Shape {
-        sectors: setup.values.len(),
-        cluster: setup.cluster,
-        ops: rng.range(8, 24) as usize,
-        reopens: 60,
-    };
+    let shape = setup.shape(rng.range(8, 24) as usize, 60);
     let (ops, depth) = (shape.make(&mut rng), rng.range(1, 6));
     let load = Load {
         setup,

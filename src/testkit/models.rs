@@ -4,7 +4,6 @@ use super::report::{Report, Tally};
 use super::session::{Session, blind};
 use super::subject::{Bench, Subject, Wish};
 use ploop_formats::testkit::rng::Rng;
-use ploop_formats::testkit::workload::Shape;
 
 const WISH: Wish = Wish {
     min_layers: 1,
@@ -26,23 +25,11 @@ pub fn run<S: Subject>(seed: u64, tally: &mut Tally, bench: &Bench) -> Result<()
     let mut rng = Rng::new(seed);
     let setup = S::setup(&mut rng, &WISH);
     let mut session = Session::<S>::with_bench(&setup, bench, rng.next());
-    let shape = Shape {
-        sectors: setup.values.len(),
-        cluster: setup.cluster,
-        ops: OPS,
-        reopens: 8,
-    };
+    let shape = setup.shape(OPS, 8);
     let ops = shape.make(&mut rng);
     let depth = rng.range(1, 32);
-    let outcome = (|| {
-        session.open(&mut blind)?;
-        session.run(ops, depth, &mut blind)?;
-        session.check_all()?;
-        session.close(&mut blind)?;
-        session.open(&mut blind)?;
-        session.check_all()?;
-        session.close(&mut blind)
-    })();
+    let lived = session.live(ops, depth, &mut blind);
+    let outcome = lived.and_then(|()| session.live(Vec::new(), 1, &mut blind));
     tally.states += 1;
     tally.requests += session.guest().called;
     outcome

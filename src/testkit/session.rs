@@ -486,6 +486,14 @@ impl<S: Subject> Session<S> {
             .map_err(|e| format!("reading everything: {e}"))
     }
 
+    /// A whole life of the disk, from a closed one to a closed one.
+    pub fn live(&mut self, ops: Vec<Op>, depth: u64, hook: &mut Hook<'_, S>) -> Result<(), String> {
+        self.open(hook)?;
+        self.run(ops, depth, hook)?;
+        self.check_all()?;
+        self.close(hook)
+    }
+
     /// Reads everything and judges it.
     pub fn check_all(&self) -> Result<(), String> {
         let bytes = self.read_all()?;

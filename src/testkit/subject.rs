@@ -9,6 +9,7 @@ use ploop_formats::store::pages::Pages;
 use ploop_formats::store::sim::{Rules, Sim, SimStore};
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::testkit::stamp::Value;
+use ploop_formats::testkit::workload::Shape;
 use std::sync::Arc;
 
 /// The store under every subject: simulated, failing by rule, with barriers that can be broken.
@@ -30,6 +31,16 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// A workload for it: so many requests, of which so many in a thousand reopen the disk.
+    pub fn shape(&self, ops: usize, reopens: u64) -> Shape {
+        Shape {
+            sectors: self.values.len(),
+            cluster: self.cluster,
+            ops,
+            reopens,
+        }
+    }
+
     /// Whether the written file may grow as it likes.
     pub fn is_roomy(&self) -> bool {
         self.files

@@ -175,7 +175,7 @@ fn pid(object: &Value, field: &str) -> Option<u32> {
 /// `processes` are those that were seen to serve it.
 pub fn assert_nothing_left(disk: &Path, processes: &[u32]) {
     let folder = disk.parent().unwrap_or(disk).to_str().unwrap().to_owned();
-    let inode = fs::metadata(disk).unwrap().ino();
+    let run = run_directory(disk);
     eventually(
         "the end of every process of the disk",
         Duration::from_secs(20),
@@ -184,36 +184,28 @@ pub fn assert_nothing_left(disk: &Path, processes: &[u32]) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let mine: Vec<&str> = mounts
         .lines()
-        .filter(|l| of_disk(l, &folder, inode))
+        .filter(|l| of_disk(l, &folder, &run))
         .collect();
     assert!(mine.is_empty(), "mounts are left: {mine:?}");
     let loops = ok(tool("losetup").args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"]));
     let mine: Vec<&str> = loops
         .lines()
-        .filter(|l| of_disk(l, &folder, inode))
+        .filter(|l| of_disk(l, &folder, &run))
         .collect();
     assert!(mine.is_empty(), "loop devices are left: {mine:?}");
-    let runs = run_directories(inode);
-    assert!(runs.is_empty(), "run directories are left: {runs:?}");
+    assert!(!run.exists(), "{} is left", run.display());
 }
 
-/// A run directory is named DEVICE-INODE of the disk's folder.
-fn of_disk(line: &str, folder: &str, inode: u64) -> bool {
-    let run_directory = format!("-{inode}");
-    let mut parts = line.split(|c: char| c == '/' || c.is_whitespace());
-    line.contains(folder) || parts.any(|part| part.ends_with(&run_directory))
+fn of_disk(line: &str, folder: &str, run: &Path) -> bool {
+    let run = run.to_str().unwrap();
+    let mut words = line.split(|c: char| c.is_whitespace());
+    line.contains(folder) || words.any(|word| word.starts_with(&format!("{run}/")))
 }
 
-/// The run directories of an inode.
-pub fn run_directories(inode: u64) -> Vec<PathBuf> {
-    let all = fs::read_dir("/run/ploop")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .map(|e| e.path());
-    let ends = format!("-{inode}");
-    all.filter(|p| p.to_str().is_some_and(|p| p.ends_with(&ends)))
-        .collect()
+/// Where a disk is registered while it is attached.
+pub fn run_directory(disk: &Path) -> PathBuf {
+    let meta = fs::metadata(disk).unwrap();
+    Path::new("/run/ploop").join(format!("{}-{}", meta.dev(), meta.ino()))
 }
 
 fn remains_in_proc(folder: &str, processes: &[u32]) -> Vec<String> {

@@ -50,6 +50,8 @@ pub fn ploopctl() -> Command {
             .expect("the build folder's name is UTF-8"),
     );
     command.env_remove("LISTEN_FDS").env_remove("LISTEN_PID");
+    let settings = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/ploop.toml");
+    command.env("PLOOP_CONFIG", settings);
     command
 }
 

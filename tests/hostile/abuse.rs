@@ -240,7 +240,7 @@ fn places(disk: &Disk<FileStore>) -> Vec<u64> {
 fn checked(dir: &Path, case: &Case) -> Result<Vec<ploop_formats::ploop::check::Report>> {
     let (source, dir) = source(dir, case)?;
     let chain = ploop::image::chain::Chain::read(&dir, &source)?;
-    now(check::layers(&dir, &chain))
+    now(check::layers(&dir, &chain, &mut ()))
 }
 
 enum Failure {
@@ -333,7 +333,7 @@ fn mend(
         let (source, dir) = source(dir, case)?;
         let _locks = lock::DiskLocks::take(&dir, &source, lock::Access::Write)?;
         let chain = ploop::image::chain::Chain::read(&dir, &source)?;
-        now(check::mend(&dir, &chain))
+        now(check::mend(&dir, &chain, &mut ()))
     };
     let done = meter.watch(mend);
     clear(&done)?;

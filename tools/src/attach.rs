@@ -5,8 +5,10 @@
 
 use crate::holders;
 use command_fds::{CommandFdExt, FdMapping};
+use ploop::client;
 use ploop::image::target::Identity;
 use ploop::rundir::{self, Departure, Entry, State};
+use ploop::serve::supervise::control::Ask;
 use ploop::serve::supervise::message::{Announce, KeeperConfig, Report};
 use ploop::serve::supervise::{leftover, mounts};
 use ploop::{Error, Kind, Result};
@@ -21,6 +23,9 @@ use std::time::{Duration, Instant};
 const REPORT_FD: i32 = 3;
 /// How long a keeper may take to close an image.
 pub const CLOSE_PATIENCE: Duration = Duration::from_secs(120);
+
+/// How long a keeper may take to understand that it is to stop, before it gets a signal.
+const ASK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// How long somebody may have a device open without it counting as use.
 pub const PROBE_PATIENCE: Duration = Duration::from_secs(2);
@@ -37,6 +42,12 @@ pub struct Attached {
 /// Cleans up after dead keepers, then lists the living, in the order of their paths.
 pub fn all() -> Result<Vec<Attached>> {
     leftover::sweep()?;
+    registered()
+}
+
+/// Lists the living without cleaning up, in the order of their paths. No keeper is asked.
+pub fn registered() -> Result<Vec<Attached>> {
+    let mounted = mounts::all().unwrap_or_default();
     let mut found = Vec::new();
     for entry in rundir::entries()? {
         if let Entry::Attached {
@@ -44,7 +55,9 @@ pub fn all() -> Result<Vec<Attached>> {
             state: Some(mut state),
         } = entry
         {
-            state.mountpoint = mounted_at(&state).pop().map(|p| p.display().to_string());
+            let device = state.device.as_deref().map(Path::new);
+            let point = device.and_then(|d| mounts::of(&mounted, d).pop());
+            state.mountpoint = point.map(|p| p.display().to_string());
             found.push(Attached { run: path, state });
         }
     }
@@ -64,10 +77,16 @@ pub fn mounted_at(state: &State) -> Vec<PathBuf> {
 pub fn find(what: &Path) -> Result<Attached> {
     let all = all()?;
     let not_attached = || {
-        Error::new(
-            Kind::NotFound,
-            format!("{}: no attached disk is known by that", what.display()),
-        )
+        // Whoever forgot sudo should not believe that the disk is gone.
+        let whose = match rustix::process::geteuid().is_root() {
+            true => "`ploopctl list` shows what is attached",
+            false => "`ploopctl list` shows what this user has attached; root's is seen by root",
+        };
+        let what = format!(
+            "{}: no attached disk is known by that; {whose}",
+            what.display()
+        );
+        Error::new(Kind::NotFound, what)
     };
     if let Ok(path) = what.canonicalize() {
         let by_point = |a: &&Attached| mounted_at(&a.state).contains(&path);
@@ -205,15 +224,25 @@ pub fn see_off(attached: &Attached, mut departure: Departure, patience: Duration
         None => Err(Error::new(
             Kind::TimedOut,
             format!(
-                "{}: not closed in time; closing goes on; see {}",
+                "{}: not closed in time; closing goes on{}",
                 attached.state.path,
-                attached.run.join("log").display()
+                see_log(&attached.state)
             ),
         )),
         Some(outcome) => match outcome.failure {
             None => Ok(()),
             Some(failure) => Err(Error::from(failure).at(&attached.state.path)),
         },
+    }
+}
+
+/// Where a disk's keeper says more.
+fn see_log(state: &State) -> String {
+    match state.log.as_deref() {
+        None => String::new(),
+        Some("journal") => format!("; see journalctl PLOOP_DISK={}", state.path),
+        Some("syslog") => "; see the messages of ploopd in the system's log".into(),
+        Some(file) => format!("; see {file}"),
     }
 }
 
@@ -266,8 +295,13 @@ fn busy(what: &Path, users: &[holders::Holder]) -> Error {
     Error::new(Kind::Busy, what)
 }
 
-/// Asks the keeper to stop; a process that merely got its number is never signalled.
+/// Asks the keeper to stop: on its control socket, else by a signal. A process that merely got its
+/// number is never signalled.
 pub fn terminate(attached: &Attached) -> Result<()> {
+    let asked = client::ask_all(&[&attached.run], &[Ask::Stop], ASK_PATIENCE);
+    if asked.iter().all(Result::is_ok) {
+        return Ok(());
+    }
     let pid = i32::try_from(attached.state.keeper_pid)
         .ok()
         .and_then(Pid::from_raw);

@@ -8,7 +8,10 @@ use signal_hook::flag;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a signal may go unnoticed by who sleeps.
+const BLINK: Duration = Duration::from_millis(50);
 
 /// Whether the user wants it to end.
 #[derive(Debug)]
@@ -27,6 +30,14 @@ impl Cancel {
         Ok(Self { asked })
     }
 
+    /// Notes nothing.
+    #[cfg(test)]
+    pub fn never() -> Self {
+        Self {
+            asked: Arc::default(),
+        }
+    }
+
     /// `Cancelled` once a signal came.
     pub fn check(&self) -> Result<()> {
         match self.asked.load(Ordering::Relaxed) {
@@ -38,18 +49,34 @@ impl Cancel {
         }
     }
 
+    /// Sleeps; false when a signal ended that.
+    pub fn sleep(&self, time: Duration) -> bool {
+        let end = Instant::now() + time;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.check().is_err() {
+                return self.check().is_ok();
+            }
+            std::thread::sleep(left.min(BLINK));
+        }
+    }
+
     /// What came of a step that started others: a signal of the terminal ends those, too, and then
     /// `Cancelled` is the truth about their failure.
     pub fn or<T>(&self, done: Result<T>) -> Result<T> {
         done.or_else(|e| self.check().and(Err(e)))
     }
 
-    /// Runs a program that says little, and ends it when a signal comes.
-    pub fn run(&self, command: &mut Command) -> Result<Output> {
+    /// Runs a program that says little, calls `tick` meanwhile, and ends it when a signal comes.
+    pub fn run(
+        &self,
+        command: &mut Command,
+        mut tick: impl FnMut() -> Result<()>,
+    ) -> Result<Output> {
         let quiet = command.stdin(Stdio::null()).stdout(Stdio::null());
         let mut child = quiet.stderr(Stdio::piped()).spawn()?;
         while child.try_wait()?.is_none() {
-            if self.check().is_err() {
+            if tick().and(self.check()).is_err() {
                 let _ = child.kill();
             }
             std::thread::sleep(Duration::from_millis(5));

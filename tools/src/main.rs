@@ -9,32 +9,40 @@ mod attach;
 mod cancel;
 mod cmd;
 mod force;
+mod global;
 mod holders;
+mod meter;
 mod nbd;
 mod report;
+mod screen;
+mod settings;
 mod size;
+mod table;
+mod view;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use report::Output;
+use global::Global;
 use std::process::ExitCode;
 
 /// A container's file system in a file: make, mount, serve and check ploop disks.
 ///
 /// DISK is a directory with a DiskDescriptor.xml, that file, or a bare image file with --format.
 #[derive(Debug, Parser)]
-#[command(name = "ploopctl", version, after_help = EXIT_CODES)]
+#[command(name = "ploopctl", version, after_help = AFTER_HELP)]
 struct Cli {
-    /// How results and errors are printed
-    #[arg(short = 'o', long, global = true, value_enum, default_value = "text")]
-    output: Output,
+    #[command(flatten)]
+    global: Global,
     #[command(subcommand)]
     command: cmd::Command,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 ok, 1 failed, 2 usage, 3 leaks only (check), 4 busy or \
+const AFTER_HELP: &str = "Exit codes: 0 ok, 1 failed, 2 usage, 3 leaks only (check), 4 busy or \
 locked, 5 I/O, 6 damaged, 7 unsupported, 8 missing privilege, 9 timed out, 10 cancelled, 11 not \
-found.";
+found.
+
+Settings: /etc/ploop/ploop.toml, or the file that --config or PLOOP_CONFIG names; keys: keep-free, \
+sandbox, log (auto, journal, syslog, file), mount.cache, serve.cache. Options win.";
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -42,9 +50,9 @@ fn main() -> ExitCode {
         Err(e) => return usage(&e),
     };
     answer::log_to_stderr();
-    match cmd::run(cli.command, cli.output) {
-        Ok(answer) => answer.print(cli.output),
-        Err(e) => report::error(&e, cli.output),
+    match cmd::run(cli.command, &cli.global) {
+        Ok(answer) => answer.print(cli.global.output),
+        Err(e) => report::error(&e, cli.global.output),
     }
 }
 

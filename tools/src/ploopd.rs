@@ -4,27 +4,33 @@
 
 mod report;
 
-use clap::Parser;
-use ploop::serve::supervise::{self, Task, inherit, log::Log, message::KeeperConfig};
+use clap::{ArgGroup, Parser};
+use ploop::serve::supervise::log::{Log, Priority};
+use ploop::serve::supervise::{self, Task, inherit, message::KeeperConfig};
 use ploop::{Error, Result};
 use report::Output;
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::Mutex;
+use std::sync::Arc;
+use tracing::Metadata;
+use tracing_subscriber::fmt::format::{DefaultFields, Format, Full};
+use tracing_subscriber::fmt::{MakeWriter, SubscriberBuilder};
 
 /// Keeps one attached disk. Started by ploopctl mount and ploopctl serve.
 #[derive(Debug, Parser)]
-#[command(name = "ploopd", version)]
-#[group(required = true, multiple = false)]
+#[command(name = "ploopd", version, group(ArgGroup::new("what").required(true)))]
 struct Cli {
     /// Attach the disk that this JSON object describes
-    #[arg(long, value_name = "JSON")]
+    #[arg(long, value_name = "JSON", group = "what")]
     config: Option<String>,
     /// Serve for a keeper that waits on descriptor 3
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, group = "what")]
     worker: bool,
+    /// Mark each line that is printed with its priority
+    #[arg(long, hide = true, requires = "worker")]
+    captured: bool,
     /// Attach or detach a block device for a keeper
-    #[arg(long, value_name = "JSON", hide = true)]
+    #[arg(long, value_name = "JSON", hide = true, group = "what")]
     errand: Option<String>,
 }
 
@@ -36,7 +42,11 @@ fn main() -> ExitCode {
     let _ = rustix::thread::set_name(c"ploopd");
     let cli = Cli::parse();
     match cli {
-        Cli { worker: true, .. } => worker(),
+        Cli {
+            worker: true,
+            captured,
+            ..
+        } => worker(captured),
         Cli {
             errand: Some(task), ..
         } => errand(&task),
@@ -81,21 +91,84 @@ fn leave_terminal(detached: bool) -> Result<()> {
 }
 
 fn logging(log: Option<&Log>) {
-    let builder = tracing_subscriber::fmt().with_ansi(false);
     match log {
-        None => builder.with_writer(std::io::stderr).init(),
+        None => builder().with_writer(std::io::stderr).init(),
         Some(log) => {
             log.take_stderr();
-            builder.with_writer(Mutex::new(log.clone())).init();
+            let log = log.clone();
+            let say = move |priority, line: &str| {
+                log.event(priority, line);
+                Ok(())
+            };
+            bare().with_writer(Lines(Arc::new(say))).init();
         }
     }
 }
 
-fn worker() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_ansi(false)
-        .with_writer(std::io::stderr)
-        .init();
+/// Lines for people.
+fn builder() -> SubscriberBuilder {
+    tracing_subscriber::fmt().with_ansi(false)
+}
+
+/// Lines for somebody who adds the rest.
+fn bare() -> SubscriberBuilder<DefaultFields, Format<Full, ()>> {
+    builder()
+        .with_level(false)
+        .with_target(false)
+        .without_time()
+}
+
+type Say = dyn Fn(Priority, &str) -> io::Result<()> + Send + Sync;
+
+/// Each event as one line with its priority.
+struct Lines(Arc<Say>);
+
+/// One event.
+struct Line {
+    priority: Priority,
+    say: Arc<Say>,
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line {
+            priority: Priority::Info,
+            say: Arc::clone(&self.0),
+        }
+    }
+
+    fn make_writer_for(&'a self, meta: &Metadata<'_>) -> Line {
+        Line {
+            priority: Priority::from(meta.level()),
+            say: Arc::clone(&self.0),
+        }
+    }
+}
+
+impl Write for Line {
+    /// The subscriber writes an event in one piece.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        (self.say)(self.priority, &String::from_utf8_lossy(event))?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn worker(captured: bool) -> ExitCode {
+    match captured {
+        false => builder().with_writer(io::stderr).init(),
+        true => {
+            let say = |priority: Priority, line: &str| {
+                io::stderr().write_all(priority.mark(line).as_bytes())
+            };
+            bare().with_writer(Lines(Arc::new(say))).init();
+        }
+    }
     match supervise::worker::run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {

@@ -18,13 +18,7 @@ pub enum Output {
 /// Prints an error, and gives its exit code.
 pub fn error(e: &Error, output: Output) -> ExitCode {
     let code = e.kind().exit_code();
-    print_error(
-        code,
-        kind_name(e.kind()),
-        &e.to_string(),
-        hint(e.kind()),
-        output,
-    );
+    print_error(code, kind_name(e.kind()), &e.to_string(), hint(e), output);
     ExitCode::from(code)
 }
 
@@ -44,8 +38,8 @@ pub fn print_error(code: u8, kind: &str, message: &str, hint: Option<&str>, outp
 }
 
 /// The way out that most failures of a kind share.
-fn hint(kind: Kind) -> Option<&'static str> {
-    match kind {
+fn hint(e: &Error) -> Option<&'static str> {
+    match e.kind() {
         Kind::Damaged => {
             Some("`ploopctl check DISK` says more; `--repair` mends what can be mended")
         }
@@ -54,7 +48,10 @@ fn hint(kind: Kind) -> Option<&'static str> {
         }
         Kind::NoSpace => Some("free space on the file system that holds the disk's files"),
         Kind::ReadOnly => Some("`--read-only` serves or mounts what cannot be written"),
-        Kind::Privilege => Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root"),
+        Kind::Privilege if e.to_string().contains("CAP_") => {
+            Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root")
+        }
+        Kind::Privilege => Some("these files are another user's; be that user, or root"),
         _ => None,
     }
 }

@@ -3,6 +3,9 @@
 /// Parses a size in bytes.
 pub fn parse(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    if digits.is_empty() {
+        return Err("not a size; a whole number of bytes, or of K, M, G, T".into());
+    }
     let shift = match &text[digits.len()..] {
         "" => 0,
         "k" | "K" => 10,
@@ -13,7 +16,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     };
     let number: u64 = digits
         .parse()
-        .map_err(|_| "not a whole number of bytes".to_string())?;
+        .map_err(|_| "not a whole number of bytes, or of K, M, G, T".to_string())?;
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| "too large".to_string())

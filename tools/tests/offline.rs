@@ -74,7 +74,7 @@ fn a_disk_that_cannot_be_made_leaves_nothing() {
             .copied()
             .chain([text(&dir)])
             .collect();
-        fails(1, &args);
+        fails(2, &args);
         assert!(!dir.exists(), "{bad:?}");
     }
     std::fs::create_dir(&dir).expect("mkdir");
@@ -109,7 +109,7 @@ fn a_file_of_a_disk_is_not_opened_behind_its_back() {
     let scratch = Scratch::new();
     let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
     let image = disk.join("root.hds");
-    fails(1, &["check", text(&image)]);
+    fails(2, &["check", text(&image)]);
     let said = fails(1, &["check", "--format", "ploop", text(&image)]);
     assert!(said.contains("DiskDescriptor.xml"), "{said}");
     let copy = scratch.path("copy.img");

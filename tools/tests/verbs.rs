@@ -226,7 +226,7 @@ fn a_bare_image_is_deleted_alone_and_only_with_its_format() {
     let file = scratch.path("x.raw");
     fs::write(&file, vec![0; 1 << 20]).expect("write");
     fs::write(scratch.path("y"), "other").expect("write");
-    fails(1, &["delete", text(&file)]);
+    fails(2, &["delete", text(&file)]);
     ok(&["delete", text(&file), "--format", "raw"]);
     assert!(!file.exists() && scratch.path("y").exists());
     let disk = plain(&scratch, "d");

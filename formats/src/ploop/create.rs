@@ -10,6 +10,7 @@
 //! fallocate), because only the caller knows whether it wants to pay for it.
 
 use super::header::{HEADER_LEN, Header};
+use crate::progress::{Progress, Watch};
 use crate::store::Store;
 use crate::units::HostCluster;
 use crate::update::Update;
@@ -18,6 +19,8 @@ use bytes::Bytes;
 
 /// Table bytes written in one step.
 const STEP: u64 = 1 << 20;
+/// File length given in one step.
+const LENGTH_STEP: u64 = 1 << 30;
 
 /// File length of a new blank delta: its header and table, in whole clusters.
 pub fn blank_len(header: &Header) -> u64 {
@@ -63,8 +66,17 @@ pub async fn create<S: Store>(store: &S, header: &Header) -> Result<()> {
 /// `Empty` stays set in its header: that is what ploop writes (reference 1.6). Errors and
 /// durability as for [`create`].
 pub async fn create_preallocated<S: Store>(store: &S, header: &Header) -> Result<()> {
+    create_preallocated_watched(store, header, &mut ()).await
+}
+
+/// The same, for somebody who may end it; then the file is no image, as after any error.
+pub async fn create_preallocated_watched<S: Store>(
+    store: &S,
+    header: &Header,
+    watch: &mut dyn Watch,
+) -> Result<()> {
     refuse_content(store)?;
-    store.set_len(preallocated_len(header)?).await?;
+    lengthen(store, preallocated_len(header)?, watch).await?;
     let entry = |n| entry(header, n).unwrap_or(0);
     let end = header.entry_at(header.entries);
     let mut at = limits::PAGE;
@@ -76,6 +88,11 @@ pub async fn create_preallocated<S: Store>(store: &S, header: &Header) -> Result
         let data = table(header, at, chunk, entry);
         Update::new().write(at, data).apply(store).await?;
         at = at.saturating_add(chunk);
+        watch.tell(Progress {
+            phase: "table",
+            done: at.min(end),
+            total: end,
+        })?;
     }
     Update::new()
         .barrier()
@@ -83,6 +100,21 @@ pub async fn create_preallocated<S: Store>(store: &S, header: &Header) -> Result
         .barrier()
         .apply(store)
         .await
+}
+
+/// Gives an empty store its length, in steps: each takes its space where the store reserves any.
+async fn lengthen<S: Store>(store: &S, len: u64, watch: &mut dyn Watch) -> Result<()> {
+    let mut done = 0;
+    while done < len {
+        done = len.min(done.saturating_add(LENGTH_STEP));
+        store.set_len(done).await?;
+        watch.tell(Progress {
+            phase: "reserving space",
+            done,
+            total: len,
+        })?;
+    }
+    Ok(())
 }
 
 /// A new image never replaces bytes that are there.

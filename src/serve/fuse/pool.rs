@@ -3,9 +3,14 @@
 //! Each holds one whole request, placed so that the payload of a WRITE starts on a page boundary
 //! and can go to a file with direct I/O as it lies. Spare buffers go back to the system when the
 //! disk has been quiet; how many are out at once is the server's business.
+//!
+//! Whatever the kernel copies to or from must be in memory before it does. Where it has to fault a
+//! page in for a process that is being killed, it gives up and answers the request with EIO, instead
+//! of keeping it for the next worker.
 
 use bytes::{Bytes, BytesMut};
 use ploop_formats::buf;
+use std::hint;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -37,6 +42,7 @@ pub struct Loan {
 impl Pool {
     /// A pool of buffers for payloads up to `payload` bytes.
     pub fn new(payload: usize) -> Arc<Self> {
+        give_large_buffers_back();
         Arc::new(Self {
             payload,
             spares: Mutex::default(),
@@ -53,16 +59,20 @@ impl Pool {
         WRITE_HEAD + self.payload
     }
 
-    /// A buffer with unspecified content.
+    /// A buffer with unspecified content, all of it in memory.
     pub fn take(self: &Arc<Self>) -> Loan {
         let spare = self.spares().list.pop();
-        let buf = spare.unwrap_or_else(|| {
-            buf::aligned(buf::ALIGN + self.payload).split_off(buf::ALIGN - WRITE_HEAD)
-        });
         Loan {
-            buf,
+            buf: spare.unwrap_or_else(|| self.fresh()),
             home: Arc::clone(self),
         }
+    }
+
+    fn fresh(&self) -> BytesMut {
+        let mut buf = buf::aligned(buf::ALIGN + self.payload).split_off(buf::ALIGN - WRITE_HEAD);
+        // Not with zeros: those may be had from the system without being written.
+        buf.fill(0x5A);
+        buf
     }
 
     /// Whether there are spares and nobody watches over them: then the caller must call
@@ -115,6 +125,24 @@ impl Drop for Loan {
     fn drop(&mut self) {
         self.home.put(mem::take(&mut self.buf));
     }
+}
+
+/// Keeps large buffers out of the heap, whose freed middle stays with the process: glibc would begin
+/// to put them there as soon as the first was freed, and an idle disk would hold a megabyte more.
+fn give_large_buffers_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt(3) sets a number under the allocator's own lock and touches no memory of ours.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 19);
+    }
+}
+
+/// Brings every page of `data` into memory, for the kernel to copy from.
+pub fn touch(data: &[u8]) {
+    for page in data.chunks(buf::ALIGN) {
+        hint::black_box(page.first().copied());
+    }
+    hint::black_box(data.last().copied());
 }
 
 #[cfg(test)]

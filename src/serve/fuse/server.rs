@@ -20,7 +20,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::abi::{self, Attr, Range, SetAttr, WRITE_HEAD};
-use super::pool::{Loan, Pool};
+use super::pool::{Loan, Pool, touch};
 use super::request::{Ask, Request};
 use super::session::Session;
 use crate::device::{Device, Zero};
@@ -94,21 +94,26 @@ struct Job {
 type Answer = std::result::Result<Bytes, i32>;
 
 /// Takes requests until the session is over. Dropped at any point, it holds no request: the
-/// descriptor is only waited for, and reading it and making a task of what came are one step.
+/// descriptor is only waited for, and reading it, beginning what came and making a task of the rest
+/// are one step.
 async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<End> {
-    let mut loan = server.pool.take();
+    let mut kept = None;
     for turn in 1u64.. {
         let budget = server.worst_case().await;
+        let mut loan = kept.take().unwrap_or_else(|| server.pool.take());
         match rustix::io::read(&server.fd, &mut loan.buf[..]) {
             Ok(len) => {
                 let job = server.accept(&mut loan, len, budget);
-                exec::spawn(Rc::clone(server).work(job));
+                start(Rc::clone(server).work(job)).await;
+                kept = Some(loan);
                 if turn % BATCH == 0 {
                     exec::yield_now().await;
                 }
             }
             Err(Errno::AGAIN) => {
-                drop(budget);
+                // An idle disk keeps no buffer.
+                drop((loan, budget));
+                server.watch_pool();
                 exec::readable(&server.fd).await?;
             }
             // ENOENT: a request whose caller was killed before it was read.
@@ -118,6 +123,15 @@ async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<En
         }
     }
     unreachable!("the range has no end")
+}
+
+/// Does work as far as it goes without waiting; the rest is a task of its own. Never waits itself.
+async fn start(work: impl Future<Output = ()> + 'static) {
+    let mut work = Box::pin(work);
+    let waits = poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx).is_pending())).await;
+    if waits {
+        exec::spawn(work);
+    }
 }
 
 impl<D: Device + 'static> Server<D> {
@@ -166,6 +180,10 @@ impl<D: Device + 'static> Server<D> {
             self.reply(unique, answer);
         }
         drop(budget);
+        self.watch_pool();
+    }
+
+    fn watch_pool(&self) {
         if self.pool.wants_trimmer() {
             exec::spawn(trim(Arc::clone(&self.pool)));
         }
@@ -178,6 +196,7 @@ impl<D: Device + 'static> Server<D> {
             Err(errno) => (errno, Bytes::new()),
         };
         let header = abi::encode_header(unique, errno, body.len());
+        touch(&body);
         let parts = [IoSlice::new(&header), IoSlice::new(&body)];
         match retry_on_intr(|| rustix::io::writev(&self.fd, &parts)) {
             // ENOENT: its caller was killed. ENODEV: the session is over. Nobody waits any more.

@@ -84,6 +84,9 @@ impl Worker {
             .process_group(0)
             .fd_mappings(baggage.mappings)
             .map_err(|e| Error::invalid(e.to_string()))?;
+        if capture {
+            command.arg("--captured");
+        }
         let mut child = command
             .spawn()
             .map_err(|e| Error::from(e).at("starting a worker"))?;

@@ -3,17 +3,21 @@
 //! One JSON value a line. The keeper greets with its version, answers requests in order, and sends
 //! events to those who asked for them. A second socket answers any HTTP request with the counters as
 //! Prometheus reads them. Mode 0600, the peer's user is checked, everything that a client can make
-//! us hold is bounded, and no client is ever waited for.
+//! us hold is bounded, and no client is ever waited for. Clients of ours use [`crate::client`].
 
+use super::host::Footprint;
 use super::message::Failure;
 use crate::counters::Stat;
 use crate::rundir::{Phase, State};
-use ploop_formats::{Error, Kind, Result};
+use ploop_formats::{Error, Result};
 use rustix::event::{PollFd, PollFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -27,9 +31,9 @@ pub const METRICS: &str = "metrics";
 /// Clients at once; the longest connected one makes room.
 const CLIENTS_MAX: usize = 32;
 /// Longest line of a client, in bytes.
-const LINE_MAX: usize = 16 << 10;
+pub(crate) const LINE_MAX: usize = 16 << 10;
 /// Bytes of answers that wait for a client; a slower one is hung up on.
-const BACKLOG_MAX: usize = 1 << 20;
+pub(crate) const BACKLOG_MAX: usize = 1 << 20;
 
 /// What the keeper says first.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +65,9 @@ pub enum Ask {
     Stat,
     /// Every change of state from now on, the present one first.
     Events,
+    /// A descriptor of the counters' memory, which comes with the answer: who watches them from
+    /// then on asks nobody.
+    Counters,
     /// Detach the disk, as SIGTERM does; the answer only says that it was understood.
     Stop,
     /// Use a failed disk again; the answer only says that it is tried.
@@ -80,10 +87,24 @@ pub struct Answer {
     pub error: Option<Failure>,
 }
 
+/// What `stat` is answered with.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Figures {
+    /// What was asked of the disk.
+    #[serde(flatten)]
+    pub counters: Stat,
+    /// What it takes and what is left, where that is known. A keeper of an older release does not
+    /// say.
+    #[serde(flatten)]
+    pub footprint: Option<Footprint>,
+}
+
 /// What the keeper knows.
-pub(super) trait Oracle {
+pub(crate) trait Oracle {
     fn state(&self) -> &State;
-    fn stat(&self) -> Stat;
+    fn stat(&self) -> Figures;
+    /// The counters' memory, to be read and not written.
+    fn counters(&self) -> Option<BorrowedFd<'_>>;
 }
 
 /// The socket and those who are connected.
@@ -98,18 +119,21 @@ pub(super) struct Control {
 
 /// What clients can order.
 #[derive(Debug, Default)]
-pub(super) struct Orders {
+pub(crate) struct Orders {
     /// Detach the disk.
     pub(super) stop: bool,
     /// Use it again although it failed.
     pub(super) recover: bool,
 }
 
+/// Somebody who is connected.
 #[derive(Debug)]
-struct Client {
+pub(crate) struct Client {
     stream: UnixStream,
     input: Vec<u8>,
     output: Vec<u8>,
+    /// How far in `output` the answers begin that the counters' descriptor goes with.
+    passing: VecDeque<usize>,
     speaks_http: bool,
     events: bool,
     /// Hung up on once its answers are sent.
@@ -181,7 +205,8 @@ fn event(state: &State) -> Value {
 }
 
 impl Client {
-    fn welcome(stream: UnixStream, speaks_http: bool) -> Option<Self> {
+    /// Greets who may connect.
+    pub(crate) fn welcome(stream: UnixStream, speaks_http: bool) -> Option<Self> {
         let peer = rustix::net::sockopt::socket_peercred(stream.as_fd()).ok()?;
         let own = rustix::process::geteuid();
         if peer.uid != own && !peer.uid.is_root() {
@@ -192,6 +217,7 @@ impl Client {
             stream,
             input: Vec::new(),
             output: Vec::new(),
+            passing: VecDeque::new(),
             speaks_http,
             events: false,
             last: false,
@@ -210,8 +236,8 @@ impl Client {
         self.output.push(b'\n');
     }
 
-    /// Whether it stays.
-    fn turn(&mut self, oracle: &impl Oracle, orders: &mut Orders) -> bool {
+    /// Does all that can be done for it without waiting. Whether it stays.
+    pub(crate) fn turn(&mut self, oracle: &impl Oracle, orders: &mut Orders) -> bool {
         let stays = self.receive();
         while let Some(line) = self.line() {
             self.serve(&line, oracle, orders);
@@ -219,8 +245,14 @@ impl Client {
         if self.input.len() >= LINE_MAX {
             return false;
         }
-        let sent = self.send();
+        let sent = self.send(oracle.counters());
         stays && sent && self.output.len() <= BACKLOG_MAX && !(self.last && self.output.is_empty())
+    }
+
+    /// Bytes that are held for it: of an unfinished line, and of answers.
+    #[cfg(feature = "testkit")]
+    pub(crate) fn holds(&self) -> (usize, usize) {
+        (self.input.len(), self.output.len())
     }
 
     fn receive(&mut self) -> bool {
@@ -271,6 +303,14 @@ impl Client {
                 self.events = true;
                 return self.say(&event(oracle.state()));
             }
+            Ask::Counters if oracle.counters().is_some() => {
+                self.passing.push_back(self.output.len());
+                json!({})
+            }
+            Ask::Counters => {
+                let error = Error::unsupported("the counters' descriptor cannot be passed");
+                return self.refuse(request.id, &error);
+            }
             Ask::Stop => {
                 orders.stop = true;
                 json!({})
@@ -300,15 +340,38 @@ impl Client {
         }));
     }
 
-    fn send(&mut self) -> bool {
+    fn send(&mut self, counters: Option<BorrowedFd<'_>>) -> bool {
         while !self.output.is_empty() {
-            match self.stream.write(&self.output) {
-                Ok(n) => drop(self.output.drain(..n)),
+            match self.send_some(counters) {
+                Ok(n) => {
+                    self.output.drain(..n);
+                    self.passing.iter_mut().for_each(|at| *at -= n);
+                }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) => return e.kind() == io::ErrorKind::WouldBlock,
             }
         }
         true
+    }
+
+    /// Sends up to the next answer that a descriptor goes with: it belongs to that one's first
+    /// byte.
+    fn send_some(&mut self, counters: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+        let passes = self.passing.front() == Some(&0);
+        let end = self.passing.get(usize::from(passes)).copied();
+        let part = self.output.get(..end.unwrap_or(self.output.len()));
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let fds = [counters.unwrap_or(self.stream.as_fd())];
+        if passes && counters.is_some() {
+            control.push(SendAncillaryMessage::ScmRights(&fds));
+        }
+        let data = [IoSlice::new(part.unwrap_or_default())];
+        let sent = sendmsg(&self.stream, &data, &mut control, SendFlags::NOSIGNAL)?;
+        if passes && sent > 0 {
+            self.passing.pop_front();
+        }
+        Ok(sent)
     }
 }
 
@@ -321,7 +384,8 @@ fn http(body: &str) -> Vec<u8> {
 }
 
 /// The counters in Prometheus' text format.
-pub fn prometheus(state: &State, stat: &Stat) -> String {
+pub fn prometheus(state: &State, figures: &Figures) -> String {
+    let stat = &figures.counters;
     let disk = state.path.replace('\\', "\\\\").replace('"', "\\\"");
     let disk = disk.replace('\n', "\\n");
     let head = |name: &str, kind: &str, help: &str| {
@@ -362,15 +426,36 @@ pub fn prometheus(state: &State, stat: &Stat) -> String {
         out += &format!("ploop_request_seconds_sum{{{labels}}} {sum}\n");
         out += &format!("ploop_request_seconds_count{{{labels}}} {below}\n");
     }
-    let gauges = [
+    let mut gauges = vec![
         ("in_flight", "Requests not answered yet.", stat.in_flight),
         (
             "oldest_request_seconds",
             "Age of the oldest of them.",
             stat.oldest_s,
         ),
+        (
+            "hung_io",
+            "Requests that have waited for 10 seconds or more.",
+            stat.hung,
+        ),
         ("size_bytes", "Virtual size.", state.size),
+        (
+            "failed",
+            "Whether it failed and waits for `recover` or `umount`.",
+            u64::from(state.state == Phase::Failed),
+        ),
+        (
+            "host_low",
+            "Whether the host is low on space, so that new space is refused, or soon will be.",
+            u64::from(state.host_low),
+        ),
     ];
+    if let Some(here) = &figures.footprint {
+        let taken = "What the top layer's file takes on the host.";
+        let free = "What the host's file system has left.";
+        gauges.push(("alloc_bytes", taken, here.allocated));
+        gauges.push(("host_free_bytes", free, here.host_free));
+    }
     for (name, help, value) in gauges {
         out += &head(name, "gauge", help);
         out += &format!("ploop_{name}{{disk=\"{disk}\"}} {value}\n");
@@ -384,91 +469,4 @@ pub fn prometheus(state: &State, stat: &Stat) -> String {
         "ploop_worker_restarts_total{{disk=\"{disk}\"}} {}\n",
         state.restarts
     )
-}
-
-/// The other end of a control socket.
-#[derive(Debug)]
-pub struct Remote {
-    stream: io::BufReader<UnixStream>,
-    next: u64,
-}
-
-impl Remote {
-    /// Connects to the keeper of a run directory. `Unsupported` when it speaks another language.
-    pub fn connect(run: &Path) -> Result<Self> {
-        let path = run.join(SOCKET);
-        let place = |e: io::Error| Error::from(e).at(path.display());
-        let stream = UnixStream::connect(&path).map_err(place)?;
-        let patience = std::time::Duration::from_secs(10);
-        stream.set_read_timeout(Some(patience)).map_err(place)?;
-        stream.set_write_timeout(Some(patience)).map_err(place)?;
-        let mut remote = Self {
-            stream: io::BufReader::new(stream),
-            next: 0,
-        };
-        let greeting: Greeting = remote.hear()?;
-        match greeting.proto {
-            PROTO => Ok(remote),
-            other => Err(Error::unsupported(format!(
-                "ploopd {} speaks control protocol {other}, this is {PROTO}",
-                greeting.version
-            ))),
-        }
-    }
-
-    /// Asks, and waits for the answer.
-    pub fn ask(&mut self, ask: Ask) -> Result<Value> {
-        self.next += 1;
-        let id = self.next;
-        self.tell(&Request { id, ask })?;
-        let answer: Answer = self.hear()?;
-        match (answer.error, answer.result) {
-            (Some(failure), _) => Err(failure.into()),
-            (None, Some(result)) if answer.id == id => Ok(result),
-            _ => Err(Error::new(Kind::Io, "control socket: an answer to nothing")),
-        }
-    }
-
-    /// What `list` shows.
-    pub fn state(&mut self) -> Result<State> {
-        let state = self.ask(Ask::State)?;
-        serde_json::from_value(state).map_err(|e| Error::invalid(format!("state: {e}")))
-    }
-
-    /// The counters.
-    pub fn stat(&mut self) -> Result<Stat> {
-        let stat = self.ask(Ask::Stat)?;
-        serde_json::from_value(stat).map_err(|e| Error::invalid(format!("counters: {e}")))
-    }
-
-    /// Asks for events: each call of [`Remote::event`] gives one.
-    pub fn subscribe(&mut self) -> Result<()> {
-        self.tell(&Request {
-            id: 0,
-            ask: Ask::Events,
-        })?;
-        Ok(self.stream.get_ref().set_read_timeout(None)?)
-    }
-
-    /// The next event; `None` once the disk is detached. Waits.
-    pub fn event(&mut self) -> Result<Option<Value>> {
-        match self.hear() {
-            Err(e) if e.kind() == Kind::NotFound => Ok(None),
-            event => event.map(Some),
-        }
-    }
-
-    fn tell(&mut self, request: &Request) -> Result<()> {
-        let text = serde_json::to_string(request).map_err(io::Error::from)?;
-        Ok(self.stream.get_mut().write_all((text + "\n").as_bytes())?)
-    }
-
-    fn hear<T: serde::de::DeserializeOwned>(&mut self) -> Result<T> {
-        let mut line = String::new();
-        io::BufRead::read_line(&mut (&mut self.stream).take(BACKLOG_MAX as u64), &mut line)?;
-        if line.is_empty() {
-            return Err(Error::new(Kind::NotFound, "the keeper is gone"));
-        }
-        serde_json::from_str(&line).map_err(|e| Error::invalid(format!("control socket: {e}")))
-    }
 }

@@ -6,8 +6,9 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
-use super::control::{Control, Oracle};
+use super::control::{Control, Figures, Oracle};
 use super::errand::{Errand, Task};
+use super::host::{self, Footprint};
 use super::listen::Sockets;
 use super::log::Log;
 use super::message::{
@@ -16,9 +17,10 @@ use super::message::{
 use super::restart::Restarts;
 use super::space::Space;
 use super::{inherit, leftover};
-use crate::counters::{Counters, Stat};
+use crate::counters::Counters;
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
+use crate::io::look::Look;
 use crate::io::memfd::SharedWords;
 use crate::io::room::HostSpace;
 use crate::rundir::{Outcome, Phase, RunDir, State};
@@ -28,8 +30,8 @@ use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::OpenOptions;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -56,7 +58,11 @@ struct Holdings {
     source: Source,
     ledger: Option<SharedWords>,
     counters: Counters,
+    /// Their memory as watchers may have it; none where `/proc` is missing.
+    watched: Option<OwnedFd>,
     endpoint: Endpoint,
+    /// None where `/proc` is missing.
+    host: Option<Look<Footprint>>,
     locks: DiskLocks,
 }
 
@@ -104,6 +110,8 @@ enum Health {
 struct Known<'a> {
     state: &'a State,
     counters: &'a Counters,
+    watched: Option<&'a OwnedFd>,
+    host: Option<&'a Look<Footprint>>,
 }
 
 impl Oracle for Known<'_> {
@@ -111,8 +119,15 @@ impl Oracle for Known<'_> {
         self.state
     }
 
-    fn stat(&self) -> Stat {
-        self.counters.stat()
+    fn stat(&self) -> Figures {
+        Figures {
+            counters: self.counters.stat(),
+            footprint: self.host.and_then(Look::now),
+        }
+    }
+
+    fn counters(&self) -> Option<BorrowedFd<'_>> {
+        self.watched.map(AsFd::as_fd)
     }
 }
 
@@ -140,7 +155,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         Ok((signals, target, run))
     });
     let (signals, target, run) = opened.inspect_err(|e| announcer.failed(&Failure::from(e)))?;
-    let prepared = open_log(&config, &run, logging).and_then(|log| {
+    let prepared = open_log(&config, &target, &run, logging).and_then(|log| {
         let control = Control::listen(run.path())?;
         Ok((log, control, Holdings::take(&config, &target, &run)?))
     });
@@ -155,7 +170,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
             return Err(e);
         }
     };
-    let state = first_state(&config, &target, &held)?;
+    let mut state = first_state(&config, &target, &held)?;
+    state.log = log.as_ref().map(Log::place);
     let keeper = Keeper {
         config,
         run,
@@ -193,12 +209,15 @@ fn signals() -> Result<UnixStream> {
 
 fn open_log(
     config: &KeeperConfig,
+    target: &Target,
     run: &RunDir,
     logging: impl FnOnce(Option<&Log>),
 ) -> Result<Option<Log>> {
     let path = run.path().join("log");
+    let disk = target.path().display().to_string();
+    let open = || Log::open(&path, &disk, config.log);
     let log = match config.detached {
-        true => Some(Log::open(&path).map_err(|e| Error::from(e).at(path.display()))?),
+        true => Some(open().map_err(|e| Error::from(e).at(path.display()))?),
         false => None,
     };
     logging(log.as_ref());
@@ -232,6 +251,7 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
         engine: None,
         host_low: false,
         restarts: 0,
+        log: None,
         error: None,
     })
 }
@@ -259,11 +279,13 @@ impl Holdings {
             }
         };
         Ok(Self {
-            dir,
             source,
             ledger,
+            watched: counters.read_only().ok(),
             counters,
             endpoint,
+            host: host::footprint(&dir, locks.top()).ok(),
+            dir,
             locks,
         })
     }
@@ -465,6 +487,8 @@ impl Keeper {
         let known = Known {
             state: &self.state,
             counters: &self.held.counters,
+            watched: self.held.watched.as_ref(),
+            host: self.held.host.as_ref(),
         };
         self.control.turn(&known);
         let orders = std::mem::take(&mut self.control.orders);
@@ -666,7 +690,7 @@ impl Keeper {
     /// Copies what the worker printed into the log.
     fn copy_output(&mut self) {
         let output = self.worker.as_ref().and_then(|w| w.output.as_ref());
-        let (Some(output), Some(log)) = (output, self.log.as_mut()) else {
+        let (Some(output), Some(log)) = (output, &self.log) else {
             return;
         };
         let mut buf = [0u8; 16 << 10];
@@ -681,12 +705,13 @@ impl Keeper {
         let mut ended = false;
         while !ended && again(output) {
             match rustix::io::read(output, &mut buf) {
-                Ok(n) if n > 0 => {
-                    let _ = log.write_all(buf.get(..n).unwrap_or_default());
-                }
+                Ok(n) if n > 0 => log.raw(buf.get(..n).unwrap_or_default()),
                 Err(rustix::io::Errno::INTR) => {}
                 _ => ended = true,
             }
+        }
+        if ended {
+            log.end_raw();
         }
         if let Some(worker) = self.worker.as_mut().filter(|_| ended) {
             worker.output = None;

@@ -121,12 +121,29 @@ pub struct KeeperConfig {
     pub mode: Mode,
     /// Whether to run in a session of its own and log into the run directory.
     pub detached: bool,
+    /// Where it logs when it is detached.
+    pub log: Destination,
     /// Whether the worker is confined before it looks at an image.
     pub sandbox: bool,
     /// Who is told once the disk can be used.
     pub announce: Announce,
     /// Whether output and errors of this process are JSON.
     pub json: bool,
+}
+
+/// Where a keeper logs that has no terminal. What cannot be reached is replaced by the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Destination {
+    /// The first of the following that is there.
+    #[default]
+    Auto,
+    /// The journal of systemd.
+    Journal,
+    /// syslog, by `/dev/log`.
+    Syslog,
+    /// `log` in the run directory.
+    File,
 }
 
 /// Who is told once the disk can be used, or that it cannot.
@@ -150,7 +167,8 @@ pub struct Failure {
 }
 
 /// Every kind with its stable name.
-const KINDS: [(Kind, &str); 14] = [
+const KINDS: [(Kind, &str); 15] = [
+    (Kind::Usage, "usage"),
     (Kind::Io, "io"),
     (Kind::NoSpace, "no-space"),
     (Kind::Pending, "pending"),
@@ -296,7 +314,7 @@ pub enum Event {
         cache: Cache,
     },
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
-    /// more than once a second.
+    /// more than four times a second.
     Low,
     /// No flush can succeed any more.
     Poisoned,

@@ -8,14 +8,15 @@
 //!
 //! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
-//! [`control`] what others may ask, [`leftover`] what a dead keeper leaves behind, [`space`] and
-//! [`brake`] what is done while the host is nearly full.
+//! [`control`] what others may ask, [`host`] what a disk takes on the host, [`leftover`] what a dead
+//! keeper leaves behind, [`space`] and [`brake`] what is done while the host is nearly full.
 
 mod announce;
 mod brake;
 mod child;
 pub mod control;
 mod errand;
+pub mod host;
 pub mod inherit;
 pub mod keeper;
 pub mod leftover;

@@ -74,9 +74,15 @@ pub fn seen_by(proc: &Path) -> Result<Vec<Mount>> {
 ///
 /// By the mount's source, not by `st_dev`: btrfs shows devices of its own.
 pub fn of_device(device: &Path) -> Result<Vec<PathBuf>> {
+    Ok(of(&all()?, device))
+}
+
+/// The same, of what was read before.
+pub fn of(mounted: &[Mount], device: &Path) -> Vec<PathBuf> {
     let rdev = std::fs::metadata(device).ok().map(|m| m.rdev());
-    let same = |m: &Mount| m.source == device || rdev.is_some_and(|r| r != 0 && r == m.dev);
-    Ok(all()?.into_iter().filter(same).map(|m| m.point).collect())
+    let same = |m: &&Mount| m.source == device || rdev.is_some_and(|r| r != 0 && r == m.dev);
+    let points = mounted.iter().filter(same);
+    points.map(|m| m.point.clone()).collect()
 }
 
 /// Unmounts the file system on top of `point`.

@@ -1,7 +1,7 @@
 //! Space: what the keeper does while the host is low on it.
 //!
 //! The worker refuses new space by itself. The keeper says so once, shows it, tells a file system
-//! on the device to give out no more, and looks once a second whether that is over. It sleeps
+//! on the device to give out no more, and looks twice a second whether that is over. It sleeps
 //! until a worker reports that space is wanted and low.
 
 use super::brake::Brake;
@@ -11,10 +11,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Time between two looks.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(500);
 /// How long nobody must have wanted space in vain before it is believed to be back: a quota is not
 /// seen in what the host has.
-const QUIET: Duration = Duration::from_secs(3);
+const QUIET: Duration = Duration::from_millis(500);
 
 /// Whether the host is low on space, and what was done about it.
 #[derive(Debug, Default)]

@@ -37,7 +37,7 @@ use tokio::sync::{oneshot, watch};
 /// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
 /// Time between two reports of the same.
-const REPORT_PAUSE: Duration = Duration::from_secs(1);
+const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
 pub fn run() -> Result<()> {
@@ -97,14 +97,14 @@ async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
 /// Opens the disk, serves it, and closes it.
 async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> Result<()> {
     let dir = inherit::take(config.dir_fd)?;
+    let counters = Counters::new(Arc::new(SharedWords::from_fd(inherit::take(
+        config.counters_fd,
+    )?)?))?;
     confine(&dir, config.sandbox)?;
     if let WorkerMode::Broken { fds, session, size } = config.mode {
         return serve_errors(control, fds, &session, size, engine).await;
     }
     let ledger = ledger(&config)?;
-    let counters = Counters::new(Arc::new(SharedWords::from_fd(inherit::take(
-        config.counters_fd,
-    )?)?))?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk = match ledger {

@@ -3,6 +3,7 @@
 //! A fuzzer calls [`Target::run`] with whatever it makes up; a plain test calls it with the seeds
 //! and with mutations of them. A target panics when a promise is broken, and only then.
 
+mod control;
 mod image;
 mod nbd;
 mod ops;
@@ -22,7 +23,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     Target {
         name: "ploop_open",
         run: image::run,
@@ -47,6 +48,11 @@ pub const TARGETS: [Target; 5] = [
         name: "nbd_transmission",
         run: nbd::transmission,
         seeds: nbd::transmission_seeds,
+    },
+    Target {
+        name: "control_socket",
+        run: control::run,
+        seeds: control::seeds,
     },
 ];
 

@@ -6,6 +6,8 @@
 use super::FormatArg;
 use crate::answer::Answer;
 use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::meter::Meter;
 use crate::size;
 use clap::ValueEnum;
 use ploop::formats::units::ClusterSize;
@@ -13,6 +15,7 @@ use ploop::image::adopt::{Candidate, Shape};
 use ploop::serve::supervise::message::Failure;
 use ploop::{Error, Result};
 use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -32,11 +35,13 @@ pub struct Args {
 }
 
 /// Does it.
-pub fn run(args: &Args) -> Result<Answer> {
+pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
+    let mut meter = Meter::new(global.progress, &cancel);
     let candidate = Candidate::new(&args.file, args.format.into())?;
-    cancel.or(refuse_damaged(candidate.file(), args.format))?;
-    let shape = cancel.or(shape(candidate.file(), args.format))?;
+    cancel.or(refuse_damaged(candidate.file(), args.format, &mut meter))?;
+    let shape = cancel.or(shape(candidate.file(), args.format, &mut meter))?;
+    drop(meter);
     cancel.check()?;
     let dir = candidate.adopt(&args.dir, shape)?;
     let image = dir.join(ploop::image::init::IMAGE);
@@ -51,8 +56,8 @@ pub fn run(args: &Args) -> Result<Answer> {
     ))
 }
 
-fn refuse_damaged(file: &Path, format: FormatArg) -> Result<()> {
-    let report = ask("check", file, format)?;
+fn refuse_damaged(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<()> {
+    let report = ask("check", file, format, meter)?;
     match report["layers"][0]["errors"].as_u64() {
         Some(0) => Ok(()),
         errors => Err(Error::damaged(format!(
@@ -66,8 +71,8 @@ fn refuse_damaged(file: &Path, format: FormatArg) -> Result<()> {
     }
 }
 
-fn shape(file: &Path, format: FormatArg) -> Result<Shape> {
-    let info = ask("info", file, format)?;
+fn shape(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<Shape> {
+    let info = ask("info", file, format, meter)?;
     let own = &info["layers"][0]["cluster"];
     let number = |value: &Value, what: &str| {
         let missing = || Error::invalid(format!("{}: info shows no {what}", file.display()));
@@ -80,29 +85,52 @@ fn shape(file: &Path, format: FormatArg) -> Result<Shape> {
     })
 }
 
-/// What a verb of ours says about the image; its error becomes ours.
-fn ask(verb: &str, file: &Path, format: FormatArg) -> Result<Value> {
-    let output = Command::new(std::env::current_exe()?)
-        .args(["-o", "json", verb, "--format", &name(format), "--"])
+/// What a verb of ours says about the image; its error becomes ours, and its progress.
+fn ask(verb: &str, file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<Value> {
+    let progress = if meter.is_wanted() { "json" } else { "none" };
+    let mut child = Command::new(std::env::current_exe()?)
+        .args(["-o", "json", "--progress", progress])
+        .args([verb, "--format", &name(format), "--"])
         .arg(file)
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .map_err(|e| Error::from(e).at(format!("ploopctl {verb}")))?;
-    if let Ok(value) = serde_json::from_slice(&output.stdout) {
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let (said, last) = std::thread::scope(|scope| {
+        let said = scope.spawn(|| out.map(|mut out| read_all(&mut out)));
+        let last = err.map(|err| follow(BufReader::new(err), meter));
+        (said.join().ok().flatten(), last.transpose())
+    });
+    let status = child.wait();
+    let (said, last) = (said.unwrap_or_default(), last?.unwrap_or_default());
+    if let Ok(value) = serde_json::from_slice(&said) {
         return Ok(value);
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let last: Value = said
-        .lines()
-        .last()
-        .and_then(|line| serde_json::from_str(line).ok())
-        .unwrap_or_default();
     let word = |field: &str| last["error"][field].as_str().map(str::to_string);
     let failure = Failure {
         kind: word("kind").unwrap_or_default(),
-        message: word("message").unwrap_or_else(|| format!("ploopctl {verb}: {}", output.status)),
+        message: word("message").unwrap_or_else(|| format!("ploopctl {verb}: {status:?}")),
     };
     Err(failure.into())
+}
+
+fn read_all(from: &mut impl Read) -> Vec<u8> {
+    let mut all = Vec::new();
+    let _ = from.read_to_end(&mut all);
+    all
+}
+
+/// Tells progress as it comes; the last line that is none.
+fn follow(from: impl BufRead, meter: &mut Meter<'_>) -> Result<Value> {
+    let mut last = Value::Null;
+    for line in from.lines().map_while(std::result::Result::ok) {
+        if !meter.relay(&line)? {
+            last = serde_json::from_str(&line).unwrap_or_default();
+        }
+    }
+    Ok(last)
 }
 
 fn name(format: FormatArg) -> String {

@@ -2,6 +2,9 @@
 
 use super::{FormatArg, confine};
 use crate::answer::Answer;
+use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::meter::Meter;
 use crate::{attach, size};
 use ploop::formats::ploop::check::{Finding, Report};
 use ploop::image::check;
@@ -29,7 +32,9 @@ pub struct Args {
 }
 
 /// Does it.
-pub fn run(args: &Args) -> Result<Answer> {
+pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    let cancel = Cancel::on_signals()?;
+    let mut meter = Meter::new(global.progress, &cancel);
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     if let Some(attached) = attach::by_identity(&target.identity()?)? {
         let what = format!("{}: attached; umount it first", attached.state.path);
@@ -47,10 +52,13 @@ pub fn run(args: &Args) -> Result<Answer> {
         .map_err(|e| e.at(target.path().display()))?;
     let reports = exec::run(Engine::Poll, async {
         match args.repair {
-            true => check::mend(&dir, &chain).await,
-            false => check::layers(&dir, &chain).await,
+            true => check::mend(&dir, &chain, &mut meter).await,
+            false => check::layers(&dir, &chain, &mut meter).await,
         }
-    })??;
+    })?;
+    drop(meter);
+    let place = target.path().display();
+    let reports = reports.map_err(|e| ended(e, args.repair).at(place))?;
     let code = reports.iter().map(Report::exit_code).max().unwrap_or(0);
     let both = || chain.layers.iter().zip(&reports);
     let text: String = both()
@@ -65,6 +73,21 @@ pub fn run(args: &Args) -> Result<Answer> {
         "layers": layers,
     });
     Ok(Answer { text, json, code })
+}
+
+/// What a signal left.
+fn ended(e: Error, repair: bool) -> Error {
+    match (e.kind(), repair) {
+        (Kind::Cancelled, true) => Error::new(
+            Kind::Cancelled,
+            "cancelled by a signal; what is mended stays so, the next --repair goes on from there",
+        ),
+        (Kind::Cancelled, false) => Error::new(
+            Kind::Cancelled,
+            "cancelled by a signal; nothing was changed",
+        ),
+        _ => e,
+    }
 }
 
 fn report_text(file: &str, report: &Report) -> String {

@@ -5,6 +5,8 @@
 
 use crate::answer::Answer;
 use crate::attach;
+use crate::global::Global;
+use crate::settings::{PLACE, Settings};
 use ploop::Result;
 use ploop::io::exec::Engine;
 use ploop::rundir::{self, Entry};
@@ -89,10 +91,11 @@ impl Finding {
 }
 
 /// Does it.
-pub fn run(_: &Args) -> Result<Answer> {
+pub fn run(_: &Args, global: &Global) -> Result<Answer> {
     let checks = [
         ploopd(),
         run_directory(),
+        settings(global),
         node(
             "fuse",
             "/dev/fuse",
@@ -129,7 +132,7 @@ pub fn run(_: &Args) -> Result<Answer> {
         let needed = |f: &&Finding| names.contains(&f.name);
         checks.iter().filter(needed).all(Finding::is_there)
     };
-    let serve = all(&["ploopd", "run-directory"]);
+    let serve = all(&["ploopd", "run-directory", "settings"]);
     let mount = serve && all(&["fuse", "loop", "cap-sys-admin", "mount-program"]);
     let verdict = match (mount, serve) {
         (true, _) => "disks can be mounted (FUSE and loop), and served over NBD",
@@ -171,6 +174,15 @@ fn run_directory() -> Finding {
     match usable {
         Ok(root) => Finding::ok("run-directory", root.display().to_string()),
         Err(e) => Finding::missing("run-directory", e.to_string()),
+    }
+}
+
+/// Which file is in force. One that is wrong stops every verb that starts a server.
+fn settings(global: &Global) -> Finding {
+    match Settings::read(global.config.as_deref()) {
+        Ok((_, Some(path))) => Finding::ok("settings", path.display().to_string()),
+        Ok((_, None)) => Finding::ok("settings", format!("no {PLACE}: defaults")),
+        Err(e) => Finding::missing("settings", e.to_string()).remedy("mend that file"),
     }
 }
 

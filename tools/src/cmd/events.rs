@@ -4,7 +4,7 @@ use crate::answer::Answer;
 use crate::attach;
 use crate::report::Output;
 use ploop::Result;
-use ploop::serve::supervise::control::Remote;
+use ploop::client::Remote;
 use serde_json::Value;
 use std::io::Write;
 use std::path::PathBuf;

@@ -2,15 +2,20 @@
 
 use super::{FormatArg, confine};
 use crate::answer::Answer;
-use crate::{attach, size};
+use crate::{attach, size, view};
 use ploop::Result;
 use ploop::image::survey::{self, Closed, LayerInfo};
 use ploop::image::target::{Format, Target};
+use ploop::rundir::State;
 use ploop::sandbox::Files;
+use rustix::fs::statvfs;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
-/// Show a disk's size, layers and state
+/// Show a disk's sizes, layers and state
+///
+/// Four sizes: what its user sees, what their files take in it, and what the images take on the
+/// host, of which other disks may share a part.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
@@ -24,22 +29,50 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let identity = target.identity()?;
-    let attached = attach::by_identity(&identity)?.map(|a| a.state);
+    let attached = attach::by_identity(&identity)?.map(|a| view::of(vec![a]));
+    let attached = attached.and_then(|mut views| Some(views.pop()?.disk.state));
+    let used = attached.as_ref().and_then(used);
     let dir = target.open_dir()?;
     confine(&dir, Files::Read)?;
     let chain = target.chain(&dir)?;
-    let layers = survey::layers(&dir, &chain)?;
+    let place = |e: ploop::Error| e.at(target.path().display());
+    let layers = survey::layers(&dir, &chain).map_err(place)?;
     let size = layers.last().map_or(0, |l| l.size);
+    let allocated = |shared: bool| -> u64 {
+        let of = layers.iter().filter(|l| (l.links > 1) == shared);
+        of.map(|l| l.allocated).sum()
+    };
+    let (exclusive, shared) = (allocated(false), allocated(true));
     let json = json!({
         "path": target.path().display().to_string(),
         "uuid": identity.uuid(),
         "size": size,
         "cluster": chain.cluster.bytes(),
-        "allocated": layers.iter().map(|l| l.allocated).sum::<u64>(),
+        "allocated": exclusive + shared,
+        "sizes": { "virtual": size, "used": used, "exclusive": exclusive, "shared": shared },
         "layers": layers.iter().map(layer_json).collect::<Vec<_>>(),
         "attached": attached,
     });
-    let mut text = format!("{}: {}\n", target.path().display(), size::show(size));
+    let mut text = format!("{}\n", target.path().display());
+    text += &format!("virtual    {}\n", size::show(size));
+    text += &match used {
+        Some(used) => format!(
+            "used       {} (in its file system)
+",
+            size::show(used)
+        ),
+        None => "used       - (not mounted)
+"
+        .into(),
+    };
+    text += &format!(
+        "exclusive  {} (on the host, this disk's alone)\n",
+        size::show(exclusive)
+    );
+    text += &format!(
+        "shared     {} (on the host, with other disks)\n",
+        size::show(shared)
+    );
     if let Some(state) = &attached {
         let at = state
             .device
@@ -57,6 +90,13 @@ pub fn run(args: &Args) -> Result<Answer> {
         text += &layer_line(n, layer);
     }
     Ok(Answer::new(text, json))
+}
+
+/// Bytes in use in the mounted file system, as df(1) counts them.
+fn used(state: &State) -> Option<u64> {
+    let fs = statvfs(&attach::mounted_at(state).pop()?).ok()?;
+    let blocks = fs.f_blocks.saturating_sub(fs.f_bfree);
+    Some(blocks.saturating_mul(fs.f_frsize))
 }
 
 fn format_name(format: Format) -> &'static str {

@@ -3,8 +3,11 @@
 use super::mount::{device_config, need_privilege};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::meter::Meter;
+use crate::settings::Settings;
 use crate::{attach, size};
-use ploop::formats::ploop::header::Version;
+use ploop::formats::ploop::header::{Header, Version};
 use ploop::formats::units::ClusterSize;
 use ploop::image::init::{self, New};
 use ploop::image::target::{Format, Target};
@@ -27,14 +30,18 @@ pub struct Args {
     #[arg(long, default_value = "ext4")]
     fs: Fs,
     /// Unit of allocation, 32K to 64M
-    #[arg(long, default_value = "64K", value_parser = size::parse)]
-    cluster: u64,
+    #[arg(long, default_value = "64K", value_parser = cluster)]
+    cluster: ClusterSize,
     /// Version of the ploop format
     #[arg(long, default_value = "2", value_parser = ["1", "2"])]
     format_version: String,
     /// Reserve all space now
     #[arg(long)]
     preallocate: bool,
+}
+
+fn cluster(text: &str) -> std::result::Result<ClusterSize, String> {
+    ClusterSize::new(size::parse(text)?).map_err(|e| e.to_string())
 }
 
 /// A file system to make.
@@ -47,7 +54,11 @@ enum Fs {
 }
 
 /// Does it.
-pub fn run(args: &Args) -> Result<Answer> {
+pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    let settings = match args.fs {
+        Fs::None => Settings::default(),
+        _ => global.settings()?,
+    };
     if args.fs != Fs::None {
         need_privilege("init with a file system")?;
     }
@@ -59,14 +70,17 @@ pub fn run(args: &Args) -> Result<Answer> {
     let new = New {
         dir: &args.dir,
         size: args.size,
-        cluster: ClusterSize::new(args.cluster)?,
+        cluster: args.cluster,
         version,
         preallocate: args.preallocate,
     };
+    Header::new(version, args.size, args.cluster)
+        .map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
     let cancel = Cancel::on_signals()?;
-    let draft = init::begin(&new)?;
+    let mut meter = Meter::new(global.progress, &cancel);
+    let draft = init::begin(&new, &mut meter)?;
     if args.fs != Fs::None {
-        make_fs(&draft.image(), args.fs, &cancel)?;
+        make_fs(&draft.image(), args.fs, &settings, &cancel, &mut meter)?;
     }
     cancel.check()?;
     let disk = draft.finish()?;
@@ -81,7 +95,7 @@ pub fn run(args: &Args) -> Result<Answer> {
             "path": disk.dir.display().to_string(),
             "image": disk.dir.join(init::IMAGE).display().to_string(),
             "size": disk.size,
-            "cluster": args.cluster,
+            "cluster": args.cluster.bytes(),
             "format_version": if version == Version::V1 { 1 } else { 2 },
             "fs": fs,
         }),
@@ -89,14 +103,21 @@ pub fn run(args: &Args) -> Result<Answer> {
 }
 
 /// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
-fn make_fs(image: &Path, fs: Fs, cancel: &Cancel) -> Result<()> {
+fn make_fs(
+    image: &Path,
+    fs: Fs,
+    settings: &Settings,
+    cancel: &Cancel,
+    meter: &mut Meter<'_>,
+) -> Result<()> {
+    meter.begin("making the file system")?;
     let target = Target::resolve(image, Some(Format::Ploop))?;
-    let config = device_config(&target, Some(super::FormatArg::Ploop));
+    let config = device_config(&target, Some(super::FormatArg::Ploop), settings);
     let state = cancel.or(attach::start(config))?;
     let device = state.device.clone().unwrap_or_default();
     let made = cancel
         .check()
-        .and_then(|()| run_mkfs(fs, Path::new(&device), cancel));
+        .and_then(|()| run_mkfs(fs, Path::new(&device), cancel, meter));
     let attached = attach::find(image)?;
     // Whoever looks at the device in passing must not keep a disk attached whose file goes.
     let stopped = attach::stop(&attached).or_else(|e| attach::abandon(&attached).and(Err(e)));
@@ -105,7 +126,7 @@ fn make_fs(image: &Path, fs: Fs, cancel: &Cancel) -> Result<()> {
 
 /// A new disk reads as zeros and has nothing to discard: what mkfs would do about that is left
 /// out.
-fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel) -> Result<()> {
+fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel, meter: &mut Meter<'_>) -> Result<()> {
     let (program, attempts): (&str, &[&[&str]]) = match fs {
         Fs::Ext4 => (
             "mkfs.ext4",
@@ -126,7 +147,8 @@ fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel) -> Result<()> {
     };
     let mut said = String::new();
     for options in attempts {
-        let output = cancel.run(Command::new(program).args(*options).arg(device));
+        let mut command = Command::new(program);
+        let output = cancel.run(command.args(*options).arg(device), || meter.tick());
         let output = output.map_err(|e| match e.kind() {
             Kind::Cancelled => e,
             _ => Error::new(

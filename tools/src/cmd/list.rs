@@ -1,13 +1,20 @@
-//! `list`: which disks are attached.
+//! `list`: which disks are attached, and how they are.
 
 use super::orphans;
 use crate::answer::Answer;
+use crate::table::{self, Align};
+use crate::view::{self, View};
 use crate::{attach, size};
 use ploop::Result;
-use ploop::rundir::State;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
 
-/// List the attached disks
+/// List the attached disks and how they are
+///
+/// STATE is starting, serving, recovering (its server died, another takes over), stopping, or what
+/// needs somebody: failed, low (the host is low on space, and new space is refused or soon will be),
+/// silent (its keeper does not answer). HUNG counts requests that have waited for 10 seconds or more, and
+/// says how long the oldest has. FREE is left on the file system that holds the disk's files.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -19,39 +26,127 @@ pub fn run(args: &Args) -> Result<Answer> {
     if let Some(answer) = orphans::run(&args.orphans)? {
         return Ok(answer);
     }
-    let disks: Vec<State> = attach::all()?.into_iter().map(|a| a.state).collect();
-    Ok(Answer::new(table(&disks), json!({ "disks": disks })))
+    let views = view::of(attach::all()?);
+    let disks: Vec<Value> = views.iter().map(object).collect();
+    Ok(Answer::new(text(&views), json!({ "disks": disks })))
 }
 
-fn table(disks: &[State]) -> String {
-    let head = ["DEVICE", "SIZE", "STATE", "MOUNTPOINT", "PATH"].map(String::from);
-    let rows: Vec<[String; 5]> = std::iter::once(head).chain(disks.iter().map(row)).collect();
-    let width = |c: usize| rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0);
-    let widths = [0, 1, 2, 3].map(width);
-    let mut out = String::new();
-    for [device, size, state, point, path] in &rows {
-        let [a, b, c, d] = widths;
-        out += &format!("{device:a$}  {size:b$}  {state:c$}  {point:d$}  {path}\n");
-    }
-    out
+/// What the keeper said of a disk, as a program reads it.
+fn object(view: &View) -> Value {
+    let mut object = json!(view.disk.state);
+    let figures = &view.figures;
+    let space = view.footprint();
+    object["health"] = view.health().into();
+    object["answers"] = figures.is_some().into();
+    let counters = figures.as_ref().map(|f| &f.counters);
+    object["in_flight"] = counters.map(|c| c.in_flight).into();
+    object["hung"] = counters.map(|c| c.hung).into();
+    object["oldest_s"] = counters.map(|c| c.oldest_s).into();
+    object["host_free"] = space.map(|s| s.host_free).into();
+    object["host_size"] = space.map(|s| s.host_size).into();
+    object["allocated"] = space.map(|s| s.allocated).into();
+    object
 }
 
-fn row(state: &State) -> [String; 5] {
-    let reached = state.device.clone().or_else(|| state.uri.clone());
+fn text(views: &[View]) -> String {
+    let heads = [
+        ("DEVICE", Align::Left),
+        ("SIZE", Align::Right),
+        ("STATE", Align::Left),
+        ("HUNG", Align::Right),
+        ("FREE", Align::Right),
+        ("MOUNTPOINT", Align::Left),
+        ("PATH", Align::Left),
+    ];
+    let rows: Vec<[String; 7]> = views.iter().map(row).collect();
+    table::render(heads, &rows) + &summary(views)
+}
+
+fn row(view: &View) -> [String; 7] {
+    let state = &view.disk.state;
+    let dash = || "-".to_string();
+    let hung = view.figures.as_ref().filter(|f| f.counters.hung > 0);
+    let space = view.footprint();
     [
-        reached.unwrap_or_else(|| "-".into()),
+        state
+            .device
+            .clone()
+            .or_else(|| state.uri.clone())
+            .unwrap_or_else(dash),
         size::show(state.size),
-        phase(state),
-        state.mountpoint.clone().unwrap_or_else(|| "-".into()),
+        view.health().into(),
+        hung.map_or_else(dash, |f| {
+            format!("{} {}s", f.counters.hung, f.counters.oldest_s)
+        }),
+        space.map_or_else(dash, |s| size::show(s.host_free)),
+        state.mountpoint.clone().unwrap_or_else(dash),
         state.path.clone(),
     ]
 }
 
-/// What it is doing, and whether that will last.
-fn phase(state: &State) -> String {
-    let phase = format!("{:?}", state.state).to_lowercase();
-    match state.host_low {
-        true => phase + ", host low on space",
-        false => phase,
+/// Where there are many, how many of them are how.
+fn summary(views: &[View]) -> String {
+    if views.len() < 2 {
+        return String::new();
+    }
+    let mut words: BTreeMap<&str, usize> = BTreeMap::new();
+    for view in views {
+        *words.entry(view.health()).or_default() += 1;
+    }
+    let words: Vec<String> = words
+        .iter()
+        .map(|(word, n)| format!("{n} {word}"))
+        .collect();
+    let hung: u64 = views.iter().map(View::hung).sum();
+    let hung = match hung {
+        0 => String::new(),
+        n => format!("; {n} requests hang"),
+    };
+    format!("{} disks: {}{hung}\n", views.len(), words.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::attach::Attached;
+    use ploop::serve::supervise::control::Figures;
+
+    fn view(n: u64, figures: Option<Figures>) -> View {
+        let state = json!({
+            "schema": 1, "path": format!("/var/lib/ct/{n}"), "uuid": "u", "transport": "fuse+loop",
+            "device": format!("/dev/loop{n}"), "mountpoint": format!("/mnt/{n}"), "size": n << 30,
+            "keeper_pid": n, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
+        });
+        let state = serde_json::from_value(state).expect("a state of an older release");
+        let run = format!("/run/ploop/1-{n}").into();
+        View {
+            disk: Attached { run, state },
+            figures,
+        }
+    }
+
+    #[test]
+    fn three_hundred_disks_are_a_table_with_its_columns_in_line_and_a_summary() {
+        let mut busy = Figures::default();
+        busy.counters.hung = 2;
+        busy.counters.oldest_s = 17;
+        let mut views: Vec<View> = (0..300)
+            .map(|n| view(n, Some(Figures::default())))
+            .collect();
+        views.extend([view(300, Some(busy)), view(301, None)]);
+        let text = text(&views);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines.len(), 304);
+        let column = lines[0].find("PATH").expect("a head");
+        let place = |line: &&str| line.find("/var/lib/ct/") == Some(column);
+        assert!(lines[1..303].iter().all(place), "{text}");
+        assert!(
+            lines[301].contains("2 17s") && lines[302].contains("silent"),
+            "{text}"
+        );
+        assert_eq!(
+            lines[303],
+            "302 disks: 301 serving, 1 silent; 2 requests hang"
+        );
     }
 }

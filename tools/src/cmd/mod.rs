@@ -15,11 +15,12 @@ mod orphans;
 mod recover;
 mod serve;
 mod stat;
+mod top;
 mod tour;
 mod umount;
 
 use crate::answer::Answer;
-use crate::report::Output;
+use crate::global::Global;
 use crate::size;
 use ploop::image::target::Format;
 use ploop::io::room::KeepFree;
@@ -44,6 +45,8 @@ pub enum Command {
     Info(info::Args),
     #[command(after_help = "Example: ploopctl stat /var/lib/ct/100")]
     Stat(stat::Args),
+    #[command(after_help = "Example: ploopctl top -d 5")]
+    Top(top::Args),
     #[command(after_help = "Example: ploopctl events -f /var/lib/ct/100")]
     Events(events::Args),
     #[command(after_help = "Example: ploopctl map --format ploop /var/lib/ct/100.hds")]
@@ -65,23 +68,25 @@ pub enum Command {
 }
 
 /// Does what was asked.
-pub fn run(command: Command, output: Output) -> Result<Answer> {
+pub fn run(command: Command, global: &Global) -> Result<Answer> {
+    let output = global.output;
     match command {
-        Command::Init(args) => init::run(&args),
-        Command::Mount(args) => mount::run(&args),
+        Command::Init(args) => init::run(&args, global),
+        Command::Mount(args) => mount::run(&args, global),
         Command::Umount(args) => umount::run(&args),
-        Command::Serve(args) => serve::run(args, output),
+        Command::Serve(args) => serve::run(args, global),
         Command::List(args) => list::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Stat(args) => stat::run(&args),
+        Command::Top(args) => top::run(&args, output),
         Command::Events(args) => events::run(&args, output),
         Command::Map(args) => map::run(&args),
-        Command::Check(args) => check::run(&args),
-        Command::Adopt(args) => adopt::run(&args),
+        Command::Check(args) => check::run(&args, global),
+        Command::Adopt(args) => adopt::run(&args, global),
         Command::Delete(args) => delete::run(&args),
-        Command::Recover(args) => recover::run(&args),
-        Command::Doctor(args) => doctor::run(&args),
-        Command::Tour(args) => tour::run(&args),
+        Command::Recover(args) => recover::run(&args, global),
+        Command::Doctor(args) => doctor::run(&args, global),
+        Command::Tour(args) => tour::run(&args, global),
         Command::Generate(args) => generate::run(&args),
     }
 }
@@ -129,6 +134,13 @@ pub fn keep_free(text: &str) -> std::result::Result<KeepFree, String> {
         Some(Ok(n @ 0..=100)) => Ok(KeepFree::Percent(n)),
         Some(_) => Err("0% to 100%".into()),
         None => size::parse(text).map(KeepFree::Bytes),
+    }
+}
+
+impl SandboxArg {
+    /// Whether it is wanted.
+    pub fn is_on(self) -> bool {
+        self == Self::On
     }
 }
 

@@ -4,6 +4,8 @@ use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
 use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::settings::Settings;
 use ploop::image::target::Target;
 use ploop::io::room::KeepFree;
 use ploop::rundir::State;
@@ -32,32 +34,32 @@ pub struct Args {
     /// Format of a bare image file
     #[arg(long)]
     format: Option<FormatArg>,
-    /// Cache mode of the writable layer
-    #[arg(long, default_value = "none")]
-    cache: CacheArg,
+    /// Cache mode of the writable layer; `none` when neither this nor the settings say
+    #[arg(long)]
+    cache: Option<CacheArg>,
     /// Leave so much of the host's file system free: a size, a percentage, or 0
     ///
     /// With less, whatever needs new space fails with ENOSPC until there is more. Without this
     /// option 1G or 1% are left, whichever is more, but at most an eighth.
     #[arg(long, value_name = "SPACE", value_parser = super::keep_free)]
     keep_free: Option<KeepFree>,
-    /// What the process that serves may do, should an image or a client take it over
-    #[arg(long, default_value = "on")]
-    sandbox: SandboxArg,
+    /// What the process that serves may do, should an image or a client take it over; `on` when
+    /// neither this nor the settings say
+    #[arg(long)]
+    sandbox: Option<SandboxArg>,
 }
 
 /// Does it.
-pub fn run(args: &Args) -> Result<Answer> {
+pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     need_privilege("mount")?;
+    let settings = global.settings()?;
     let point = args.mountpoint.as_deref().map(mount_point).transpose()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
-    let config = KeeperConfig {
-        read_only: args.read_only,
-        cache: args.cache.into(),
-        keep_free: args.keep_free.unwrap_or_default(),
-        sandbox: args.sandbox == SandboxArg::On,
-        ..device_config(&target, args.format)
-    };
+    let mut config = device_config(&target, args.format, &settings);
+    config.read_only = args.read_only;
+    config.cache = args.cache.map_or(config.cache, Into::into);
+    config.keep_free = args.keep_free.unwrap_or(config.keep_free);
+    config.sandbox = args.sandbox.map_or(config.sandbox, SandboxArg::is_on);
     let cancel = Cancel::on_signals()?;
     let mut state = cancel.or(attach::start(config))?;
     let mounted = cancel.check().and_then(|()| match &point {
@@ -78,16 +80,21 @@ pub fn run(args: &Args) -> Result<Answer> {
 }
 
 /// What a keeper is told to attach a disk as a device, unless its user wants it otherwise.
-pub fn device_config(target: &Target, format: Option<FormatArg>) -> KeeperConfig {
+pub fn device_config(
+    target: &Target,
+    format: Option<FormatArg>,
+    settings: &Settings,
+) -> KeeperConfig {
     KeeperConfig {
         disk: target.path().to_path_buf(),
         format: format.map(Into::into),
         read_only: false,
-        cache: Cache::None,
-        keep_free: KeepFree::default(),
+        cache: settings.mount.cache.map_or(Cache::None, Into::into),
+        keep_free: settings.keep_free.unwrap_or_default(),
         mode: Mode::Device,
         detached: true,
-        sandbox: true,
+        log: settings.log.map(Into::into).unwrap_or_default(),
+        sandbox: settings.sandbox.is_none_or(SandboxArg::is_on),
         announce: Announce::Nobody,
         json: false,
     }
@@ -109,11 +116,11 @@ pub fn need_privilege(verb: &str) -> Result<()> {
 fn mount_point(path: &Path) -> Result<PathBuf> {
     let point = path
         .canonicalize()
-        .map_err(|e| Error::from(e).at(path.display()))?;
+        .map_err(|e| Error::from(e).at(format!("mount point {}", path.display())))?;
     match point.is_dir() {
         true => Ok(point),
         false => Err(Error::invalid(format!(
-            "{}: not a directory",
+            "mount point {}: not a directory",
             path.display()
         ))),
     }

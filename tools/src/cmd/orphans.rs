@@ -5,13 +5,13 @@
 //! program or person put there is not ours to judge.
 
 use crate::answer::Answer;
-use ploop::Result;
 use ploop::image::chain::read_descriptor;
 use ploop::image::members::{self, Members};
 use ploop::image::target::Target;
 use ploop::rundir::{self, Entry, RunDir};
 use ploop::serve::loopdev;
 use ploop::serve::supervise::{leftover, mounts};
+use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -116,7 +116,13 @@ fn keepers(remove: bool) -> Result<Answer> {
 }
 
 fn files(disk: &Path, remove: bool) -> Result<Answer> {
-    let target = Target::resolve(disk, None)?;
+    let target = Target::resolve(disk, None).map_err(|e| match e.kind() {
+        Kind::Usage => {
+            let what = "a bare image has no directory of its own; name an image directory";
+            Error::new(Kind::Usage, what).at(disk.display())
+        }
+        _ => e,
+    })?;
     let place = |e: ploop::Error| e.at(target.path().display());
     let dir = target.open_dir()?;
     let descriptor = read_descriptor(&dir).map_err(place)?;

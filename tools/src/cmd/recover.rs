@@ -2,8 +2,12 @@
 
 use crate::answer::Answer;
 use crate::attach;
+use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::meter::Meter;
+use ploop::client::Remote;
 use ploop::rundir::{Phase, State};
-use ploop::serve::supervise::control::{Ask, Remote};
+use ploop::serve::supervise::control::Ask;
 use ploop::{Error, Kind, Result};
 use serde_json::json;
 use std::path::PathBuf;
@@ -26,12 +30,16 @@ pub struct Args {
 }
 
 /// Does it.
-pub fn run(args: &Args) -> Result<Answer> {
+pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    let cancel = Cancel::on_signals()?;
+    let mut meter = Meter::new(global.progress, &cancel);
     let attached = attach::find(&args.what)?;
     let place = |e: Error| e.at(&attached.state.path);
     let mut remote = Remote::connect(&attached.run).map_err(place)?;
     remote.ask(Ask::Recover).map_err(place)?;
-    let state = outcome(&mut remote, Duration::from_secs(args.timeout)).map_err(place)?;
+    let state =
+        outcome(&mut remote, Duration::from_secs(args.timeout), &mut meter).map_err(place)?;
+    drop(meter);
     let text = match (&state.device, attach::mounted_at(&state).pop()) {
         (Some(_), Some(point)) => format!(
             "{}: serving again; if the file system on {} has stopped, unmount, check and mount it",
@@ -43,10 +51,17 @@ pub fn run(args: &Args) -> Result<Answer> {
     Ok(Answer::new(text, json!(state)))
 }
 
+/// A signal ends the waiting only.
+fn goes_on(_: Error) -> Error {
+    Error::new(Kind::Cancelled, "cancelled by a signal; recovering goes on")
+}
+
 /// The state once the attempt is over.
-fn outcome(remote: &mut Remote, patience: Duration) -> Result<State> {
+fn outcome(remote: &mut Remote, patience: Duration, meter: &mut Meter<'_>) -> Result<State> {
     let start = Instant::now();
+    meter.begin("recovering").map_err(goes_on)?;
     while start.elapsed() < patience {
+        meter.tick().map_err(goes_on)?;
         let state = remote.state()?;
         match state.state {
             Phase::Recovering => std::thread::sleep(Duration::from_millis(20)),

@@ -6,12 +6,15 @@
 use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
+use crate::global::Global;
 use crate::report::Output;
 use ploop::image::target::Target;
 use ploop::io::room::KeepFree;
 use ploop::serve::supervise::leftover;
-use ploop::serve::supervise::message::{Announce, KeeperConfig, Listen, Mode, Tls};
-use ploop::{Error, Result};
+use ploop::serve::supervise::message::{
+    Announce, Cache, Destination, KeeperConfig, Listen, Mode, Tls,
+};
+use ploop::{Error, Kind, Result};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,7 +27,7 @@ use std::process::Command;
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
     disk: PathBuf,
-    /// unix:PATH, [tcp:]ADDR:PORT, or - for one client on standard input and output
+    /// unix:PATH, tcp:ADDR:PORT (tcp: may be left out), or - for one client on standard input and output
     ///
     /// An address off loopback needs TLS, see --tls-creds.
     #[arg(long, value_name = "WHERE", value_parser = parse_listen)]
@@ -47,18 +50,19 @@ pub struct Args {
     /// Name of the export
     #[arg(long, default_value = "", value_name = "NAME")]
     export: String,
-    /// Cache mode of the writable layer
-    #[arg(long, default_value = "writeback")]
-    cache: CacheArg,
+    /// Cache mode of the writable layer; `writeback` when neither this nor the settings say
+    #[arg(long)]
+    cache: Option<CacheArg>,
     /// Leave so much of the host's file system free: a size, a percentage, or 0
     ///
     /// With less, whatever needs new space fails with ENOSPC until there is more. Without this
     /// option 1G or 1% are left, whichever is more, but at most an eighth.
     #[arg(long, value_name = "SPACE", value_parser = super::keep_free)]
     keep_free: Option<KeepFree>,
-    /// What the process that serves may do, should an image or a client take it over
-    #[arg(long, default_value = "on")]
-    sandbox: SandboxArg,
+    /// What the process that serves may do, should an image or a client take it over; `on` when
+    /// neither this nor the settings say
+    #[arg(long)]
+    sandbox: Option<SandboxArg>,
     /// Format of a bare image file
     #[arg(long)]
     format: Option<FormatArg>,
@@ -84,16 +88,17 @@ enum TlsArg {
 }
 
 /// Becomes ploopd; returns only on failure.
-pub fn run(args: Args, output: Output) -> Result<Answer> {
+pub fn run(args: Args, global: &Global) -> Result<Answer> {
+    let settings = global.settings()?;
     leftover::sweep()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let listen = match (inherited()?, args.nbd) {
         (Some(count), _) => Listen::Inherited(count),
         (None, Some(listen)) => absolute(listen)?,
         (None, None) => {
-            return Err(Error::invalid(
-                "say where with --nbd, or pass sockets by LISTEN_FDS",
-            ));
+            let what =
+                "say where with --nbd unix:PATH, tcp:ADDR:PORT or -, or pass sockets by LISTEN_FDS";
+            return Err(Error::new(Kind::Usage, what));
         }
     };
     let tls = tls(args.tls, args.tls_creds)?;
@@ -105,17 +110,24 @@ pub fn run(args: Args, output: Output) -> Result<Answer> {
         disk: target.path().to_path_buf(),
         format: args.format.map(Into::into),
         read_only: args.read_only,
-        cache: args.cache.into(),
-        keep_free: args.keep_free.unwrap_or_default(),
+        cache: args
+            .cache
+            .or(settings.serve.cache)
+            .map_or(Cache::Writeback, Into::into),
+        keep_free: args.keep_free.or(settings.keep_free).unwrap_or_default(),
         mode: Mode::Nbd {
             listen,
             export: args.export,
             tls,
         },
         detached: false,
-        sandbox: args.sandbox == SandboxArg::On,
+        log: Destination::default(),
+        sandbox: args
+            .sandbox
+            .or(settings.sandbox)
+            .is_none_or(SandboxArg::is_on),
         announce,
-        json: output == Output::Json,
+        json: global.output == Output::Json,
     };
     let text = serde_json::to_string(&config).map_err(|e| Error::invalid(e.to_string()))?;
     let program = attach::ploopd();
@@ -139,6 +151,9 @@ fn tls(when: Option<TlsArg>, folder: Option<PathBuf>) -> Result<Option<Tls>> {
     }))
 }
 
+/// What fits into a `sockaddr_un`, the last byte aside.
+const SOCKET_PATH_MAX: usize = 107;
+
 /// How many sockets a socket activator passed to this very process.
 fn inherited() -> Result<Option<u32>> {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u32>().ok());
@@ -157,9 +172,16 @@ fn inherited() -> Result<Option<u32>> {
 
 fn absolute(listen: Listen) -> Result<Listen> {
     match listen {
-        Listen::Unix(path) => Ok(Listen::Unix(
-            std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?,
-        )),
+        Listen::Unix(path) => {
+            let path = std::path::absolute(&path).map_err(|e| Error::from(e).at(path.display()))?;
+            match path.as_os_str().len() {
+                0..=SOCKET_PATH_MAX => Ok(Listen::Unix(path)),
+                n => Err(Error::new(
+                    Kind::Usage,
+                    format!("--nbd: a socket's path has at most {SOCKET_PATH_MAX} bytes, not {n}"),
+                )),
+            }
+        }
         other => Ok(other),
     }
 }

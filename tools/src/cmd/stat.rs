@@ -2,9 +2,9 @@
 
 use crate::answer::Answer;
 use crate::attach::{self, Attached};
-use ploop::counters::Stat;
-use ploop::serve::supervise::control::{Remote, prometheus};
-use ploop::{Error, Result};
+use crate::{size, view};
+use ploop::serve::supervise::control::{Figures, prometheus};
+use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
@@ -27,29 +27,36 @@ pub fn run(args: &Args) -> Result<Answer> {
         Some(disk) => vec![attach::find(disk)?],
         None => attach::all()?,
     };
-    let stats: Vec<(Attached, Stat)> = disks
-        .into_iter()
-        .filter_map(|disk| match of(&disk) {
-            Ok(stat) => Some(Ok((disk, stat))),
-            // It went while we looked.
-            Err(e) if args.disk.is_none() && e.kind() == ploop::Kind::NotFound => None,
-            Err(e) => Some(Err(e)),
-        })
-        .collect::<Result<_>>()?;
+    let views = view::of(disks);
+    let mut stats = Vec::new();
+    for view in &views {
+        match &view.figures {
+            Some(figures) => stats.push((&view.disk, figures)),
+            None => refuse_silence(&view.disk, args.disk.is_some())?,
+        }
+    }
     let text: String = match args.prometheus {
-        true => stats.iter().map(|(d, s)| prometheus(&d.state, s)).collect(),
-        false => stats.iter().map(|(d, s)| table(d, s)).collect(),
+        true => stats.iter().map(|(d, f)| prometheus(&d.state, f)).collect(),
+        false => stats.iter().map(|(d, f)| table(d, f)).collect(),
     };
-    let disks: Vec<Value> = stats.iter().map(|(d, s)| object(d, s)).collect();
+    let disks: Vec<Value> = stats.iter().map(|(d, f)| object(d, f)).collect();
     Ok(Answer::new(text, json!({ "disks": disks })))
 }
 
-fn of(disk: &Attached) -> Result<Stat> {
-    let stat = Remote::connect(&disk.run).and_then(|mut remote| remote.stat());
-    stat.map_err(|e: Error| e.at(&disk.state.path))
+/// A keeper that does not answer is an error to who asked for its disk, and a line to who asked for
+/// all.
+fn refuse_silence(disk: &Attached, alone: bool) -> Result<()> {
+    let (path, pid) = (&disk.state.path, disk.state.keeper_pid);
+    let what = format!("{path}: its keeper (process {pid}) does not answer");
+    if alone {
+        return Err(Error::new(Kind::TimedOut, what));
+    }
+    tracing::warn!("{what}");
+    Ok(())
 }
 
-fn object(disk: &Attached, stat: &Stat) -> Value {
+fn object(disk: &Attached, figures: &Figures) -> Value {
+    let (stat, space) = (&figures.counters, figures.footprint);
     let ops = stat.ops.iter().map(|(name, op)| {
         let mut object = json!(op);
         for (name, share) in [("p50_us", 0.5), ("p99_us", 0.99)] {
@@ -63,11 +70,16 @@ fn object(disk: &Attached, stat: &Stat) -> Value {
         "restarts": disk.state.restarts,
         "in_flight": stat.in_flight,
         "oldest_s": stat.oldest_s,
+        "hung": stat.hung,
+        "host_free": space.map(|s| s.host_free),
+        "host_size": space.map(|s| s.host_size),
+        "allocated": space.map(|s| s.allocated),
         "ops": ops.collect::<serde_json::Map<_, _>>(),
     })
 }
 
-fn table(disk: &Attached, stat: &Stat) -> String {
+fn table(disk: &Attached, figures: &Figures) -> String {
+    let stat = &figures.counters;
     let mut text = format!("{}\n", disk.state.path);
     text += &format!(
         "  {:8} {:>12} {:>16} {:>8} {:>10} {:>10} {:>10}\n",
@@ -79,13 +91,22 @@ fn table(disk: &Attached, stat: &Stat) -> String {
             op.requests,
             op.bytes,
             op.errors,
-            op.total_us.checked_div(op.requests).unwrap_or(0),
+            op.mean_us(),
             op.quantile_us(0.5),
             op.quantile_us(0.99),
         );
     }
-    text + &format!(
-        "  {} in flight, the oldest for {} s; {} restarts of the worker\n",
-        stat.in_flight, stat.oldest_s, disk.state.restarts
-    )
+    text += &format!(
+        "  {} in flight, the oldest for {} s, {} hang; {} restarts of the worker\n",
+        stat.in_flight, stat.oldest_s, stat.hung, disk.state.restarts
+    );
+    if let Some(space) = figures.footprint {
+        text += &format!(
+            "  {} in the top layer, {} free of {} on the host\n",
+            size::show(space.allocated),
+            size::show(space.host_free),
+            size::show(space.host_size)
+        );
+    }
+    text
 }

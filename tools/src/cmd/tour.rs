@@ -4,6 +4,9 @@
 use super::doctor::is_on_path;
 use super::mount::need_privilege;
 use crate::answer::Answer;
+use crate::cancel::Cancel;
+use crate::global::Global;
+use crate::meter::Meter;
 use crate::nbd::Client;
 use crate::{attach, size};
 use ploop::{Error, Kind, Result};
@@ -30,14 +33,16 @@ const DATA: u64 = 64 << 20;
 const CHUNK: u64 = 1 << 20;
 
 /// What was done, and how long it took.
-#[derive(Debug, Default)]
-struct Diary {
+#[derive(Debug)]
+struct Diary<'c> {
     steps: Vec<(String, Duration)>,
+    meter: Meter<'c>,
 }
 
-impl Diary {
+impl Diary<'_> {
     fn step<T>(&mut self, what: impl Into<String>, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let what = what.into();
+        self.meter.begin(&what)?;
         let start = Instant::now();
         let done = work().map_err(|e| e.at(&what))?;
         self.steps.push((what, start.elapsed()));
@@ -85,13 +90,17 @@ impl Drop for Folder {
 }
 
 /// Does it.
-pub fn run(_: &Args) -> Result<Answer> {
+pub fn run(_: &Args, global: &Global) -> Result<Answer> {
+    let cancel = Cancel::on_signals()?;
     let folder = Folder::new()?;
-    let mut diary = Diary::default();
+    let mut diary = Diary {
+        steps: Vec::new(),
+        meter: Meter::new(global.progress, &cancel),
+    };
     let as_root = need_privilege("tour").is_ok() && is_on_path("mkfs.ext4");
     match as_root {
-        true => mounted(&folder, &mut diary)?,
-        false => served(&folder, &mut diary)?,
+        true => cancel.or(mounted(&folder, &mut diary))?,
+        false => cancel.or(served(&folder, &mut diary))?,
     }
     Ok(Answer::new(diary.text(), diary.json()))
 }
@@ -117,7 +126,7 @@ fn text(path: &Path) -> Result<&str> {
         .ok_or_else(|| Error::invalid("the temporary folder's name is not UTF-8"))
 }
 
-fn mounted(folder: &Folder, diary: &mut Diary) -> Result<()> {
+fn mounted(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     let (disk, point) = (folder.disk(), folder.dir.join("mnt"));
     let (disk, at) = (text(&disk)?, text(&point)?);
     std::fs::create_dir(&point)?;
@@ -159,7 +168,7 @@ fn mounted(folder: &Folder, diary: &mut Diary) -> Result<()> {
     Ok(())
 }
 
-fn served(folder: &Folder, diary: &mut Diary) -> Result<()> {
+fn served(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     let (disk, socket) = (folder.disk(), folder.dir.join("socket"));
     let disk = text(&disk)?;
     let size = size::show(DISK);
@@ -240,7 +249,7 @@ impl Place for Reconnecting {
 
 fn write_while_its_server_dies(
     folder: &Folder,
-    diary: &mut Diary,
+    diary: &mut Diary<'_>,
     place: &mut impl Place,
 ) -> Result<()> {
     let half = DATA / CHUNK / 2;

@@ -14,11 +14,12 @@ mod report;
 mod scan;
 mod space;
 
-pub use repair::{Repair, repair};
+pub use repair::{Repair, repair, repair_watched};
 pub use report::{Finding, FindingKind, Report, Severity};
 
 use super::extension::{self, Extension};
 use super::header::{CLOSED_V21, FLAG_CONVERTING, FLAG_EMPTY, Header, IN_USE};
+use crate::progress::Watch;
 use crate::store::Store;
 use crate::{Error, Kind, Result, limits};
 use bytes::Bytes;
@@ -36,7 +37,12 @@ const AT_EXTENSION: Place = Place::Byte(0x38);
 /// Checks a delta. Fails only when its header cannot be read as one, or when the storage fails;
 /// whatever else is wrong stands in the report.
 pub async fn check<S: Store>(store: &S) -> Result<Report> {
-    Ok(Survey::take(store).await?.report)
+    check_watched(store, &mut ()).await
+}
+
+/// The same, for somebody who may end it: nothing is ever changed.
+pub async fn check_watched<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<Report> {
+    Ok(Survey::take(store, watch).await?.report)
 }
 
 /// What a pass over the whole image found.
@@ -69,7 +75,7 @@ enum Kept {
 }
 
 impl Survey {
-    async fn take<S: Store>(store: &S) -> Result<Self> {
+    async fn take<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<Self> {
         let header = super::open::read_header(store).await?;
         let page = store
             .read_at(0, crate::buf::aligned(limits::PAGE as usize))
@@ -92,9 +98,9 @@ impl Survey {
             // Entries may be in either unit: nothing said about them would be true.
             return Ok(survey);
         }
-        survey.look_at_table(store).await?;
+        survey.look_at_table(store, watch).await?;
         survey.look_at_extension(store).await?;
-        survey.look_at_space(store).await?;
+        survey.look_at_space(store, watch).await?;
         Ok(survey)
     }
 
@@ -157,9 +163,10 @@ impl Survey {
         }
     }
 
-    async fn look_at_table<S: Store>(&mut self, store: &S) -> Result<()> {
+    async fn look_at_table<S: Store>(&mut self, store: &S, watch: &mut dyn Watch) -> Result<()> {
         let mut table = Table::new(store, &self.header);
         while let Some(chunk) = table.next().await? {
+            watch.tell(table.progress("table"))?;
             for (slot, raw) in chunk.slots() {
                 let verdict = self.judge.slot(slot, raw);
                 self.count(verdict);

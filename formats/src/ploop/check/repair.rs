@@ -21,6 +21,7 @@ use super::report::Place;
 use super::scan::{Chunk, Judge, Table, Verdict};
 use super::{AT_EXTENSION, AT_FLAGS, AT_IN_USE, FindingKind, Kept, Report, Survey, space};
 use crate::ploop::header::{CLOSED_V21, FLAG_EMPTY, HEADER_LEN, Header};
+use crate::progress::Watch;
 use crate::store::{Reach, Space, Store};
 use crate::units::HostCluster;
 use crate::update::Update;
@@ -52,7 +53,16 @@ impl Default for Repair {
 /// before any change when the repair would grow the file too much, and in the middle when the
 /// storage fails; then it may be run again.
 pub async fn repair<S: Store>(store: &S, allowed: &Repair) -> Result<Report> {
-    let mut survey = Survey::take(store).await?;
+    repair_watched(store, allowed, &mut ()).await
+}
+
+/// The same, for somebody who may end it in the middle; then it may be run again.
+pub async fn repair_watched<S: Store>(
+    store: &S,
+    allowed: &Repair,
+    watch: &mut dyn Watch,
+) -> Result<Report> {
+    let mut survey = Survey::take(store, watch).await?;
     if survey.is_converting() || survey.extension == Kept::Unknown {
         return Ok(survey.report);
     }
@@ -66,7 +76,7 @@ pub async fn repair<S: Store>(store: &S, allowed: &Repair) -> Result<Report> {
             .await?;
         let text = "the rest of the table was added, without entries".into();
         done.done(FindingKind::ShortFile, Place::Byte(survey.len), text);
-        survey = Survey::take(store).await?;
+        survey = Survey::take(store, watch).await?;
     }
     let header = survey.header;
     let used = survey.judge.used.clone();
@@ -77,6 +87,7 @@ pub async fn repair<S: Store>(store: &S, allowed: &Repair) -> Result<Report> {
         done,
         used,
         left: 0,
+        watch,
     };
     work.drop_extension().await?;
     work.clear_entries().await?;
@@ -84,7 +95,7 @@ pub async fn repair<S: Store>(store: &S, allowed: &Repair) -> Result<Report> {
     work.separate().await?;
     work.return_space().await?;
     work.finish_header().await?;
-    let after = Survey::take(store).await?.report;
+    let after = Survey::take(store, work.watch).await?.report;
     let omitted = after.omitted.saturating_add(work.done.omitted);
     Ok(Report {
         repaired: work.done.repaired,
@@ -121,6 +132,7 @@ struct Work<'s, S> {
     used: RoaringBitmap,
     /// Errors that stay.
     left: u64,
+    watch: &'s mut dyn Watch,
 }
 
 /// An entry whose data goes to a new cluster.
@@ -158,6 +170,7 @@ impl<S: Store> Work<'_, S> {
         let mut table = Table::new(self.store, &self.header);
         let mut changed = false;
         while let Some(mut chunk) = table.next().await? {
+            self.watch.tell(table.progress("clearing"))?;
             let bad: Vec<(u64, FindingKind)> = chunk
                 .slots()
                 .filter_map(|(slot, raw)| Some((slot, hopeless(judge.slot(slot, raw))?)))
@@ -211,6 +224,7 @@ impl<S: Store> Work<'_, S> {
         let mut judge = Judge::new(self.header, old_len);
         let mut table = Table::new(self.store, &self.header);
         while let Some(mut chunk) = table.next().await? {
+            self.watch.tell(table.progress("copying"))?;
             let moves: Vec<Move> = chunk
                 .slots()
                 .filter_map(|(slot, raw)| self.needed_move(slot, judge.slot(slot, raw)))

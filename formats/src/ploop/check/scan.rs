@@ -4,6 +4,7 @@
 //! it, later ones are duplicates. Check and repair walk the same way and so judge alike.
 
 use crate::ploop::header::{HEADER_LEN, Header, Version};
+use crate::progress::Progress;
 use crate::store::Store;
 use crate::units::SECTOR;
 use crate::{Result, limits};
@@ -54,6 +55,15 @@ impl<'s, S: Store> Table<'s, S> {
             self.at = hole_end;
         }
         Ok(None)
+    }
+
+    /// How far the walk is.
+    pub(super) const fn progress(&self, phase: &'static str) -> Progress {
+        Progress {
+            phase,
+            done: self.at,
+            total: self.end,
+        }
     }
 }
 

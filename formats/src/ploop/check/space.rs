@@ -6,6 +6,7 @@
 use super::report::Place;
 use super::{FindingKind, Kept, Severity, Survey};
 use crate::Result;
+use crate::progress::{Progress, Watch};
 use crate::store::Store;
 use crate::units::ClusterSize;
 use roaring::RoaringBitmap;
@@ -30,11 +31,21 @@ impl Survey {
         last.max(u64::from(self.header.data_start))
     }
 
-    pub(super) async fn look_at_space<S: Store>(&mut self, store: &S) -> Result<()> {
+    pub(super) async fn look_at_space<S: Store>(
+        &mut self,
+        store: &S,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
         self.look_at_tail();
         let size = self.header.cluster;
+        let total = self.occupied_end().saturating_mul(size.bytes());
         for gap in gaps(&self.occupied(), self.header.data_start) {
             let lost = data_bytes(store, size, &gap).await?;
+            watch.tell(Progress {
+                phase: "space",
+                done: size.start(gap.end),
+                total,
+            })?;
             if lost > 0 {
                 let text = format!("{} clusters that no entry names", gap.len());
                 self.report.find(

@@ -1,0 +1,281 @@
+//! Client: how a program asks the keeper of an attached disk, over the control socket in its run
+//! directory.
+//!
+//! The language is [`control`](crate::serve::supervise::control)'s. Nothing here waits for ever, except for events: a keeper that does
+//! not answer is an error of kind `TimedOut`. What answers bring along (descriptors) is handed out
+//! with the answer that it came with.
+
+use crate::counters::Watched;
+use crate::rundir::State;
+use crate::serve::supervise::control::{
+    Answer, Ask, BACKLOG_MAX, Figures, Greeting, PROTO, Request, SOCKET,
+};
+use ploop_formats::{Error, Kind, Result};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketAddrUnix,
+    SocketFlags, SocketType, connect, recvmsg, socket_with,
+};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::VecDeque;
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long a keeper may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Keepers asked at once: each costs a descriptor, of which there are 1024 by default.
+const TOGETHER: usize = 256;
+/// Shortest time that a socket is waited at: 0 would mean for ever.
+const INSTANT: Duration = Duration::from_millis(1);
+
+/// The other end of a control socket.
+#[derive(Debug)]
+pub struct Remote {
+    stream: UnixStream,
+    /// What was received and is no whole line yet.
+    input: Vec<u8>,
+    passed: VecDeque<OwnedFd>,
+    /// When an answer is late; `None` waits for ever.
+    due: Option<Instant>,
+    next: u64,
+}
+
+impl Remote {
+    /// Connects to the keeper of a run directory. `NotFound` or `Io` when none listens there,
+    /// `Unsupported` when it speaks another language.
+    pub fn connect(run: &Path) -> Result<Self> {
+        let mut remote = Self::dial(run, Instant::now() + PATIENCE)?;
+        remote.greeting()?;
+        Ok(remote)
+    }
+
+    fn dial(run: &Path, due: Instant) -> Result<Self> {
+        let path = run.join(SOCKET);
+        let dialled = || {
+            let address = SocketAddrUnix::new(&path)?;
+            let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+            let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+            // Bounds the connection, too: a keeper that hangs accepts nobody.
+            set_socket_timeout(&socket, Timeout::Send, Some(left(due)))?;
+            connect(&socket, &address)?;
+            Ok(UnixStream::from(socket))
+        };
+        let stream = dialled().map_err(|e: rustix::io::Errno| failed(e).at(path.display()))?;
+        Ok(Self {
+            stream,
+            input: Vec::new(),
+            passed: VecDeque::new(),
+            due: Some(due),
+            next: 0,
+        })
+    }
+
+    fn greeting(&mut self) -> Result<()> {
+        let greeting: Greeting = self.hear()?;
+        match greeting.proto {
+            PROTO => Ok(()),
+            other => Err(Error::unsupported(format!(
+                "ploopd {} speaks control protocol {other}, this is {PROTO}",
+                greeting.version
+            ))),
+        }
+    }
+
+    /// Asks, and waits for the answer.
+    pub fn ask(&mut self, ask: Ask) -> Result<Value> {
+        self.due = Some(Instant::now() + PATIENCE);
+        let id = self.tell(ask)?;
+        self.answer(id)
+    }
+
+    /// What the disk is doing.
+    pub fn state(&mut self) -> Result<State> {
+        self.ask(Ask::State).and_then(|v| parse(v, "state"))
+    }
+
+    /// The counters and what the disk takes on the host, as they are now.
+    pub fn stat(&mut self) -> Result<Figures> {
+        self.ask(Ask::Stat).and_then(|v| parse(v, "figures"))
+    }
+
+    /// The counters, to be watched without asking again. `Invalid` or `Unsupported` when the
+    /// keeper is of a release that does not pass them, or counts otherwise.
+    pub fn watch(&mut self) -> Result<Watched> {
+        self.ask(Ask::Counters)?;
+        self.watched()
+    }
+
+    /// The counters behind the descriptor that came.
+    fn watched(&mut self) -> Result<Watched> {
+        let missing = || Error::unsupported("control socket: no descriptor came with the counters");
+        Watched::from_fd(self.passed.pop_front().ok_or_else(missing)?)
+    }
+
+    /// Tells the keeper to detach the disk; returns when it has understood.
+    pub fn stop(&mut self) -> Result<()> {
+        self.ask(Ask::Stop).map(drop)
+    }
+
+    /// Asks for events: each call of [`Remote::event`] gives one.
+    pub fn subscribe(&mut self) -> Result<()> {
+        self.tell(Ask::Events)?;
+        self.due = None;
+        Ok(())
+    }
+
+    /// The next event; `None` once the disk is detached. Waits.
+    pub fn event(&mut self) -> Result<Option<Value>> {
+        match self.hear() {
+            Err(e) if e.kind() == Kind::NotFound => Ok(None),
+            event => event.map(Some),
+        }
+    }
+
+    /// Sends a request; its number.
+    fn tell(&mut self, ask: Ask) -> Result<u64> {
+        self.next += 1;
+        let id = self.next;
+        let mut text = serde_json::to_vec(&Request { id, ask }).map_err(io::Error::from)?;
+        text.push(b'\n');
+        self.stream.write_all(&text).map_err(gone)?;
+        Ok(id)
+    }
+
+    fn answer(&mut self, id: u64) -> Result<Value> {
+        let answer: Answer = self.hear()?;
+        match (answer.error, answer.result) {
+            (Some(failure), _) => Err(failure.into()),
+            (None, Some(result)) if answer.id == id => Ok(result),
+            _ => Err(Error::new(Kind::Io, "control socket: an answer to nothing")),
+        }
+    }
+
+    /// The next line.
+    fn hear<T: DeserializeOwned>(&mut self) -> Result<T> {
+        loop {
+            if let Some(end) = self.input.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.input.drain(..=end).collect();
+                let line = serde_json::from_slice(&line);
+                return line.map_err(|e| Error::invalid(format!("control socket: {e}")));
+            }
+            if self.input.len() > BACKLOG_MAX {
+                return Err(Error::invalid("control socket: a line without end"));
+            }
+            self.receive()?;
+        }
+    }
+
+    fn receive(&mut self) -> Result<()> {
+        set_socket_timeout(&self.stream, Timeout::Recv, self.due.map(left)).map_err(failed)?;
+        let mut buf = [0u8; 4096];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let data = &mut [IoSliceMut::new(&mut buf)];
+        let got = match recvmsg(&self.stream, data, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            Ok(got) => got.bytes,
+            Err(rustix::io::Errno::INTR) => return Ok(()),
+            Err(e) => return Err(gone(e.into())),
+        };
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(fds) = message {
+                self.passed.extend(fds);
+            }
+        }
+        if got == 0 {
+            return Err(Error::new(Kind::NotFound, "the keeper is gone"));
+        }
+        self.input
+            .extend_from_slice(buf.get(..got).unwrap_or_default());
+        Ok(())
+    }
+}
+
+/// Asks many keepers the same questions and waits for all of them together: those that hang cost
+/// `patience` once, not each ([`TOGETHER`] at a time). The answers are in the order of the run directories, and each
+/// keeper's in that of the questions.
+pub fn ask_all<P: AsRef<Path>>(
+    runs: &[P],
+    asks: &[Ask],
+    patience: Duration,
+) -> Vec<Result<Vec<Value>>> {
+    let answers = |asked: Result<Asked>| asked?.answers();
+    let some = runs.chunks(TOGETHER);
+    let all = some.flat_map(|runs| together(runs, asks, patience, answers));
+    all.collect()
+}
+
+/// [`Remote::watch`] of many keepers, all asked together.
+pub fn watch_all<P: AsRef<Path>>(runs: &[P], patience: Duration) -> Vec<Result<Watched>> {
+    let watched = |asked: Result<Asked>| {
+        let mut asked = asked?;
+        asked.answers()?;
+        asked.remote.watched()
+    };
+    let some = runs.chunks(TOGETHER);
+    let all = some.flat_map(|runs| together(runs, &[Ask::Counters], patience, watched));
+    all.collect()
+}
+
+/// A keeper that has its questions and owes the greeting and the answers.
+struct Asked {
+    remote: Remote,
+    ids: Vec<u64>,
+}
+
+impl Asked {
+    fn answers(&mut self) -> Result<Vec<Value>> {
+        self.remote.greeting()?;
+        let ids = self.ids.iter();
+        ids.map(|id| self.remote.answer(*id)).collect()
+    }
+}
+
+/// Every keeper has its questions before the first answer is waited for.
+fn together<P: AsRef<Path>, T>(
+    runs: &[P],
+    asks: &[Ask],
+    patience: Duration,
+    outcome: impl Fn(Result<Asked>) -> Result<T>,
+) -> Vec<Result<T>> {
+    let due = Instant::now() + patience;
+    let tell = |run: &P| {
+        let mut remote = Remote::dial(run.as_ref(), due)?;
+        let ids = asks.iter().map(|ask| remote.tell(*ask));
+        let ids = ids.collect::<Result<_>>()?;
+        Ok(Asked { remote, ids })
+    };
+    let asked: Vec<Result<Asked>> = runs.iter().map(tell).collect();
+    asked.into_iter().map(outcome).collect()
+}
+
+/// An answer as what it should be.
+pub fn parse<T: DeserializeOwned>(value: Value, what: &str) -> Result<T> {
+    serde_json::from_value(value).map_err(|e| Error::invalid(format!("{what}: {e}")))
+}
+
+fn left(due: Instant) -> Duration {
+    due.saturating_duration_since(Instant::now()).max(INSTANT)
+}
+
+fn failed(e: rustix::io::Errno) -> Error {
+    gone(io::Error::from(e))
+}
+
+/// What an error of the socket means for who asked.
+fn gone(e: io::Error) -> Error {
+    match e.kind() {
+        io::ErrorKind::WouldBlock => Error::new(
+            Kind::TimedOut,
+            "the keeper does not answer; it hangs, or is stopped",
+        ),
+        io::ErrorKind::BrokenPipe
+        | io::ErrorKind::ConnectionReset
+        | io::ErrorKind::ConnectionRefused => Error::new(Kind::NotFound, "the keeper is gone"),
+        _ => Error::from(e),
+    }
+}
