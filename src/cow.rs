@@ -4,8 +4,9 @@
 //! written before it is published; it is published before the guest is answered. Durability is
 //! the flush pass's business, which is told what would be lost ([`Below`]).
 //!
-//! Only what is needed is copied up: nothing if no lower layer has data there, and nothing of what
-//! the request overwrites. Memory is bounded by [`STEP`] whatever the cluster size.
+//! Only what is needed is copied up: nothing if no lower layer has data there, nothing of what the
+//! request overwrites, and no zeros at the ends of what is there, which the new cluster has already.
+//! Memory is bounded by [`STEP`] whatever the cluster size.
 
 use crate::stack::Stack;
 use bytes::Bytes;
@@ -17,6 +18,8 @@ use ploop_formats::{Result, buf};
 
 /// Bytes assembled in memory at once.
 const STEP: u64 = 1 << 20;
+/// Zeros are left out in blocks of at least so many bytes: what a file system can leave out.
+const ZERO_BLOCK: usize = 4096;
 
 /// What a request puts into a cluster that has no place yet.
 #[derive(Debug, Clone)]
@@ -45,6 +48,16 @@ impl Piece {
             Piece::Data { at, bytes } => (*at, *at + bytes.len() as u64),
             Piece::Zero { from, to, .. } => (*from, *to),
         }
+    }
+
+    /// The part of `from .. to` that it fills, empty when there is none.
+    fn cut(&self, from: u64, to: u64) -> (u64, u64) {
+        let (piece_from, piece_to) = self.range();
+        (piece_from.clamp(from, to), piece_to.clamp(from, to))
+    }
+
+    fn covers(&self, from: u64, to: u64) -> bool {
+        self.cut(from, to) == (from, to)
     }
 }
 
@@ -81,10 +94,18 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     let mut at = start;
     while at < end {
         let to = (at + STEP).min(end);
-        if let Some((from, bytes)) = assemble(stack, &piece, at, to, lower_zero).await? {
+        let (from, bytes) = if lower_zero || piece.covers(at, to) {
+            let (cut_from, cut_to) = piece.cut(at, to);
+            overlaid(stack.align(), &piece, cut_from, cut_to)
+        } else {
+            copied(stack, &piece, at, to).await?
+        };
+        if !bytes.is_empty() {
+            let lent = bytes.clone();
             stack
                 .write_data(host + (from - start), bytes, Reach::Cache)
                 .await?;
+            stack.take_back(lent);
         }
         at = to;
     }
@@ -98,35 +119,54 @@ fn publish<L: Layer>(top: &L, cluster: u32, reserved: Option<L::Reservation>, be
     }
 }
 
-/// The bytes to write for guest range `from .. to` of a new cluster and where they start; none
-/// when zeros are right.
-async fn assemble<S: Store>(
+/// The bytes to write for guest range `from .. to` of a new cluster, where they start, and nothing
+/// where zeros are right: the piece with what is around it below, but for zeros at the ends.
+async fn copied<S: Store>(
     stack: &Stack<S>,
     piece: &Piece,
     from: u64,
     to: u64,
-    lower_zero: bool,
-) -> Result<Option<(u64, Bytes)>> {
-    let (piece_from, piece_to) = piece.range();
-    let (cut_from, cut_to) = (piece_from.clamp(from, to), piece_to.clamp(from, to));
-    if lower_zero {
-        return Ok(overlaid(stack.align(), piece, cut_from, cut_to));
+) -> Result<(u64, Bytes)> {
+    let (cut_from, cut_to) = piece.cut(from, to);
+    let mut head = stack.lend((to - from) as usize);
+    let tail = head.split_off((cut_to - from) as usize);
+    let mut middle = head.split_off((cut_from - from) as usize);
+    match slice(piece, cut_from, cut_to) {
+        Some(bytes) => middle.copy_from_slice(&bytes),
+        None => middle.fill(0),
     }
-    if (cut_from, cut_to) == (from, to) {
-        return Ok(overlaid(stack.align(), piece, from, to));
+    let (head, tail) =
+        futures_util::future::join(stack.read_below(from, head), stack.read_below(cut_to, tail))
+            .await;
+    // Three neighbours in memory: joining them moves nothing.
+    let mut whole = head?;
+    whole.unsplit(middle);
+    whole.unsplit(tail?);
+    let mut whole = whole.freeze();
+    let (zeros_before, zeros_after) = zeros_around(&whole, stack.align() as usize);
+    whole.truncate(whole.len() - zeros_after);
+    let from = from + zeros_before as u64;
+    Ok((from, whole.split_off(zeros_before)))
+}
+
+/// How many bytes at the start and at the end of `bytes` are zeros, in whole blocks.
+fn zeros_around(bytes: &[u8], align: usize) -> (usize, usize) {
+    let block = align.max(ZERO_BLOCK);
+    let is_zero = |block: &&[u8]| block.iter().all(|byte| *byte == 0);
+    let before = bytes
+        .chunks(block)
+        .take_while(is_zero)
+        .map(<[u8]>::len)
+        .sum();
+    if before == bytes.len() {
+        return (before, 0);
     }
-    let depth = stack.depth() - 1;
-    let mut whole = buf::aligned((to - from) as usize);
-    for (a, b) in [(from, cut_from), (cut_to, to)] {
-        if a < b {
-            let below = stack.read_unaligned(a, (b - a) as usize, depth).await?;
-            whole[(a - from) as usize..(b - from) as usize].copy_from_slice(&below);
-        }
-    }
-    if let Some(bytes) = slice(piece, cut_from, cut_to) {
-        whole[(cut_from - from) as usize..(cut_to - from) as usize].copy_from_slice(&bytes);
-    }
-    Ok(Some((from, whole.freeze())))
+    let after = bytes
+        .rchunks(block)
+        .take_while(is_zero)
+        .map(<[u8]>::len)
+        .sum();
+    (before, after)
 }
 
 /// The piece's bytes in a guest range; none for zeros and for nothing.
@@ -141,13 +181,15 @@ fn slice(piece: &Piece, from: u64, to: u64) -> Option<Bytes> {
 
 /// The piece's bytes with zeros around them up to block boundaries: what a cluster over zeros
 /// needs.
-fn overlaid(align: u64, piece: &Piece, from: u64, to: u64) -> Option<(u64, Bytes)> {
-    let bytes = slice(piece, from, to)?;
+fn overlaid(align: u64, piece: &Piece, from: u64, to: u64) -> (u64, Bytes) {
+    let Some(bytes) = slice(piece, from, to) else {
+        return (from, Bytes::new());
+    };
     let (low, high) = (from / align * align, to.next_multiple_of(align));
     if (low, high) == (from, to) && buf::is_aligned(&bytes, align as usize) {
-        return Some((from, bytes));
+        return (from, bytes);
     }
     let mut whole = buf::aligned((high - low) as usize);
     whole[(from - low) as usize..][..bytes.len()].copy_from_slice(&bytes);
-    Some((low, whole.freeze()))
+    (low, whole.freeze())
 }

@@ -8,6 +8,7 @@ pub mod flight;
 pub mod flush;
 pub mod image;
 pub mod io;
+pub mod merged;
 pub mod policy;
 pub mod rundir;
 pub mod sandbox;

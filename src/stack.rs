@@ -1,8 +1,10 @@
 //! Stack: ordered layers. Resolves a guest range, newest layer first, and reads through all.
 //!
 //! Every layer has the same cluster size; an upper one is never smaller than a lower one. Only the
-//! top is ever written, and not by this file.
+//! top is ever written, and not by this file. What the others say is kept in a merged map
+//! ([`crate::merged`]), so that many layers cost no more to ask than two.
 
+use crate::merged::{Merged, PER_PAGE, Place};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Below, Extent, Geometry, Layer};
@@ -11,6 +13,12 @@ use ploop_formats::raw::Raw;
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Result, buf, limits};
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Bytes of buffers for copies that are kept, and of the largest of them.
+const SPARES_BYTES: usize = 1 << 20;
+const SPARE_MAX: u64 = 1 << 20;
 
 /// A layer of any format.
 #[derive(Debug)]
@@ -119,11 +127,29 @@ pub struct Segment {
     pub at: Option<u64>,
 }
 
+impl Segment {
+    /// Where the cluster is that begins `offset` bytes into it.
+    fn place(&self, offset: u64) -> Place {
+        match (self.layer, self.at) {
+            (Some(layer), Some(at)) => Place::Data {
+                layer,
+                at: at + offset,
+            },
+            (Some(layer), None) => Place::Zero { layer },
+            (None, _) => Place::Nowhere,
+        }
+    }
+}
+
 /// The layers of one disk, base first.
 #[derive(Debug)]
 pub struct Stack<S> {
     layers: Vec<AnyLayer<S>>,
     align: u64,
+    /// What the layers below the top say; none where asking them is as cheap.
+    merged: Option<Merged>,
+    /// Buffers for copies: a fresh one costs its page faults every time.
+    spares: Mutex<Vec<BytesMut>>,
 }
 
 impl<S: Store> Stack<S> {
@@ -169,7 +195,13 @@ impl<S: Store> Stack<S> {
             .map(|l| l.store().info().align)
             .max()
             .unwrap_or(1);
-        Ok(Self { layers, align })
+        let merged = (layers.len() > 2).then(Merged::default);
+        Ok(Self {
+            layers,
+            align,
+            merged,
+            spares: Mutex::default(),
+        })
     }
 
     /// The layers, base first.
@@ -240,8 +272,78 @@ impl<S: Store> Stack<S> {
 
     /// The first segment of a guest range, as the lowest `depth` layers tell it.
     pub async fn resolve(&self, guest: u64, len: u64, depth: usize) -> Result<Segment> {
+        let below = self.layers.len() - 1;
+        let Some(merged) = self.merged.as_ref().filter(|_| depth >= below) else {
+            return self.ask(guest, len, 0..depth).await;
+        };
         let mut len = len;
-        for (i, layer) in self.layers.iter().enumerate().take(depth).rev() {
+        if depth > below {
+            let top = self.ask(guest, len, below..depth).await?;
+            if top.layer.is_some() {
+                return Ok(top);
+            }
+            len = top.len;
+        }
+        let cluster = self.top().geometry().cluster;
+        let Some(number) = cluster.cluster_of(guest) else {
+            return self.ask(guest, len, 0..below).await;
+        };
+        let within = cluster.within(guest);
+        let max = cluster.count(within.saturating_add(len));
+        let found = match merged.find(number, max, cluster) {
+            Some(found) => found,
+            None => {
+                self.fill_merged(merged, number / PER_PAGE).await;
+                // Another page may have taken the slot at once.
+                let found = merged.find(number, max, cluster);
+                found.unwrap_or((Place::Mixed, 1))
+            }
+        };
+        let (place, clusters) = found;
+        let len = len.min(clusters * cluster.bytes() - within);
+        let (layer, at) = match place {
+            Place::Data { layer, at } => (Some(layer), Some(at + within)),
+            Place::Zero { layer } => (Some(layer), None),
+            Place::Nowhere => (None, None),
+            Place::Mixed => return self.ask(guest, len, 0..below).await,
+        };
+        Ok(Segment { len, layer, at })
+    }
+
+    /// Asks the layers below the top about every cluster of a page. One that cannot tell is left
+    /// for whoever reads it to find out.
+    async fn fill_merged(&self, merged: &Merged, page: u32) {
+        let geometry = self.top().geometry();
+        let size = geometry.cluster;
+        let first = page * PER_PAGE;
+        let end = geometry
+            .size
+            .min(size.start(first) + u64::from(PER_PAGE) * size.bytes());
+        let mut places = Vec::with_capacity(PER_PAGE as usize);
+        while places.len() < PER_PAGE as usize {
+            let at = size.start(first) + places.len() as u64 * size.bytes();
+            if at >= end {
+                break;
+            }
+            let asked = self.ask(at, end - at, 0..self.layers.len() - 1).await;
+            let whole = asked.as_ref().map_or(0, |segment| size.whole(segment.len));
+            match asked {
+                Ok(segment) if whole > 0 => {
+                    places.extend((0..whole).map(|n| segment.place(n * size.bytes())));
+                }
+                _ => places.push(Place::Mixed),
+            }
+        }
+        merged.keep(page, places.into_iter());
+    }
+
+    /// The first segment of a guest range, as some of the layers tell it, the upper ones first.
+    async fn ask(&self, guest: u64, len: u64, among: Range<usize>) -> Result<Segment> {
+        let mut len = len;
+        for i in among.rev() {
+            let Some(layer) = self.layers.get(i) else {
+                continue;
+            };
             let size = self.reach(i, layer.geometry().size);
             if guest >= size {
                 continue;
@@ -317,6 +419,57 @@ impl<S: Store> Stack<S> {
                 Ok(buf)
             }
         }
+    }
+
+    /// Fills `buf` from guest offset `guest`, as the layers below the top have it. Of any alignment.
+    pub async fn read_below(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
+        let depth = self.layers.len() - 1;
+        let len = buf.len();
+        let aligned = [guest, len as u64]
+            .iter()
+            .all(|n| n.is_multiple_of(self.align))
+            && buf::is_aligned(&buf, self.align as usize);
+        if len == 0 {
+            return Ok(buf);
+        }
+        if aligned {
+            return self.read(guest, buf, depth).await;
+        }
+        let bytes = self.read_unaligned(guest, len, depth).await?;
+        buf.copy_from_slice(&bytes);
+        Ok(buf)
+    }
+
+    /// An aligned buffer of `len` bytes to fill; what it holds is arbitrary.
+    pub fn lend(&self, len: usize) -> BytesMut {
+        let spare = self.spares().pop();
+        match spare.filter(|spare| spare.capacity() >= len) {
+            Some(mut spare) => {
+                spare.resize(len, 0);
+                spare
+            }
+            None => buf::aligned(len),
+        }
+    }
+
+    /// Takes a buffer back once nobody else holds it, and keeps it when it is one that
+    /// [`Stack::lend`] gave, whole, and there is room.
+    pub fn take_back(&self, bytes: Bytes) {
+        let whole = self.top().geometry().cluster.bytes().min(SPARE_MAX) as usize;
+        if bytes.len() < whole || !buf::is_aligned(&bytes, buf::ALIGN) {
+            return;
+        }
+        let Ok(spare) = bytes.try_into_mut() else {
+            return;
+        };
+        let mut spares = self.spares();
+        if spares.len() < SPARES_BYTES / whole {
+            spares.push(spare);
+        }
+    }
+
+    fn spares(&self) -> MutexGuard<'_, Vec<BytesMut>> {
+        self.spares.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// As [`Stack::read`], of any alignment: reads whole blocks and copies.

@@ -13,6 +13,8 @@ use ploop_formats::ploop::header::CLOSED_V21;
 use ploop_formats::ploop::{Header, Ploop, Version};
 use ploop_formats::store::Store;
 use ploop_formats::store::mem::MemStore;
+use ploop_formats::store::pages::Pages;
+use ploop_formats::store::record::{Entry, RecordStore, Recording};
 use ploop_formats::units::ClusterSize;
 use ploop_formats::{buf, store::Reach};
 use std::future::Future;
@@ -31,8 +33,12 @@ fn now<F: Future>(future: F) -> F::Output {
 }
 
 fn blank(version: Version) -> MemStore {
+    blank_of(version, SIZE)
+}
+
+fn blank_of(version: Version, size: u64) -> MemStore {
     let store = MemStore::new(0);
-    let header = Header::new(version, SIZE, ClusterSize::new(CLUSTER).unwrap()).unwrap();
+    let header = Header::new(version, size, ClusterSize::new(CLUSTER).unwrap()).unwrap();
     now(async {
         store
             .set_len(header.cluster.start(header.data_start))
@@ -159,6 +165,90 @@ fn steady_overwrite_does_not_grow_the_file() {
         store.info().len,
         CLUSTER + SIZE,
         "a clean close leaves no unused tail"
+    );
+}
+
+#[test]
+fn a_flush_of_first_writes_is_one_barrier_also_while_the_file_grows() {
+    let store = blank_of(Version::V2, 2048 * CLUSTER);
+    let recording = Recording::new(Pages::default());
+    let store = RecordStore::new(store, recording.clone());
+    let top = AnyLayer::Ploop(now(Ploop::open_write(store, Ledger::local())).unwrap());
+    let disk = Disk::new(vec![top], false).unwrap();
+    let barriers = || {
+        let is_flush = |entry: &&Entry| matches!(entry, Entry::Flush { .. });
+        recording.entries().iter().filter(is_flush).count()
+    };
+    let write = |n: u64| {
+        let data = Bytes::from(vec![1u8; 4096]);
+        now(disk.write(n * CLUSTER, data, false)).unwrap();
+    };
+    // The very first cluster finds a file without room.
+    write(0);
+    now(disk.flush()).unwrap();
+    let before = barriers();
+    for pass in 1..128 {
+        (0..16).for_each(|n| write(16 * pass + n));
+        now(disk.flush()).unwrap();
+    }
+    assert_eq!(barriers() - before, 127);
+}
+
+#[test]
+fn a_bad_entry_of_a_lower_layer_costs_its_own_cluster_alone() {
+    let stores: Vec<MemStore> = (0..4).map(|_| blank(Version::V2)).collect();
+    let base = open(&stores[..1]);
+    now(base.write(0, Bytes::from(vec![7u8; SIZE as usize]), false)).unwrap();
+    now(base.close()).unwrap();
+    let bad = 5u64;
+    now(async {
+        let mut page = stores[0].read_at(0, buf::aligned(4096)).await.unwrap();
+        page[64 + 4 * bad as usize..][..4].copy_from_slice(&9999u32.to_le_bytes());
+        let page = page.freeze();
+        stores[0].write_at(0, page, Reach::Cache).await.unwrap();
+    });
+    let disk = open(&stores);
+    for n in 0..SIZE / CLUSTER {
+        let got = now(disk.read(n * CLUSTER, buf::aligned(4096)));
+        assert_eq!(got.is_err(), n == bad, "cluster {n}");
+    }
+}
+
+#[test]
+fn zeros_at_the_ends_of_what_is_copied_up_take_no_space() {
+    let (base, top) = (blank(Version::V2), blank(Version::V2));
+    let below = open(std::slice::from_ref(&base));
+    now(below.write(8192, Bytes::from(vec![7u8; 4096]), false)).unwrap();
+    now(below.close()).unwrap();
+    let recording = Recording::new(Pages::default());
+    let upper = RecordStore::new(top, recording.clone());
+    let lower = RecordStore::new(base, Recording::default());
+    let layers = vec![
+        AnyLayer::Ploop(now(Ploop::open_read(lower)).unwrap()),
+        AnyLayer::Ploop(now(Ploop::open_write(upper, Ledger::local())).unwrap()),
+    ];
+    let disk = Disk::new(layers, false).unwrap();
+    let before = recording.entries().len();
+    now(disk.write(16384, Bytes::from(vec![9u8; 4096]), false)).unwrap();
+    let entries = recording.entries();
+    let written: Vec<usize> = entries[before..]
+        .iter()
+        .filter_map(|entry| match entry {
+            Entry::Write { data, .. } => Some(data.len()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        written,
+        [12288],
+        "the data, the zeros between, the new bytes"
+    );
+    let mut expected = vec![0u8; CLUSTER as usize];
+    expected[8192..12288].fill(7);
+    expected[16384..20480].fill(9);
+    assert_eq!(
+        now(disk.read(0, buf::aligned(CLUSTER as usize))).unwrap(),
+        expected
     );
 }
 

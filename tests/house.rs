@@ -55,6 +55,11 @@ const RULES: &[Rule] = &[
         why: "the engine reaches files through Store",
     },
     Rule {
+        place: "src/merged.rs",
+        words: SYSTEM,
+        why: "the engine reaches files through Store",
+    },
+    Rule {
         place: "src/cow.rs",
         words: SYSTEM,
         why: "the engine reaches files through Store",

@@ -35,8 +35,10 @@ pub enum Cache {
 /// Cached reads from this size on are cheaper copied at once than sent through a ring.
 const INLINE_MIN: usize = 128 << 10;
 /// Cached writes up to this size are copied at once: most file systems make a ring hand them to a
-/// thread of its own, which costs several times the copy.
+/// thread of its own, which costs several times the copy. Larger ones are worth a thread.
 const INLINE_WRITE_MAX: usize = 128 << 10;
+/// Bytes of data that are looked at together when space is taken.
+const SPACE_AHEAD: u64 = 8 << 20;
 /// Bytes of zeros written at a time where the storage cannot zero by itself.
 const ZEROS: u64 = 1 << 20;
 
@@ -49,7 +51,7 @@ struct Inner {
     path: PathBuf,
     writable: bool,
     regular: bool,
-    /// It lies in memory (tmpfs), where reads wait for nothing and a ring cannot tell.
+    /// It lies in memory (tmpfs), where nothing waits and a ring cannot tell.
     in_memory: bool,
     cache: Cache,
     why_cached: Option<String>,
@@ -299,15 +301,7 @@ impl Inner {
         disk::Target {
             fd: &self.fd,
             witness,
-            here: false,
-        }
-    }
-
-    /// For calls that do not wait for the disk, when `here`.
-    fn near<'a>(&'a self, witness: &'a Arc<dyn Witness>, here: bool) -> disk::Target<'a> {
-        disk::Target {
-            here,
-            ..self.target(witness)
+            here: self.in_memory,
         }
     }
 
@@ -373,8 +367,8 @@ impl Inner {
     async fn read(&self, at: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let len = buf.len();
         let mut done = 0;
-        let here = self.in_memory && self.cache == Cache::Writeback;
-        if self.cache == Cache::Writeback && !here && len >= INLINE_MIN && exec::on_ring() {
+        if self.cache == Cache::Writeback && !self.in_memory && len >= INLINE_MIN && exec::on_ring()
+        {
             // What is not in memory comes through the ring; so does every error.
             let inline = disk::read_cached(self.target(&self.quiet), &mut buf, 0, at).await;
             done = inline.unwrap_or(0);
@@ -382,7 +376,7 @@ impl Inner {
         while done < len {
             let result;
             let from = at + done as u64;
-            (buf, result) = disk::read(self.near(&self.quiet, here), buf, done, from).await;
+            (buf, result) = disk::read(self.target(&self.quiet), buf, done, from).await;
             let got = result.map_err(|e| self.fail("reading", at, len as u64, e))?;
             if got == 0 || !(got as u64).is_multiple_of(self.align.offset) {
                 let end = from + got as u64;
@@ -398,9 +392,12 @@ impl Inner {
         let len = data.len() as u64;
         let mut from = at;
         let witness = if durable { &self.barrier } else { &self.quiet };
-        let here = !durable && self.cache == Cache::Writeback && data.len() <= INLINE_WRITE_MAX;
+        let small = data.len() <= INLINE_WRITE_MAX;
+        let cached = !durable && self.cache == Cache::Writeback;
         while !data.is_empty() {
-            let result = disk::write(self.near(witness, here), data.clone(), from, durable).await;
+            let mut target = self.target(witness);
+            target.here = small && (cached || self.in_memory);
+            let result = disk::write(target, data.clone(), from, durable).await;
             let result = result.and_then(|n| match n {
                 0 => Err(io::ErrorKind::WriteZero.into()),
                 n => Ok(n),
@@ -450,6 +447,7 @@ impl Inner {
         let first = at - at % UNIT;
         let past = end
             .next_multiple_of(UNIT)
+            .max(self.data_from(first))
             .min(self.len.load(Ordering::Acquire))
             .max(end);
         match self.allocate(first, past).await {
@@ -464,6 +462,18 @@ impl Inner {
                     .add(first, past.next_multiple_of(UNIT), losses);
                 Ok(())
             }
+        }
+    }
+
+    /// Where the data that begins at `at` ends, within limits: what has its space already costs one
+    /// call for all of it, not one for each unit. Not in memory, where looking means counting pages.
+    fn data_from(&self, at: u64) -> u64 {
+        if self.in_memory {
+            return at;
+        }
+        match self.extent(at) {
+            (true, until) => until.min(at + SPACE_AHEAD) / UNIT * UNIT,
+            (false, _) => at,
         }
     }
 

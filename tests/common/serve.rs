@@ -39,6 +39,11 @@ impl Disk {
         disk
     }
 
+    /// A disk that the caller has made in `folder`/disk.
+    pub fn around(folder: TempDir) -> Self {
+        Self { folder }
+    }
+
     /// The disk's folder, which holds DiskDescriptor.xml.
     pub fn path(&self) -> PathBuf {
         self.folder.path().join("disk")

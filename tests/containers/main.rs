@@ -97,7 +97,7 @@ fn keeps_its_limits(kind: Kind, test: &str) {
     };
     let (disk, attached) = disk("768M");
     let engine = Engine::new(kind, attached.folder());
-    let much = MEMORY * 10 >> 20;
+    let much = (MEMORY * 10) >> 20;
     engine.ok(&format!(
         "dd if=/dev/zero of=/data/big bs=1M count={much} conv=fsync"
     ));

@@ -103,7 +103,7 @@ const USAGE: &[Case] = &[
     (
         "serve good --nbd nowhere",
         2,
-        &["unix:PATH, tcp:ADDR:PORT, -"],
+        &["unix:PATH, tcp:ADDR:PORT, ADDR:PORT, -"],
     ),
     ("serve good --nbd - --cache wild", 2, &["none, writeback"]),
     ("serve good --nbd - --keep-free 101%", 2, &["0% to 100%"]),

@@ -77,6 +77,11 @@ impl Alloc {
         !self.fresh.is_empty()
     }
 
+    /// How many clusters [`Alloc::take`] would give.
+    pub(super) fn fresh(&self) -> u64 {
+        self.fresh.len()
+    }
+
     /// Nothing can land any more: quarantined clusters are ordinary free ones.
     pub(super) fn release_quarantine(&mut self, settled: &RoaringBitmap) {
         self.quarantined -= settled;

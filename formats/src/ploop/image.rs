@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of free clusters that are punched for reuse in one step.
 const REUSE_STEP: u64 = 64 << 20;
-/// The file is extended by an eighth of its size, within these bounds.
+/// The file is extended by an eighth of its size, or by all of it, within these bounds.
 const EXTEND_MIN: u64 = 4 << 20;
 const EXTEND_MAX: u64 = 256 << 20;
 
@@ -42,6 +42,12 @@ pub struct Ploop<S> {
     pub(super) kept: Extension,
     /// Held while free clusters are being made.
     pub(super) supply: tokio::sync::Mutex<()>,
+}
+
+/// The file was extended to `end` clusters, which is not durable yet; nobody else extends it.
+pub(super) struct Ahead<'a> {
+    pub(super) end: u32,
+    _supply: tokio::sync::MutexGuard<'a, ()>,
 }
 
 /// A cluster taken for one guest cluster, with its word in the ledger.
@@ -104,7 +110,7 @@ impl<S: Store> Ploop<S> {
     }
 
     /// Fails when the image may not be written: read-only, or poisoned by an earlier failure.
-    fn may_write(&self) -> Result<()> {
+    pub(super) fn may_write(&self) -> Result<()> {
         if !self.writable {
             return Err(Error::new(Kind::ReadOnly, "this delta is open read-only"));
         }
@@ -129,41 +135,26 @@ impl<S: Store> Ploop<S> {
 
     /// Where `cluster` is; reads the table page when it is not in memory.
     async fn find(&self, cluster: VirtCluster) -> Result<Option<HostCluster>> {
-        loop {
-            let looked = lock(&self.index).lookup(cluster)?;
-            match looked {
-                Lookup::At(host) => return Ok(Some(host)),
-                Lookup::Absent => return Ok(None),
-                Lookup::NeedsPage { page, epoch } => {
-                    let bytes = self.read_page(page).await?;
-                    lock(&self.index).keep_page(page, epoch, bytes);
-                }
-            }
-        }
+        self.find_run(cluster, 1).await.map(|(host, _)| host)
     }
 
-    /// How far the mapping that starts with `first` at `cluster` goes on evenly, in clusters, as
-    /// far as table pages in memory tell.
-    fn run(&self, cluster: u32, first: Option<HostCluster>, max: u64) -> u64 {
-        let mut index = lock(&self.index);
-        let mut n = 1u64;
-        while n < max {
-            let Some(next) = u32::try_from(n).ok().and_then(|n| cluster.checked_add(n)) else {
-                break;
-            };
-            let even = match (index.lookup(VirtCluster(next)), first) {
-                (Ok(Lookup::Absent), None) => true,
-                (Ok(Lookup::At(host)), Some(first)) => {
-                    u64::from(host.0) == u64::from(first.0).saturating_add(n)
+    /// Where `cluster` is, and how many clusters from it on continue evenly, at most `max`, as far
+    /// as table pages in memory tell.
+    async fn find_run(&self, cluster: VirtCluster, max: u64) -> Result<(Option<HostCluster>, u64)> {
+        loop {
+            let (page, epoch) = {
+                let mut index = lock(&self.index);
+                match index.lookup(cluster)? {
+                    Lookup::At(host) => {
+                        return Ok((Some(host), index.run(cluster, Some(host), max)));
+                    }
+                    Lookup::Absent => return Ok((None, index.run(cluster, None, max))),
+                    Lookup::NeedsPage { page, epoch } => (page, epoch),
                 }
-                _ => false,
             };
-            if !even {
-                break;
-            }
-            n = n.saturating_add(1);
+            let bytes = self.read_page(page).await?;
+            lock(&self.index).keep_page(page, epoch, bytes);
         }
-        n
     }
 
     /// Sees to it that there is a fresh cluster to take.
@@ -230,12 +221,8 @@ impl<S: Store> Ploop<S> {
 
     /// Extends the file by a large durable step, or by the largest that finds space.
     async fn extend(&self) -> Result<()> {
-        let size = self.header.cluster;
         let end = lock(&self.index).alloc.end();
-        // The step takes space before anybody needs it: never much of what the host has left.
-        let most = EXTEND_MAX.min(self.store.room()? / 16).max(EXTEND_MIN);
-        let wanted = size.whole((size.start(end) / 8).clamp(EXTEND_MIN, most));
-        let mut step = (wanted.max(1) as u32).min(self.last_cluster().saturating_sub(end));
+        let mut step = self.extension(end)?;
         if step == 0 {
             return Err(Error::new(
                 Kind::NoSpace,
@@ -244,7 +231,7 @@ impl<S: Store> Ploop<S> {
         }
         loop {
             let new_end = end.saturating_add(step);
-            match self.store.set_len(size.start(new_end)).await {
+            match self.store.set_len(self.header.cluster.start(new_end)).await {
                 Ok(()) => {
                     if !planted::is(Bug::FreshWithoutDurableLength) {
                         self.barrier().await?;
@@ -256,6 +243,46 @@ impl<S: Store> Ploop<S> {
                 Err(e) => return Err(e),
             }
         }
+    }
+
+    /// Clusters by which a file of `end` clusters is extended. Where that takes no space it is
+    /// doubled: each extension has a barrier that a guest waits for.
+    fn extension(&self, end: u32) -> Result<u32> {
+        let size = self.header.cluster;
+        let len = size.start(end);
+        // The step may take space before anybody needs it: never much of what the host has left.
+        let most = EXTEND_MAX.min(self.store.room()? / 16).max(EXTEND_MIN);
+        let wanted = if self.store.info().fresh_zero {
+            len
+        } else {
+            len / 8
+        };
+        let step = size.whole(wanted.clamp(EXTEND_MIN, most)).max(1);
+        Ok((step as u32).min(self.last_cluster().saturating_sub(end)))
+    }
+
+    /// Extends the file when clusters are being taken and run low, to be made durable by a barrier
+    /// that comes anyway. `None` when that is not needed, somebody else is at it, or it fails:
+    /// whoever needs a cluster finds out.
+    async fn extend_ahead(&self) -> Option<Ahead<'_>> {
+        let supply = self.supply.try_lock().ok()?;
+        let (end, fresh, allocates) = {
+            let index = lock(&self.index);
+            (index.alloc.end(), index.alloc.fresh(), index.allocates())
+        };
+        if !allocates {
+            return None;
+        }
+        let step = self.extension(end).ok()?;
+        if fresh >= u64::from(step / 2) {
+            return None;
+        }
+        let end = end.saturating_add(step);
+        let extended = self.store.set_len(self.header.cluster.start(end)).await;
+        extended.ok().map(|()| Ahead {
+            end,
+            _supply: supply,
+        })
     }
 
     /// One past the last file cluster that a BAT entry can name.
@@ -295,9 +322,8 @@ impl<S: Store> Layer for Ploop<S> {
         let cluster = size
             .cluster_of(guest)
             .ok_or_else(|| Error::invalid("offset past the table"))?;
-        let first = self.find(VirtCluster(cluster)).await?;
         let max = size.count(within.saturating_add(len));
-        let clusters = self.run(cluster, first, max);
+        let (first, clusters) = self.find_run(VirtCluster(cluster), max).await?;
         let len = clusters
             .saturating_mul(size.bytes())
             .saturating_sub(within)
@@ -353,7 +379,8 @@ impl<S: Store> Layer for Ploop<S> {
 
     async fn sync(&self) -> Result<()> {
         self.may_write()?;
-        self.pass().await
+        let ahead = self.extend_ahead().await;
+        self.pass(ahead).await
     }
 
     async fn close(&self) -> Result<()> {

@@ -154,6 +154,61 @@ impl Index {
             .map(|to| to.map_or(Lookup::Absent, Lookup::At))
     }
 
+    /// How far the mapping that starts with `first` at `cluster` goes on evenly, in clusters, as
+    /// far as table pages in memory tell.
+    pub(super) fn run(
+        &mut self,
+        cluster: VirtCluster,
+        first: Option<HostCluster>,
+        max: u64,
+    ) -> u64 {
+        let quiet = self.pending.is_empty() && self.frozen.entries.is_empty();
+        let mut last: Option<(u32, Bytes)> = None;
+        let mut n = 1u64;
+        while n < max {
+            let next = u32::try_from(n).ok();
+            let Some(next) = next.and_then(|n| cluster.0.checked_add(n)) else {
+                break;
+            };
+            let looked = if quiet {
+                self.durable(next, &mut last)
+            } else {
+                self.lookup(VirtCluster(next))
+            };
+            let even = match (looked, first) {
+                (Ok(Lookup::Absent), None) => true,
+                (Ok(Lookup::At(host)), Some(first)) => {
+                    u64::from(host.0) == u64::from(first.0).saturating_add(n)
+                }
+                _ => false,
+            };
+            if !even {
+                break;
+            }
+            n = n.saturating_add(1);
+        }
+        n
+    }
+
+    /// As [`Index::lookup`] where nothing is pending; keeps the page that it looked into in `last`.
+    fn durable(&mut self, n: u32, last: &mut Option<(u32, Bytes)>) -> Result<Lookup> {
+        if n >= self.header.entries {
+            return Ok(Lookup::Absent);
+        }
+        let (page, at) = place(&self.header, n);
+        if last.as_ref().is_none_or(|(number, _)| *number != page) {
+            *last = self.pages.get(&page).map(|bytes| (page, bytes.clone()));
+        }
+        let Some((_, bytes)) = last else {
+            return Ok(Lookup::NeedsPage {
+                page,
+                epoch: self.epoch,
+            });
+        };
+        let to = self.named(n, raw_entry(bytes, at))?;
+        Ok(to.map_or(Lookup::Absent, Lookup::At))
+    }
+
     /// The cluster that a durable entry names, checked against the file.
     fn named(&self, n: u32, raw: u32) -> Result<Option<HostCluster>> {
         let place = || format!("BAT entry {n} (offset {:#x})", self.header.entry_at(n));
@@ -207,6 +262,11 @@ impl Index {
     /// Whether anything awaits a pass.
     pub(super) fn has_pending(&self) -> bool {
         !self.pending.is_empty() || !self.freed.is_empty()
+    }
+
+    /// Whether clusters were taken since the last pass began.
+    pub(super) fn allocates(&self) -> bool {
+        self.pending.values().any(|e| e.to.is_some())
     }
 
     /// The word that already speaks for this cluster, if any: one word per cluster, always.

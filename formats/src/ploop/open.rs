@@ -122,7 +122,7 @@ impl<S: Store> Ploop<S> {
     /// Makes a dead predecessor's answers durable. Freed space is not returned yet: the free
     /// clusters are not known.
     async fn pass_inherited(&self) -> Result<()> {
-        self.pass()
+        self.pass(None)
             .await
             .map_err(|e| e.at("recovering what the last worker had answered"))
     }
@@ -265,7 +265,8 @@ impl<S: Store> Ploop<S> {
             return Ok(());
         }
         if !planted::is(Bug::CleanMarkBeforeSync) {
-            self.sync().await?;
+            self.may_write()?;
+            self.pass(None).await?;
         }
         let (end, blank) = {
             let index = lock(&self.index);

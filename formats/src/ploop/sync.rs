@@ -1,6 +1,8 @@
 //! The flush pass: how what a guest was answered becomes durable. The ordering, in one place:
 //!
-//! 1. Freeze: the entries and frees that are pending now are what this pass covers.
+//! 1. Freeze: the entries and frees that are pending now are what this pass covers. When clusters
+//!    are being taken and few are left, the file was extended just before: step 4 makes its length
+//!    durable.
 //! 2. Data barrier. Left out only when every frozen entry is fresh: its cluster durably read as
 //!    zeros before it was written, and zeros are what the guest read there before.
 //! 3. Page images, holding durable plus frozen entries and nothing later.
@@ -11,7 +13,7 @@
 //! A write of step 3 that finds no space leaves everything pending and may be tried again. Every
 //! other failure is final and poisons the image.
 
-use super::image::{Ploop, lock};
+use super::image::{Ahead, Ploop, lock};
 use crate::limits;
 use crate::planted::{self, Bug};
 use crate::store::Store;
@@ -24,15 +26,15 @@ use roaring::RoaringBitmap;
 const PAGES_PER_WRITE: usize = 64;
 
 impl<S: Store> Ploop<S> {
-    /// Runs one pass. The caller runs one at a time.
-    pub(super) async fn pass(&self) -> Result<()> {
+    /// Runs one pass, which makes the extended length durable, too. The caller runs one at a time.
+    pub(super) async fn pass(&self, ahead: Option<Ahead<'_>>) -> Result<()> {
         let punched = {
             let mut index = lock(&self.index);
             index.freeze();
             index.alloc.take_punched()
         };
         match self.write_frozen().await {
-            Ok(images) => self.done(images, punched),
+            Ok(images) => self.done(images, punched, ahead),
             Err(e) => {
                 self.undone(punched, &e);
                 return Err(e);
@@ -42,10 +44,13 @@ impl<S: Store> Ploop<S> {
         Ok(())
     }
 
-    fn done(&self, images: Vec<(u32, Bytes)>, punched: RoaringBitmap) {
+    fn done(&self, images: Vec<(u32, Bytes)>, punched: RoaringBitmap, ahead: Option<Ahead<'_>>) {
         let mut index = lock(&self.index);
         index.pass_done(images);
         index.alloc.now_fresh(punched);
+        if let Some(ahead) = ahead {
+            index.alloc.extended(ahead.end);
+        }
     }
 
     fn undone(&self, punched: RoaringBitmap, why: &Error) {

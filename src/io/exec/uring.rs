@@ -19,7 +19,7 @@ use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Entries of the submission queue: a larger batch is submitted in several calls.
 const SUBMISSIONS: u32 = 128;
@@ -32,6 +32,15 @@ const FILES_MAX: usize = 510;
 const STREAMS_MAX: usize = 256;
 // Completions never overflow: streams are cancelled, files are not, the bell has two.
 const _: () = assert!(FILES_MAX + 2 * STREAMS_MAX + 2 <= COMPLETIONS as usize);
+
+/// How long a thread looks for a completion before it sleeps: about what sleeping and waking cost.
+const SPIN: Duration = Duration::from_micros(20);
+/// Pauses of the processor between two looks.
+const SPIN_STEP: u32 = 8;
+/// A wait shorter than this, its wake included, makes the next one worth spinning for.
+const CLOSE: Duration = Duration::from_micros(100);
+/// Waits without spinning after it failed again and again.
+const PENALTY_MAX: u32 = 1024;
 
 /// Tags of completions that belong to no slot. Slot tags end in a slot number, which is smaller.
 const BELL: u64 = u64::MAX;
@@ -49,6 +58,7 @@ pub(super) struct Ring {
     bell_armed: bool,
     generation: u32,
     closed: bool,
+    patience: Patience,
 }
 
 /// Operations of one kind.
@@ -135,6 +145,7 @@ impl Ring {
             bell_armed: false,
             generation: 0,
             closed: false,
+            patience: Patience::new(),
         })
     }
 
@@ -252,9 +263,36 @@ impl Ring {
             && self.bell_armed
             && harvest.wakers.is_empty()
             && self.ring.completion().is_empty();
+        let began = wait.then(Instant::now);
+        if wait && self.patience.spins() {
+            self.spin(time)?;
+        }
         self.enter(wait, time)?;
         self.reap(mail, harvest);
+        if let Some(began) = began {
+            self.patience.learn(began.elapsed());
+        }
         Ok(())
+    }
+
+    /// Looks for a completion for a little while before sleeping. It costs less than to be put to
+    /// sleep and woken, above all to the one who would have to wake us.
+    fn spin(&mut self, time: Option<Duration>) -> io::Result<()> {
+        self.enter(false, None)?;
+        let began = Instant::now();
+        let limit = time.map_or(SPIN, |time| time.min(SPIN));
+        while self.nothing_came() && began.elapsed() < limit {
+            for _ in 0..SPIN_STEP {
+                std::hint::spin_loop();
+            }
+        }
+        let in_vain = self.nothing_came();
+        self.patience.spun(!in_vain);
+        Ok(())
+    }
+
+    fn nothing_came(&mut self) -> bool {
+        self.ring.completion().is_empty() && !self.ring.submission().taskrun()
     }
 
     fn arm_bell(&mut self, mail: &Mailbox) {
@@ -464,6 +502,51 @@ impl Drop for Ring {
     }
 }
 
+/// Whether spinning before a sleep pays. A processor that spins does nobody else's work, so it is
+/// done only while answers follow each other closely, and after spinning for nothing it is left for
+/// a while, each time for longer.
+struct Patience {
+    /// Somebody else can run meanwhile.
+    company: bool,
+    /// The last wait was short.
+    close: bool,
+    /// Waits to come before the next try, and how many the next failure adds.
+    pause: u32,
+    penalty: u32,
+}
+
+impl Patience {
+    fn new() -> Self {
+        Self {
+            company: std::thread::available_parallelism().is_ok_and(|n| n.get() > 1),
+            close: false,
+            pause: 0,
+            penalty: 0,
+        }
+    }
+
+    fn spins(&mut self) -> bool {
+        if self.pause > 0 {
+            self.pause -= 1;
+            return false;
+        }
+        self.company && self.close
+    }
+
+    fn spun(&mut self, well: bool) {
+        if well {
+            self.penalty = self.penalty.saturating_sub(1);
+        } else {
+            self.penalty = (self.penalty * 2).clamp(1, PENALTY_MAX);
+            self.pause = self.penalty;
+        }
+    }
+
+    fn learn(&mut self, waited: Duration) {
+        self.close = waited < CLOSE;
+    }
+}
+
 fn next_of(lane: &Lane) -> Option<u32> {
     lane.backlog
         .front()
@@ -568,5 +651,33 @@ impl Drop for Pending {
                 op.discard(result);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spinning_in_vain_is_left_for_longer_each_time() {
+        let mut patience = Patience {
+            company: true,
+            ..Patience::new()
+        };
+        assert!(!patience.spins(), "nothing is known yet");
+        patience.learn(CLOSE / 2);
+        let mut tries = 0;
+        for _ in 0..10_000 {
+            if patience.spins() {
+                tries += 1;
+                patience.spun(false);
+            }
+        }
+        assert!((10..30).contains(&tries), "{tries}");
+        patience.learn(CLOSE * 2);
+        assert!(
+            (0..5000).all(|_| !patience.spins()),
+            "answers are far apart"
+        );
     }
 }

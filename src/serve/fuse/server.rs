@@ -94,7 +94,8 @@ struct Job {
 type Answer = std::result::Result<Bytes, i32>;
 
 /// Takes requests until the session is over. Dropped at any point, it holds no request: the
-/// descriptor is only waited for, and reading it and making a task of what came are one step.
+/// descriptor is only waited for, and reading it, beginning what came and making a task of the rest
+/// are one step.
 async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<End> {
     let mut kept = None;
     for turn in 1u64.. {
@@ -103,7 +104,7 @@ async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<En
         match rustix::io::read(&server.fd, &mut loan.buf[..]) {
             Ok(len) => {
                 let job = server.accept(&mut loan, len, budget);
-                exec::spawn(Rc::clone(server).work(job));
+                start(Rc::clone(server).work(job)).await;
                 kept = Some(loan);
                 if turn % BATCH == 0 {
                     exec::yield_now().await;
@@ -122,6 +123,15 @@ async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<En
         }
     }
     unreachable!("the range has no end")
+}
+
+/// Does work as far as it goes without waiting; the rest is a task of its own. Never waits itself.
+async fn start(work: impl Future<Output = ()> + 'static) {
+    let mut work = Box::pin(work);
+    let waits = poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx).is_pending())).await;
+    if waits {
+        exec::spawn(work);
+    }
 }
 
 impl<D: Device + 'static> Server<D> {

@@ -36,6 +36,9 @@ pub const BULK_WINDOW: usize = 4096;
 pub const BATCH_PARTS: usize = 512;
 /// Bytes after which no further reply joins a send, so that answers leave while others are made.
 pub const BATCH_BYTES: usize = 256 << 10;
+/// Answers after which no further request is looked at before they are sent: the client works on
+/// them while others are made.
+pub const BATCH_REPLIES: usize = 16;
 /// Bytes of payload buffers that a connection keeps for reuse: a queue of 8 by 1 MiB, twice.
 pub const POOL_BYTES: usize = 16 << 20;
 /// An idle connection gives its kept buffers back after this time.

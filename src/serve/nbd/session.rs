@@ -204,7 +204,9 @@ impl<D: Device> Desk<D> {
     fn has_room(&self, cost: usize) -> bool {
         let (requests, bytes) = (self.requests.get(), self.bytes.get());
         let fits = bytes == 0 || bytes.saturating_add(cost) <= limits::BYTES_IN_FLIGHT;
-        requests < limits::REQUESTS_IN_FLIGHT && fits && self.queued.get() < limits::BATCH_BYTES
+        let unsent = self.queued.get() < limits::BATCH_BYTES
+            && self.queue.borrow().len() < limits::BATCH_REPLIES;
+        requests < limits::REQUESTS_IN_FLIGHT && fits && unsent
     }
 
     fn admit(&self, cost: usize) {

@@ -97,14 +97,14 @@ async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
 /// Opens the disk, serves it, and closes it.
 async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> Result<()> {
     let dir = inherit::take(config.dir_fd)?;
+    let counters = Counters::new(Arc::new(SharedWords::from_fd(inherit::take(
+        config.counters_fd,
+    )?)?))?;
     confine(&dir, config.sandbox)?;
     if let WorkerMode::Broken { fds, session, size } = config.mode {
         return serve_errors(control, fds, &session, size, engine).await;
     }
     let ledger = ledger(&config)?;
-    let counters = Counters::new(Arc::new(SharedWords::from_fd(inherit::take(
-        config.counters_fd,
-    )?)?))?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk = match ledger {

@@ -70,8 +70,9 @@ pub struct Args {
 
 /// What the help ends with.
 pub const EXAMPLES: &str = "\
-Examples:
-  ploopctl serve /var/lib/ct/100 --nbd unix:/run/ct-100.sock
+Example: ploopctl serve /var/lib/ct/100 --nbd unix:/run/ct-100.sock
+
+Over a network:
   ploopctl serve /var/lib/ct/100 --nbd tcp:0.0.0.0:10809 --tls-creds /etc/pki/ploop
       and on the client, whose certificate is in a folder there:
       nbdinfo 'nbds://HOST/?tls-certificates=/etc/pki/client'";

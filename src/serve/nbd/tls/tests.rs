@@ -118,6 +118,8 @@ fn bytes_arrive_whole_and_in_order_whatever_the_pieces() {
                     let mut back = vec![0; sent.len()];
                     peer.read_exact(&mut back).unwrap();
                     assert!(back == sent);
+                    // A goodbye is not waited with: there must be room for it.
+                    peer.write_all(b"!").unwrap();
                     // The server's word that nothing more comes, or this is an error.
                     assert_eq!(peer.read(&mut [0; 1]).unwrap(), 0);
                 }
@@ -129,6 +131,7 @@ fn bytes_arrive_whole_and_in_order_whatever_the_pieces() {
                 let mut parts: Vec<Bytes> = got.chunks(piece).map(Bytes::copy_from_slice).collect();
                 parts.insert(0, Bytes::new());
                 link.send_all(parts).await.unwrap();
+                assert_eq!(receive(&link, 1, 1).await, b"!");
                 link.say_goodbye();
             });
         }
