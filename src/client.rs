@@ -249,7 +249,12 @@ fn together<P: AsRef<Path>, T>(
         let ids = ids.collect::<Result<_>>()?;
         Ok(Asked { remote, ids })
     };
-    let asked: Vec<Result<Asked>> = runs.iter().map(tell).collect();
+    let mut asked: Vec<Result<Asked>> = runs.iter().map(tell).collect();
+    // To ask many takes a while, too, on a busy host: the last one asked has its time.
+    let due = Instant::now() + patience;
+    for asked in asked.iter_mut().flatten() {
+        asked.remote.due = Some(due);
+    }
     asked.into_iter().map(outcome).collect()
 }
 
