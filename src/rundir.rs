@@ -4,7 +4,8 @@
 //! holds `lock`, `state.json`, the sockets `control` and `metrics`, `disk` (the FUSE mount point) and `log`. The keeper holds an
 //! exclusive flock on `lock` for life, so a directory whose lock is free is a leftover. The last
 //! thing a keeper writes is its [`Outcome`], into the lock file: who waits for the lock on an
-//! open descriptor can read it even after the directory is gone.
+//! open descriptor can read it even after the directory is gone. The log of a disk whose keeper
+//! failed is kept beside the directory, as `<dev>-<inode>.log`, until the disk is attached again.
 //!
 //! Nothing here mounts, unmounts or kills; it must never follow a link that another user made.
 
@@ -95,6 +96,11 @@ pub struct RunDir {
     path: PathBuf,
     lock: File,
 }
+
+/// The log, and the part of it that was turned over.
+const LOGS: [&str; 2] = ["log", "log.1"];
+/// Logs that are kept at most, of all disks.
+const KEPT_MAX: usize = 32;
 
 /// How long a claim waits for somebody who is just cleaning up.
 const CLAIM_PATIENCE: Duration = Duration::from_secs(5);
@@ -220,7 +226,7 @@ impl RunDir {
     }
 
     /// Leaves the outcome to whoever waits, and removes the directory. Files only: what is
-    /// mounted on `disk` was unmounted before.
+    /// mounted on `disk` was unmounted before. The log of a failure is kept.
     pub fn finish(mut self, outcome: &Outcome) {
         let text = serde_json::to_vec(outcome).unwrap_or_default();
         let written = self
@@ -231,12 +237,30 @@ impl RunDir {
             tracing::warn!("{}: cannot leave the outcome: {e}", self.path.display());
         }
         self.forget();
-        let _ = std::fs::remove_file(self.path.join("log"));
-        let _ = std::fs::remove_file(self.path.join("log.1"));
+        for log in LOGS {
+            let (here, there) = (self.path.join(log), kept(&self.path, log));
+            let says = std::fs::metadata(&here).is_ok_and(|m| m.len() > 0);
+            if outcome.failure.is_none() || !says || std::fs::rename(&here, there).is_err() {
+                let _ = std::fs::remove_file(&here);
+            }
+        }
+        forget_old_logs(&self.path);
         // The lock goes last: until then a newcomer waits instead of moving in.
         let _ = std::fs::remove_file(self.path.join("lock"));
         if let Err(e) = std::fs::remove_dir(&self.path) {
             tracing::warn!("{}: not removed: {e}", self.path.display());
+        }
+    }
+
+    /// [`kept_log`] of this disk.
+    pub fn kept_log(&self) -> PathBuf {
+        kept_log(&self.path)
+    }
+
+    /// Removes what was kept of an earlier failure: the disk is in use again.
+    pub fn forget_kept_log(&self) {
+        for log in LOGS {
+            let _ = std::fs::remove_file(kept(&self.path, log));
         }
     }
 
@@ -247,6 +271,29 @@ impl RunDir {
         }
         let disk = self.disk();
         let _ = std::fs::remove_file(&disk).or_else(|_| std::fs::remove_dir(&disk));
+    }
+}
+
+/// Where the log of the disk with this run directory is found once its keeper has failed.
+pub fn kept_log(dir: &Path) -> PathBuf {
+    kept(dir, LOGS[0])
+}
+
+fn kept(dir: &Path, log: &str) -> PathBuf {
+    dir.with_extension(log)
+}
+
+/// Disks that fail and are deleted must not fill the memory that the directories are in.
+fn forget_old_logs(dir: &Path) {
+    let files = dir.parent().and_then(|root| std::fs::read_dir(root).ok());
+    let files = files.into_iter().flatten().flatten().filter_map(|entry| {
+        let meta = entry.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        Some((meta.modified().ok()?, entry.path()))
+    });
+    let mut files: Vec<_> = files.collect();
+    files.sort();
+    for (_, old) in files.iter().rev().skip(KEPT_MAX) {
+        let _ = std::fs::remove_file(old);
     }
 }
 
@@ -264,6 +311,22 @@ fn alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(") ").map(|(_, rest)| rest.chars().next());
     state.flatten().is_some_and(|c| !matches!(c, 'Z' | 'X'))
+}
+
+/// Whether a process is the keeper of a run directory: the one that holds its lock, and no
+/// successor, nobody who cleans up, and nobody who merely got its number.
+pub fn is_kept_by(dir: &Path, pid: u32) -> bool {
+    let Ok(lock) = std::fs::symlink_metadata(dir.join("lock")) else {
+        return false;
+    };
+    let (holder, inode) = (pid.to_string(), format!(":{}", lock.ino()));
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    locks.lines().any(|line| {
+        let mut words = line.split_whitespace();
+        words.nth(1) == Some("FLOCK")
+            && words.nth(2) == Some(&holder)
+            && words.next().is_some_and(|file| file.ends_with(&inode))
+    })
 }
 
 fn busy(dir: &Path) -> Error {
@@ -300,6 +363,10 @@ pub fn entries() -> Result<Vec<Entry>> {
     let mut found = Vec::new();
     for item in listing.flatten() {
         let path = item.path();
+        if item.file_type().is_ok_and(|t| t.is_file()) {
+            // A log that was kept.
+            continue;
+        }
         if !path.join("lock").exists() && !has_remains(&path) {
             // Between making the directory and its lock, or between removing both.
             let _ = std::fs::remove_dir(&path);
@@ -369,6 +436,8 @@ impl Departure {
             .lock
             .rewind()
             .and_then(|()| self.lock.read_to_end(&mut text));
+        // Held on to, it would keep even ourselves from cleaning up.
+        let _ = flock(&self.lock, FlockOperation::Unlock);
         serde_json::from_slice(&text).map(Some).map_err(|_| {
             Error::new(
                 Kind::Io,
@@ -408,6 +477,55 @@ mod tests {
         assert_eq!(cleaned.get(), 1, "nothing was left");
         run.finish(&Outcome { failure: None });
         assert!(!dir.exists());
+    }
+
+    #[test]
+    fn the_log_of_a_failure_outlives_the_run_directory_until_the_disk_is_used_again() {
+        let (_disk, id, dir) = early_death();
+        let leave = |failure: Option<Error>| {
+            let run = RunDir::claim(&id, |_| ()).expect("claimed");
+            std::fs::write(dir.join("log"), "why").expect("log");
+            let failure = failure.map(|e| Failure::from(&e));
+            run.finish(&Outcome { failure });
+            assert!(!dir.exists());
+            std::fs::read(kept_log(&dir)).ok()
+        };
+        assert_eq!(leave(None), None);
+        assert_eq!(leave(Some(Error::poisoned())), Some(b"why".to_vec()));
+        entries().expect("a kept log is no run directory");
+        assert_eq!(leave(None), Some(b"why".to_vec()), "nobody used it yet");
+        let run = RunDir::claim(&id, |_| ()).expect("claimed");
+        run.forget_kept_log();
+        run.finish(&Outcome { failure: None });
+        assert!(!kept_log(&dir).exists());
+    }
+
+    #[test]
+    fn the_keeper_is_the_process_that_holds_the_lock() {
+        let (_disk, id, dir) = early_death();
+        let own = std::process::id();
+        let run = RunDir::claim(&id, |_| ()).expect("claimed");
+        assert!(is_kept_by(&dir, own) && !is_kept_by(&dir, own + 1));
+        run.finish(&Outcome { failure: None });
+        assert!(!is_kept_by(&dir, own));
+    }
+
+    #[test]
+    fn who_has_seen_a_keeper_die_can_clean_up_after_it_at_once() {
+        let (_disk, id, dir) = early_death();
+        let run = RunDir::claim(&id, |_| ()).expect("claimed");
+        let mut departure = Departure::of(&dir).expect("it lives");
+        drop(run);
+        departure
+            .wait(Duration::ZERO)
+            .expect_err("it died without a word");
+        // Others clean up, too.
+        let free = || try_lock(&dir, false).expect("a lock").is_some() || !dir.exists();
+        let start = Instant::now();
+        while !free() {
+            assert!(start.elapsed() < CLAIM_PATIENCE, "we hold the lock");
+        }
+        let _ = std::fs::remove_dir_all(&dir);
     }
 
     #[test]

@@ -42,6 +42,13 @@ use std::time::{Duration, Instant};
 const FENCE: Duration = Duration::from_secs(30);
 /// Pause between attempts to detach a device that somebody still holds.
 const DETACH_AGAIN: Duration = Duration::from_millis(500);
+/// What a worker may have said and printed in one turn, in messages and in pieces of [`PIECE`]
+/// bytes: one that never pauses must not keep its keeper from anything else.
+const TURN: usize = 16;
+/// The same for a worker that has ended: more than a socket or a pipe can hold.
+const REST: usize = 1024;
+/// Bytes of output that are read at once.
+const PIECE: usize = 4 << 10;
 
 /// What the kernel or clients are connected to.
 enum Endpoint {
@@ -466,11 +473,12 @@ impl Keeper {
             tracing::info!("asked to stop");
             self.stop();
         }
+        let most = if ready.ended { REST } else { TURN };
         if ready.output || ready.ended {
-            self.copy_output();
+            self.copy_output(most);
         }
         if ready.spoke || ready.ended {
-            self.hear();
+            self.hear(most);
         }
         if ready.ended {
             self.on_exit();
@@ -617,8 +625,9 @@ impl Keeper {
         }
         if let Err(e) = self.announcer.ready(&self.state) {
             let nobody = Error::from(e).at("nobody waits for this disk any more");
-            self.fail(Failure::from(&nobody));
+            return self.fail(Failure::from(&nobody));
         }
+        self.run.forget_kept_log();
     }
 
     fn start_worker(&mut self) {
@@ -687,13 +696,13 @@ impl Keeper {
         self.publish();
     }
 
-    /// Copies what the worker printed into the log.
-    fn copy_output(&mut self) {
+    /// Copies what the worker printed into the log, at most so many pieces of it.
+    fn copy_output(&mut self, most: usize) {
         let output = self.worker.as_ref().and_then(|w| w.output.as_ref());
         let (Some(output), Some(log)) = (output, &self.log) else {
             return;
         };
-        let mut buf = [0u8; 16 << 10];
+        let mut buf = [0u8; PIECE];
         let again = |fd: &OwnedFd| {
             let mut fds = [PollFd::new(fd, PollFlags::IN)];
             let none = Timespec {
@@ -703,7 +712,10 @@ impl Keeper {
             poll(&mut fds, Some(&none)).is_ok_and(|n| n > 0)
         };
         let mut ended = false;
-        while !ended && again(output) {
+        for _ in 0..most {
+            if ended || !again(output) {
+                break;
+            }
             match rustix::io::read(output, &mut buf) {
                 Ok(n) if n > 0 => log.raw(buf.get(..n).unwrap_or_default()),
                 Err(rustix::io::Errno::INTR) => {}
@@ -718,9 +730,12 @@ impl Keeper {
         }
     }
 
-    /// Hears what the worker has to say.
-    fn hear(&mut self) {
-        while let Some(event) = self.worker.as_mut().and_then(Worker::event) {
+    /// Hears what the worker has to say, at most so many messages.
+    fn hear(&mut self, most: usize) {
+        for _ in 0..most {
+            let Some(event) = self.worker.as_mut().and_then(Worker::event) else {
+                break;
+            };
             match event {
                 Event::Ready {
                     size,
@@ -782,7 +797,9 @@ impl Keeper {
             Some(Event::Failed(failure)) if self.is_final(&failure) => self.give_up(failure),
             Some(Event::Failed(failure)) => self.survive(&failure.message, served),
             _ if !self.served => {
-                let what = format!("the worker died before it served ({how}); see the log");
+                let log = self.log.as_ref().map(|log| log.hint(&self.run.kept_log()));
+                let log = log.unwrap_or_default();
+                let what = format!("the worker died before it served ({how}){log}");
                 self.give_up(Failure::from(&Error::new(Kind::Io, what)));
             }
             _ => self.survive(&format!("the worker died ({how})"), served),

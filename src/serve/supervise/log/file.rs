@@ -14,6 +14,8 @@ pub(super) struct LogFile {
     path: PathBuf,
     file: File,
     len: u64,
+    /// This process's standard error goes here, too.
+    stderr: bool,
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -30,7 +32,13 @@ impl LogFile {
         let file = open(path)?;
         let len = file.metadata()?.len();
         let path = path.to_path_buf();
-        Ok(Self { path, file, len })
+        let stderr = false;
+        Ok(Self {
+            path,
+            file,
+            len,
+            stderr,
+        })
     }
 
     /// Where it is.
@@ -39,8 +47,10 @@ impl LogFile {
     }
 
     /// Makes this process's standard error a second way into it.
-    pub(super) fn take_stderr(&self) -> io::Result<()> {
-        Ok(rustix::stdio::dup2_stderr(&self.file)?)
+    pub(super) fn take_stderr(&mut self) -> io::Result<()> {
+        rustix::stdio::dup2_stderr(&self.file)?;
+        self.stderr = true;
+        Ok(())
     }
 
     /// Adds a line.
@@ -58,7 +68,10 @@ impl LogFile {
         std::fs::rename(&self.path, self.path.with_extension("1"))?;
         self.file = open(&self.path)?;
         self.len = 0;
-        Ok(())
+        match self.stderr {
+            true => self.take_stderr(),
+            false => Ok(()),
+        }
     }
 }
 
@@ -81,5 +94,23 @@ mod tests {
             .collect();
         assert_eq!(sizes.len(), 2);
         assert!(sizes.iter().all(|s| *s <= TURN + 1001), "{sizes:?}");
+    }
+
+    #[test]
+    fn standard_error_follows_a_log_that_is_turned_over() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("log");
+        let mut log = LogFile::open(&path).expect("open");
+        let before = rustix::io::dup(rustix::stdio::stderr()).expect("a copy");
+        log.take_stderr().expect("taken");
+        let line = "x".repeat(1000);
+        for _ in 0..5000 {
+            log.line(&line).expect("write");
+        }
+        let said = rustix::io::write(rustix::stdio::stderr(), b"a panic\n");
+        rustix::stdio::dup2_stderr(&before).expect("given back");
+        said.expect("said");
+        let text = std::fs::read_to_string(&path).expect("log");
+        assert!(text.contains("a panic\n"));
     }
 }

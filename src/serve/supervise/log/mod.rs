@@ -115,6 +115,17 @@ impl Log {
         }
     }
 
+    /// The end of a message that sends people to the log of a disk that is about to be detached:
+    /// the file will be at `kept`.
+    pub fn hint(&self, kept: &Path) -> String {
+        let inner = self.inner();
+        match inner.daemon.as_ref().map(Daemon::language) {
+            Some(Language::Journal) => format!("; see journalctl PLOOP_DISK={}", inner.disk),
+            Some(Language::Syslog) => "; see the messages of ploopd in the system's log".into(),
+            None => format!("; see {}", kept.display()),
+        }
+    }
+
     /// Says what happened.
     pub fn event(&self, priority: Priority, text: &str) {
         self.inner().event(priority, text);
@@ -255,6 +266,7 @@ mod tests {
         let path = dir.path().join("log");
         let log = Log::over(&path, "/ct/100", None).expect("open");
         assert_eq!(log.place(), path.display().to_string());
+        assert_eq!(log.hint("/kept".as_ref()), "; see /kept");
         log.event(Priority::Error, "/ct/100: it\nfailed");
         let marked = Priority::Info.mark("I/O engine: io_uring\n");
         // A pipe cuts where it likes.
