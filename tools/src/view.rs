@@ -5,7 +5,7 @@
 
 use crate::attach::Attached;
 use ploop::client;
-use ploop::rundir::{Phase, State};
+use ploop::rundir::{Departure, Phase, State};
 use ploop::serve::supervise::control::{Ask, Figures};
 use ploop::serve::supervise::host::Footprint;
 use ploop::{Kind, Result};
@@ -21,7 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 pub struct View {
     /// The disk. Its state is what the keeper says, or wrote down last.
     pub disk: Attached,
-    /// What it counts; none when it does not answer.
+    /// Whether its keeper answers.
+    pub answers: bool,
+    /// What it counts; none when it does not answer, or not in a way that we understand.
     pub figures: Option<Figures>,
 }
 
@@ -34,6 +36,7 @@ pub fn of(disks: Vec<Attached>) -> Vec<View> {
 }
 
 fn view((mut disk, answer): (Attached, Result<Vec<Value>>)) -> Option<View> {
+    let answers = answer.is_ok();
     let figures = match answer {
         Ok(answers) => {
             let [state, figures]: [Value; 2] = answers.try_into().ok()?;
@@ -46,10 +49,27 @@ fn view((mut disk, answer): (Attached, Result<Vec<Value>>)) -> Option<View> {
             }
             client::parse(figures, "figures").ok()
         }
-        Err(e) if e.kind() == Kind::NotFound => return None,
+        // Hung up on by a keeper that lives is not gone: too many may have asked at once.
+        Err(e) if e.kind() == Kind::NotFound && Departure::of(&disk.run).is_none() => return None,
         Err(_) => None,
     };
-    Some(View { disk, figures })
+    Some(View {
+        disk,
+        answers,
+        figures,
+    })
+}
+
+/// Adds to a disk's object what its keeper counts of it as a whole, and its space.
+pub fn tell(object: &mut Value, figures: Option<&Figures>) {
+    let counters = figures.map(|f| &f.counters);
+    object["in_flight"] = counters.map(|c| c.in_flight).into();
+    object["hung"] = counters.map(|c| c.hung).into();
+    object["oldest_s"] = counters.map(|c| c.oldest_s).into();
+    let space = figures.and_then(|f| f.footprint);
+    object["host_free"] = space.map(|s| s.host_free).into();
+    object["host_size"] = space.map(|s| s.host_size).into();
+    object["allocated"] = space.map(|s| s.allocated).into();
 }
 
 impl View {
@@ -58,7 +78,7 @@ impl View {
         let state = &self.disk.state;
         match state.state {
             Phase::Failed => "failed",
-            _ if self.figures.is_none() => "silent",
+            _ if !self.answers => "silent",
             Phase::Starting => "starting",
             Phase::Recovering => "recovering",
             Phase::Stopping => "stopping",
@@ -75,5 +95,47 @@ impl View {
     /// What it takes and what is left on the host.
     pub fn footprint(&self) -> Option<Footprint> {
         self.figures.as_ref().and_then(|f| f.footprint)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ploop::Error;
+    use rustix::fs::{FlockOperation, flock};
+    use serde_json::json;
+    use std::fs::File;
+
+    fn disk(run: &std::path::Path) -> Attached {
+        let state = json!({
+            "schema": 1, "path": "/ct/1", "uuid": "u", "transport": "nbd", "size": 1 << 20,
+            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
+        });
+        Attached {
+            run: run.to_path_buf(),
+            state: serde_json::from_value(state).expect("a state"),
+        }
+    }
+
+    #[test]
+    fn a_disk_is_left_out_only_when_its_keeper_is_gone() {
+        let run = tempfile::tempdir().expect("temp dir");
+        let hung_up = || Err(Error::new(Kind::NotFound, "the keeper is gone"));
+        let lock = File::create(run.path().join("lock")).expect("lock");
+        flock(&lock, FlockOperation::NonBlockingLockExclusive).expect("locked");
+        let seen = view((disk(run.path()), hung_up())).expect("it lives");
+        assert_eq!(seen.health(), "silent");
+        drop(lock);
+        assert!(view((disk(run.path()), hung_up())).is_none());
+    }
+
+    #[test]
+    fn a_keeper_whose_figures_are_not_understood_is_not_silent() {
+        let run = tempfile::tempdir().expect("temp dir");
+        let disk = disk(run.path());
+        let answers = vec![json!(disk.state), json!({ "ops": 3 })];
+        let seen = view((disk, Ok(answers))).expect("it lives");
+        assert!(seen.answers && seen.figures.is_none());
+        assert_eq!(seen.health(), "serving");
     }
 }

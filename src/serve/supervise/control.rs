@@ -7,6 +7,7 @@
 
 use super::host::Footprint;
 use super::message::Failure;
+use super::metrics::prometheus;
 use crate::counters::Stat;
 use crate::rundir::{Phase, State};
 use ploop_formats::{Error, Result};
@@ -167,25 +168,34 @@ impl Control {
 
     /// Does all that can be done without waiting.
     pub(super) fn turn(&mut self, oracle: &impl Oracle) {
-        for (listener, speaks_http) in [(&self.control, false), (&self.metrics, true)] {
-            while let Ok((stream, _)) = listener.accept() {
-                if let Some(client) = Client::welcome(stream, speaks_http) {
-                    if self.clients.len() == CLIENTS_MAX {
-                        self.clients.remove(0);
-                    }
-                    self.clients.push(client);
-                }
-            }
-        }
         let orders = &mut self.orders;
         self.clients.retain_mut(|c| c.turn(oracle, orders));
+        for (listener, speaks_http) in [(&self.control, false), (&self.metrics, true)] {
+            // More wait for the next turn: who makes room for them has been served by then.
+            let accepted = std::iter::from_fn(|| listener.accept().ok()).take(CLIENTS_MAX / 2);
+            for (stream, _) in accepted {
+                let Some(mut client) = Client::welcome(stream, speaks_http) else {
+                    continue;
+                };
+                if !client.turn(oracle, orders) {
+                    continue;
+                }
+                if self.clients.len() == CLIENTS_MAX {
+                    self.clients.remove(0);
+                }
+                self.clients.push(client);
+            }
+        }
     }
 
-    /// Tells those who want to know.
+    /// Tells those who want to know, and hangs up on who does not listen.
     pub(super) fn announce(&mut self, state: &State) {
-        for client in self.clients.iter_mut().filter(|c| c.events) {
-            client.say(&event(state));
-        }
+        self.clients.retain_mut(|client| {
+            if client.events {
+                client.say(&event(state));
+            }
+            client.output.len() <= BACKLOG_MAX
+        });
     }
 }
 
@@ -285,7 +295,7 @@ impl Client {
             // The end of the request's head; whatever it asked for, there is one answer.
             if matches!(line, b"" | b"\r") {
                 self.last = true;
-                self.output = http(&prometheus(oracle.state(), &oracle.stat()));
+                self.output = http(&prometheus(&[(oracle.state(), &oracle.stat())]));
             }
             return;
         }
@@ -383,90 +393,74 @@ fn http(body: &str) -> Vec<u8> {
     (head + body).into_bytes()
 }
 
-/// The counters in Prometheus' text format.
-pub fn prometheus(state: &State, figures: &Figures) -> String {
-    let stat = &figures.counters;
-    let disk = state.path.replace('\\', "\\\\").replace('"', "\\\"");
-    let disk = disk.replace('\n', "\\n");
-    let head = |name: &str, kind: &str, help: &str| {
-        format!("# HELP ploop_{name} {help}\n# TYPE ploop_{name} {kind}\n")
-    };
-    let mut out = String::new();
-    let ops = |out: &mut String, name: &str, of: &dyn Fn(&crate::counters::OpStat) -> u64| {
-        for (op, stat) in &stat.ops {
-            let value = of(stat);
-            *out += &format!("ploop_{name}{{disk=\"{disk}\",op=\"{op}\"}} {value}\n");
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, Write};
+
+    struct Known(State);
+
+    impl Oracle for Known {
+        fn state(&self) -> &State {
+            &self.0
         }
-    };
-    out += &head("requests_total", "counter", "Requests answered.");
-    ops(&mut out, "requests_total", &|s| s.requests);
-    out += &head(
-        "errors_total",
-        "counter",
-        "Requests answered with an error.",
-    );
-    ops(&mut out, "errors_total", &|s| s.errors);
-    out += &head("bytes_total", "counter", "Bytes asked for.");
-    ops(&mut out, "bytes_total", &|s| s.bytes);
-    out += &head(
-        "request_seconds",
-        "histogram",
-        "Time from request to answer.",
-    );
-    for (op, stat) in &stat.ops {
-        let labels = format!("disk=\"{disk}\",op=\"{op}\"");
-        let mut below = 0;
-        for (n, count) in stat.latency_log2_us.iter().enumerate() {
-            below += count;
-            let bound = (1u64 << n) as f64 / 1e6;
-            out += &format!("ploop_request_seconds_bucket{{{labels},le=\"{bound}\"}} {below}\n");
+
+        fn stat(&self) -> Figures {
+            Figures::default()
         }
-        out += &format!("ploop_request_seconds_bucket{{{labels},le=\"+Inf\"}} {below}\n");
-        let sum = stat.total_us as f64 / 1e6;
-        out += &format!("ploop_request_seconds_sum{{{labels}}} {sum}\n");
-        out += &format!("ploop_request_seconds_count{{{labels}}} {below}\n");
+
+        fn counters(&self) -> Option<BorrowedFd<'_>> {
+            None
+        }
     }
-    let mut gauges = vec![
-        ("in_flight", "Requests not answered yet.", stat.in_flight),
-        (
-            "oldest_request_seconds",
-            "Age of the oldest of them.",
-            stat.oldest_s,
-        ),
-        (
-            "hung_io",
-            "Requests that have waited for 10 seconds or more.",
-            stat.hung,
-        ),
-        ("size_bytes", "Virtual size.", state.size),
-        (
-            "failed",
-            "Whether it failed and waits for `recover` or `umount`.",
-            u64::from(state.state == Phase::Failed),
-        ),
-        (
-            "host_low",
-            "Whether the host is low on space, so that new space is refused, or soon will be.",
-            u64::from(state.host_low),
-        ),
-    ];
-    if let Some(here) = &figures.footprint {
-        let taken = "What the top layer's file takes on the host.";
-        let free = "What the host's file system has left.";
-        gauges.push(("alloc_bytes", taken, here.allocated));
-        gauges.push(("host_free_bytes", free, here.host_free));
+
+    fn known(path: &str) -> Known {
+        let state = json!({
+            "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
+            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
+        });
+        Known(serde_json::from_value(state).expect("a state"))
     }
-    for (name, help, value) in gauges {
-        out += &head(name, "gauge", help);
-        out += &format!("ploop_{name}{{disk=\"{disk}\"}} {value}\n");
+
+    fn asking(run: &Path, method: &str) -> UnixStream {
+        let mut client = UnixStream::connect(run.join(SOCKET)).expect("connected");
+        writeln!(client, "{{\"id\":1,\"method\":\"{method}\"}}").expect("asked");
+        client
     }
-    out += &head(
-        "worker_restarts_total",
-        "counter",
-        "Workers that were replaced.",
-    );
-    out + &format!(
-        "ploop_worker_restarts_total{{disk=\"{disk}\"}} {}\n",
-        state.restarts
-    )
+
+    #[test]
+    fn more_clients_than_there_is_room_for_are_all_answered_when_they_ask_at_once() {
+        let run = tempfile::tempdir().expect("temp dir");
+        let mut control = Control::listen(run.path()).expect("sockets");
+        let clients: Vec<_> = (0..100).map(|_| asking(run.path(), "state")).collect();
+        for _ in 0..20 {
+            control.turn(&known("/ct/1"));
+        }
+        assert!(control.clients.len() <= CLIENTS_MAX);
+        for (n, client) in clients.into_iter().enumerate() {
+            let lines = BufReader::new(client).lines().take(2);
+            let lines: Vec<_> = lines.map_while(io::Result::ok).collect();
+            assert!(
+                lines.len() == 2 && lines[1].contains("/ct/1"),
+                "{n}: {lines:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn who_follows_events_and_reads_none_is_hung_up_on_before_the_next_turn() {
+        let run = tempfile::tempdir().expect("temp dir");
+        let mut control = Control::listen(run.path()).expect("sockets");
+        let known = known("/ct/1");
+        let follower = asking(run.path(), "events");
+        control.turn(&known);
+        let mut events = 0;
+        while let Some(client) = control.clients.first() {
+            assert!(client.output.len() <= BACKLOG_MAX, "{events} events");
+            control.announce(&known.0);
+            events += 1;
+        }
+        assert!(events > 1);
+        drop(follower);
+    }
 }

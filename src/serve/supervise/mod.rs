@@ -8,8 +8,9 @@
 //!
 //! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
-//! [`control`] what others may ask, [`host`] what a disk takes on the host, [`leftover`] what a dead
-//! keeper leaves behind, [`space`] and [`brake`] what is done while the host is nearly full.
+//! [`control`] what others may ask, [`metrics`] what Prometheus reads, [`host`] what a disk takes on
+//! the host, [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what is done while
+//! the host is nearly full.
 
 mod announce;
 mod brake;
@@ -23,6 +24,7 @@ pub mod leftover;
 mod listen;
 pub mod log;
 pub mod message;
+pub mod metrics;
 pub mod mounts;
 mod restart;
 mod space;

@@ -34,17 +34,9 @@ pub fn run(args: &Args) -> Result<Answer> {
 /// What the keeper said of a disk, as a program reads it.
 fn object(view: &View) -> Value {
     let mut object = json!(view.disk.state);
-    let figures = &view.figures;
-    let space = view.footprint();
     object["health"] = view.health().into();
-    object["answers"] = figures.is_some().into();
-    let counters = figures.as_ref().map(|f| &f.counters);
-    object["in_flight"] = counters.map(|c| c.in_flight).into();
-    object["hung"] = counters.map(|c| c.hung).into();
-    object["oldest_s"] = counters.map(|c| c.oldest_s).into();
-    object["host_free"] = space.map(|s| s.host_free).into();
-    object["host_size"] = space.map(|s| s.host_size).into();
-    object["allocated"] = space.map(|s| s.allocated).into();
+    object["answers"] = view.answers.into();
+    view::tell(&mut object, view.figures.as_ref());
     object
 }
 
@@ -121,6 +113,7 @@ mod tests {
         let run = format!("/run/ploop/1-{n}").into();
         View {
             disk: Attached { run, state },
+            answers: figures.is_some(),
             figures,
         }
     }

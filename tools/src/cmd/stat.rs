@@ -2,8 +2,10 @@
 
 use crate::answer::Answer;
 use crate::attach::{self, Attached};
-use crate::{size, view};
-use ploop::serve::supervise::control::{Figures, prometheus};
+use crate::size;
+use crate::view::{self, View};
+use ploop::serve::supervise::control::Figures;
+use ploop::serve::supervise::metrics::prometheus;
 use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
@@ -32,11 +34,18 @@ pub fn run(args: &Args) -> Result<Answer> {
     for view in &views {
         match &view.figures {
             Some(figures) => stats.push((&view.disk, figures)),
-            None => refuse_silence(&view.disk, args.disk.is_some())?,
+            None => refuse_silence(view, args.disk.is_some())?,
         }
     }
+    if let (Some(disk), []) = (&args.disk, stats.as_slice()) {
+        let what = format!("{}: it was detached just now", disk.display());
+        return Err(Error::new(Kind::NotFound, what));
+    }
     let text: String = match args.prometheus {
-        true => stats.iter().map(|(d, f)| prometheus(&d.state, f)).collect(),
+        true => {
+            let stats: Vec<_> = stats.iter().map(|(d, f)| (&d.state, *f)).collect();
+            prometheus(&stats)
+        }
         false => stats.iter().map(|(d, f)| table(d, f)).collect(),
     };
     let disks: Vec<Value> = stats.iter().map(|(d, f)| object(d, f)).collect();
@@ -45,37 +54,39 @@ pub fn run(args: &Args) -> Result<Answer> {
 
 /// A keeper that does not answer is an error to who asked for its disk, and a line to who asked for
 /// all.
-fn refuse_silence(disk: &Attached, alone: bool) -> Result<()> {
-    let (path, pid) = (&disk.state.path, disk.state.keeper_pid);
-    let what = format!("{path}: its keeper (process {pid}) does not answer");
+fn refuse_silence(view: &View, alone: bool) -> Result<()> {
+    let state = &view.disk.state;
+    let whose = format!("{}: its keeper (process {})", state.path, state.keeper_pid);
+    let (kind, what) = match view.answers {
+        false => (Kind::TimedOut, format!("{whose} does not answer")),
+        true => (
+            Kind::Unsupported,
+            format!("{whose} counts in another way; it is of another release"),
+        ),
+    };
     if alone {
-        return Err(Error::new(Kind::TimedOut, what));
+        return Err(Error::new(kind, what));
     }
     tracing::warn!("{what}");
     Ok(())
 }
 
 fn object(disk: &Attached, figures: &Figures) -> Value {
-    let (stat, space) = (&figures.counters, figures.footprint);
-    let ops = stat.ops.iter().map(|(name, op)| {
+    let ops = figures.counters.ops.iter().map(|(name, op)| {
         let mut object = json!(op);
         for (name, share) in [("p50_us", 0.5), ("p99_us", 0.99)] {
             object[name] = op.quantile_us(share).into();
         }
         (name.clone(), object)
     });
-    json!({
+    let mut object = json!({
         "path": disk.state.path,
         "uuid": disk.state.uuid,
         "restarts": disk.state.restarts,
-        "in_flight": stat.in_flight,
-        "oldest_s": stat.oldest_s,
-        "hung": stat.hung,
-        "host_free": space.map(|s| s.host_free),
-        "host_size": space.map(|s| s.host_size),
-        "allocated": space.map(|s| s.allocated),
         "ops": ops.collect::<serde_json::Map<_, _>>(),
-    })
+    });
+    view::tell(&mut object, Some(figures));
+    object
 }
 
 fn table(disk: &Attached, figures: &Figures) -> String {
