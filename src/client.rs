@@ -6,7 +6,7 @@
 //! with the answer that it came with.
 
 use crate::counters::Watched;
-use crate::rundir::State;
+use crate::rundir::{Departure, State};
 use crate::serve::supervise::control::{
     Answer, Ask, BACKLOG_MAX, Figures, Greeting, PROTO, Request, SOCKET,
 };
@@ -23,13 +23,15 @@ use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long a keeper may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Keepers asked at once: each costs a descriptor, of which there are 1024 by default.
 const TOGETHER: usize = 256;
+/// How long a keeper that hung up may take to be gone.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Shortest time that a socket is waited at: 0 would mean for ever.
 const INSTANT: Duration = Duration::from_millis(1);
 
@@ -40,6 +42,9 @@ pub struct Remote {
     /// What was received and is no whole line yet.
     input: Vec<u8>,
     passed: VecDeque<OwnedFd>,
+    run: PathBuf,
+    /// To tell, once the events end, whether the disk is detached.
+    departure: Option<Departure>,
     /// When an answer is late; `None` waits for ever.
     due: Option<Instant>,
     next: u64,
@@ -70,6 +75,8 @@ impl Remote {
             stream,
             input: Vec::new(),
             passed: VecDeque::new(),
+            run: run.to_path_buf(),
+            departure: None,
             due: Some(due),
             next: 0,
         })
@@ -116,24 +123,38 @@ impl Remote {
         Watched::from_fd(self.passed.pop_front().ok_or_else(missing)?)
     }
 
-    /// Tells the keeper to detach the disk; returns when it has understood.
-    pub fn stop(&mut self) -> Result<()> {
-        self.ask(Ask::Stop).map(drop)
-    }
-
     /// Asks for events: each call of [`Remote::event`] gives one.
     pub fn subscribe(&mut self) -> Result<()> {
+        self.departure = Departure::of(&self.run);
         self.tell(Ask::Events)?;
         self.due = None;
         Ok(())
     }
 
-    /// The next event; `None` once the disk is detached. Waits.
+    /// The next event; `None` once the disk is detached. Waits. A disk that was not closed cleanly
+    /// is an error, and so is the end of events of a disk that goes on: its keeper hangs up on who
+    /// leaves too much unread.
     pub fn event(&mut self) -> Result<Option<Value>> {
         match self.hear() {
-            Err(e) if e.kind() == Kind::NotFound => Ok(None),
+            Err(e) if e.kind() == Kind::NotFound => self.departed().map(|()| None),
             event => event.map(Some),
         }
+    }
+
+    fn departed(&mut self) -> Result<()> {
+        let Some(departure) = &mut self.departure else {
+            return Ok(());
+        };
+        let hung_up = || {
+            Error::new(
+                Kind::Io,
+                "the keeper hung up, and the disk is still attached",
+            )
+        };
+        let outcome = departure.wait(FAREWELL)?.ok_or_else(hung_up)?;
+        outcome
+            .failure
+            .map_or(Ok(()), |failure| Err(failure.into()))
     }
 
     /// Sends a request; its number.
@@ -203,22 +224,15 @@ pub fn ask_all<P: AsRef<Path>>(
     asks: &[Ask],
     patience: Duration,
 ) -> Vec<Result<Vec<Value>>> {
-    let answers = |asked: Result<Asked>| asked?.answers();
-    let some = runs.chunks(TOGETHER);
-    let all = some.flat_map(|runs| together(runs, asks, patience, answers));
-    all.collect()
+    together(runs, asks, patience, |mut asked| asked.answers())
 }
 
 /// [`Remote::watch`] of many keepers, all asked together.
 pub fn watch_all<P: AsRef<Path>>(runs: &[P], patience: Duration) -> Vec<Result<Watched>> {
-    let watched = |asked: Result<Asked>| {
-        let mut asked = asked?;
+    together(runs, &[Ask::Counters], patience, |mut asked| {
         asked.answers()?;
         asked.remote.watched()
-    };
-    let some = runs.chunks(TOGETHER);
-    let all = some.flat_map(|runs| together(runs, &[Ask::Counters], patience, watched));
-    all.collect()
+    })
 }
 
 /// A keeper that has its questions and owes the greeting and the answers.
@@ -235,13 +249,20 @@ impl Asked {
     }
 }
 
-/// Every keeper has its questions before the first answer is waited for.
+/// Asks many keepers, and makes of each what `outcome` makes of its answers.
 fn together<P: AsRef<Path>, T>(
     runs: &[P],
     asks: &[Ask],
     patience: Duration,
-    outcome: impl Fn(Result<Asked>) -> Result<T>,
+    outcome: impl Fn(Asked) -> Result<T>,
 ) -> Vec<Result<T>> {
+    let asked = |runs| ask_some(runs, asks, patience);
+    let asked = runs.chunks(TOGETHER).flat_map(asked);
+    asked.map(|asked| outcome(asked?)).collect()
+}
+
+/// Every keeper has its questions before the first answer is waited for.
+fn ask_some<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec<Result<Asked>> {
     let due = Instant::now() + patience;
     let tell = |run: &P| {
         let mut remote = Remote::dial(run.as_ref(), due)?;
@@ -255,7 +276,7 @@ fn together<P: AsRef<Path>, T>(
     for asked in asked.iter_mut().flatten() {
         asked.remote.due = Some(due);
     }
-    asked.into_iter().map(outcome).collect()
+    asked
 }
 
 /// An answer as what it should be.

@@ -4,23 +4,27 @@
 
 mod common;
 
-use common::attach::{self, kill, listed};
+use common::attach::{self, Attached, can_mount, kill, listed};
 use common::nbd::Client;
-use common::process::{eventually, ok};
+use common::process::{Guard, eventually, ok, run_within};
 use common::programs::ploopctl;
 use common::serve::{Disk, Server};
 use ploop::Kind;
 use ploop::client::{self, Remote};
 use ploop::serve::supervise::control::Ask;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::net::SendFlags;
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
+};
 use serde_json::{Value, json};
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(20);
 
@@ -217,7 +221,7 @@ fn a_keeper_that_hangs_costs_those_who_ask_many_a_bounded_time() {
     let runs = [&disks[0], &disks[1], &disks[0]].map(run_directory);
     let asks = [Ask::State, Ask::Stat];
     signal(&servers[0], Signal::STOP);
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     let answers = client::ask_all(&runs, &asks, Duration::from_millis(500));
     assert!(start.elapsed() < Duration::from_secs(5));
     signal(&servers[0], Signal::CONT);
@@ -306,4 +310,116 @@ fn a_disk_is_detached_through_its_control_socket() {
     });
     drop(server);
     disk.assert_qemu_finds_it_clean();
+}
+
+/// Waits until a process has the lock of a run directory open.
+fn holds_lock(child: &Guard, run: &std::path::Path) {
+    let lock = run.join("lock");
+    let fds = format!("/proc/{}/fd", child.child.id());
+    eventually("it waits for the keeper", SOON, || {
+        let mut fds = fs::read_dir(&fds).ok()?.flatten();
+        let is_lock = |fd: fs::DirEntry| fs::read_link(fd.path()).is_ok_and(|to| to == lock);
+        fds.any(is_lock).then_some(())
+    });
+}
+
+#[test]
+fn what_a_keeper_leaves_that_dies_while_it_is_waited_for_is_removed_at_once() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let run = run_directory(&disk);
+    signal(&server, Signal::STOP);
+    let mut umount = Guard::spawn(ploopctl().arg("umount").arg(disk.path()));
+    holds_lock(&umount, &run);
+    kill(server.pid());
+    let start = Instant::now();
+    let status = umount.wait_within(SOON).expect("it ends");
+    // Somebody who looks holds the lock for an instant.
+    assert!(
+        start.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(status.code(), Some(5));
+    assert!(!run.exists(), "its run directory is left");
+    assert!(!server.socket().exists(), "its socket is left");
+}
+
+/// A descriptor of another process; none where that is not allowed.
+fn stolen(pid: u64, fd: i32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    let process = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    pidfd_getfd(&process, fd, PidfdGetfdFlags::empty()).ok()
+}
+
+#[test]
+fn a_worker_that_never_falls_silent_keeps_nobody_from_its_keeper() {
+    let test = "a_worker_that_never_falls_silent_keeps_nobody_from_its_keeper";
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let mut hand = Hand::connect(&disk);
+    let worker = hand.ask("state")["worker_pid"].as_u64().unwrap();
+    let Some(voice) = stolen(worker, 3) else {
+        return common::skip(test, "may not take another process's descriptors");
+    };
+    let ready = json!({ "Ready": { "size": 64 << 20, "engine": "poll", "cache": "none" } });
+    let talk = std::thread::spawn(move || {
+        let ready = ready.to_string();
+        while rustix::net::send(&voice, ready.as_bytes(), SendFlags::NOSIGNAL).is_ok() {}
+    });
+    eventually("the keeper hears it", SOON, || {
+        (hand.ask("state")["cache"] == "none").then_some(())
+    });
+    server.stop();
+    talk.join().unwrap();
+}
+
+#[test]
+fn a_worker_that_prints_without_end_keeps_nobody_from_its_keeper() {
+    let test = "a_worker_that_prints_without_end_keeps_nobody_from_its_keeper";
+    if !can_mount(test) {
+        return;
+    }
+    let disk = Disk::new("64M", &[]);
+    let attached = Attached::device_of(&disk);
+    let worker = u64::from(attached.worker().unwrap());
+    let Some(output) = stolen(worker, 2) else {
+        return common::skip(test, "may not take another process's descriptors");
+    };
+    let print = std::thread::spawn(move || {
+        // It takes longer to log a line than to print one.
+        let lines = b"x\n".repeat(32 << 10);
+        while rustix::io::write(&output, &lines).is_ok() {}
+    });
+    let mut hand = Hand::connect(&disk);
+    for _ in 0..3 {
+        assert_eq!(hand.ask("state")["state"], "serving");
+    }
+    attached.detach();
+    print.join().unwrap();
+}
+
+#[test]
+fn events_that_end_with_anything_but_the_disk_are_a_failure() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    let run = run_directory(&disk);
+    let follow = || {
+        let mut events = ploopctl();
+        let mut follower = Guard::spawn(events.args(["events", "--follow"]).arg(disk.path()));
+        let mut out = BufReader::new(follower.child.stdout.take().unwrap());
+        out.read_line(&mut String::new()).unwrap();
+        (follower, out)
+    };
+    let (mut follower, _out) = follow();
+    let crowd: Vec<Hand> = (0..40).map(|_| Hand::connect(&disk)).collect();
+    let status = follower.wait_within(SOON).expect("it ends");
+    assert_eq!(status.code(), Some(5), "there was no room for it any more");
+    drop(crowd);
+    let (mut follower, _out) = follow();
+    kill(server.pid());
+    let status = follower.wait_within(SOON).expect("it ends");
+    assert_eq!(status.code(), Some(5), "the keeper was killed");
+    run_within(ploopctl().arg("list"), SOON);
+    assert!(!run.exists());
 }

@@ -11,7 +11,8 @@ use std::path::PathBuf;
 
 /// Show the state of an attached disk, and with --follow every change of it
 ///
-/// Ends when the disk is detached. With -o json, one object a line.
+/// Ends when the disk is detached. When its keeper died or hung up on a reader that was too slow,
+/// the exit code is 5. With -o json, one object a line.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Disk, device or mount point
@@ -26,7 +27,7 @@ pub fn run(args: &Args, output: Output) -> Result<Answer> {
     let disk = attach::find(&args.disk)?;
     let mut remote = Remote::connect(&disk.run).map_err(|e| e.at(&disk.state.path))?;
     remote.subscribe()?;
-    while let Some(event) = remote.event()? {
+    while let Some(event) = remote.event().map_err(|e| e.at(&disk.state.path))? {
         let line = match output {
             Output::Json => event.to_string(),
             Output::Text => line(&event),
