@@ -35,6 +35,9 @@ const SUMS: usize = 4;
 const PER_OP: usize = SUMS + BUCKETS;
 /// Unanswered requests are counted by the second in which they began, modulo this.
 const SECONDS: usize = 1024;
+/// Ages in seconds that are told from those of requests that began after the clock was looked at,
+/// whose second comes round last.
+const AGES: u64 = SECONDS as u64 - 16;
 /// Age in seconds from which a request hangs.
 pub const HUNG_S: u64 = 10;
 const UNANSWERED: usize = OPS.len() * PER_OP;
@@ -69,9 +72,7 @@ impl OpStat {
         }
         0
     }
-}
 
-impl OpStat {
     /// What came after `earlier`, an older look at the same counters.
     pub fn since(&self, earlier: &Self) -> Self {
         let buckets = self.latency_log2_us.iter().enumerate();
@@ -116,7 +117,8 @@ pub struct Stat {
     pub ops: BTreeMap<String, OpStat>,
     /// Requests that are not answered yet.
     pub in_flight: u64,
-    /// How long the oldest of them has been waiting, in whole seconds, up to 17 minutes.
+    /// How long the oldest of them has been waiting, in whole seconds, up to 1007. A request that
+    /// waits for longer is told as 1024 seconds younger.
     pub oldest_s: u64,
     /// Requests that have been waiting for [`HUNG_S`] seconds and more. A keeper of an older
     /// release does not say.
@@ -243,12 +245,11 @@ fn tally(at: impl Fn(usize) -> u64) -> Stat {
         at(word)
     };
     let sum = |ages: std::ops::Range<u64>| ages.map(waiting).fold(0, u64::wrapping_add);
-    let ages = 0..SECONDS as u64;
     Stat {
         ops,
-        in_flight: sum(ages.clone()),
-        oldest_s: ages.rev().find(|age| waiting(*age) != 0).unwrap_or(0),
-        hung: sum(HUNG_S..SECONDS as u64),
+        in_flight: sum(0..SECONDS as u64),
+        oldest_s: (0..AGES).rev().find(|age| waiting(*age) != 0).unwrap_or(0),
+        hung: sum(HUNG_S..AGES),
     }
 }
 
@@ -365,6 +366,18 @@ mod tests {
         assert_eq!((stat.in_flight, stat.hung), (2, 1));
         counters.forget_unanswered();
         assert_eq!(counters.stat().in_flight, 0);
+    }
+
+    #[test]
+    fn a_request_that_begins_while_the_counters_are_read_is_not_an_old_one() {
+        let counters = counters();
+        let after = Began(Began::now().0 + 3_000_000_000);
+        counters.0.add(after.word(), 1);
+        let stat = counters.stat();
+        assert_eq!((stat.in_flight, stat.oldest_s, stat.hung), (1, 0, 0));
+        let old = Began(after.0 - 1_008_000_000_000);
+        counters.0.add(old.word(), 1);
+        assert!(counters.stat().oldest_s >= 1005);
     }
 
     #[test]
