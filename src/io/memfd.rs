@@ -7,8 +7,8 @@
 use ploop_formats::ledger::Words;
 use ploop_formats::{Error, Result};
 use rustix::fs::{
-    MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate,
-    memfd_create, open,
+    MemfdFlags, Mode, OFlags, SealFlags, fchmod, fcntl_add_seals, fcntl_get_seals, fstat,
+    ftruncate, memfd_create, open,
 };
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::fmt;
@@ -91,8 +91,7 @@ impl SharedWords {
         let bytes = count.checked_mul(WORD).filter(|&bytes| bytes > 0);
         let bytes = bytes.ok_or_else(|| Error::invalid("shared words: none, or too many"))?;
         let made = || {
-            let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-            let fd = memfd_create("ploop-words", flags)?;
+            let fd = memory("ploop-words")?;
             ftruncate(&fd, bytes as u64)?;
             fcntl_add_seals(&fd, SEALS)?;
             Ok(fd)
@@ -110,8 +109,8 @@ impl SharedWords {
     /// A descriptor of the same memory for somebody who may read it and no more: it can neither
     /// be written nor mapped for writing.
     ///
-    /// Whoever may open this process's descriptors in `/proc` (root, and its own user) could open
-    /// it anew for writing; they could do that without this descriptor, too.
+    /// Its own user and root can open it anew for writing through `/proc`, as they could without
+    /// it; nobody else can, whoever it is handed on to.
     pub fn read_only(&self) -> Result<OwnedFd> {
         use std::os::fd::AsRawFd;
         let path = format!("/proc/self/fd/{}", self.fd.as_raw_fd());
@@ -202,11 +201,23 @@ impl Words for SharedWords {
     }
 }
 
+/// New memory of this user's: who gets a descriptor of it that cannot write cannot open it anew
+/// for writing, either, and nobody can execute it.
+fn memory(name: &str) -> rustix::io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let fd = match memfd_create(name, flags | MemfdFlags::NOEXEC_SEAL) {
+        // Before Linux 6.3 there is no such flag.
+        Err(rustix::io::Errno::INVAL) => memfd_create(name, flags)?,
+        made => made?,
+    };
+    fchmod(&fd, Mode::RUSR | Mode::WUSR)?;
+    Ok(fd)
+}
+
 /// Bytes that nobody can change any more, for whoever holds the descriptor.
 pub fn sealed(name: &str, bytes: &[u8]) -> Result<OwnedFd> {
     let made = || {
-        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-        let file = File::from(fd);
+        let file = File::from(memory(name)?);
         file.write_all_at(bytes, 0)?;
         fcntl_add_seals(&file, SEALS | SealFlags::WRITE)?;
         Ok(OwnedFd::from(file))
@@ -290,6 +301,16 @@ mod tests {
         let watched = WatchedWords::from_fd(fd).unwrap();
         words.set(7, 3);
         assert_eq!((watched.len(), watched.at(7), watched.at(8)), (8, 3, 0));
+    }
+
+    #[test]
+    fn no_other_user_can_open_the_memory_anew() {
+        let words = SharedWords::create(8).unwrap();
+        let (fd, bytes) = (words.read_only().unwrap(), sealed("t", b"the key").unwrap());
+        for fd in [&fd, &bytes] {
+            let mode = fstat(fd).unwrap().st_mode;
+            assert_eq!(mode & 0o777, 0o600);
+        }
     }
 
     #[test]
