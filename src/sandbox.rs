@@ -12,7 +12,11 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use ploop_formats::{Error, Kind, Result};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 
 /// What may be done with the files of the one directory.
@@ -73,7 +77,6 @@ const SERVING: &[libc::c_long] = &[
     libc::SYS_sigaltstack,
     libc::SYS_gettid,
     libc::SYS_getpid,
-    libc::SYS_tgkill,
     libc::SYS_exit,
     libc::SYS_exit_group,
 ];
@@ -118,7 +121,7 @@ pub fn enter(dir: impl AsFd, files: Files) -> Result<Option<String>> {
             Kind::Unsupported,
             format!("the sandbox: {a}; {b}; --sandbox=off serves without it"),
         )),
-        (Ok(()), Ok(())) => Ok(None),
+        (Ok(weaker), Ok(())) => Ok(weaker),
         (Err(missing), _) | (_, Err(missing)) => Ok(Some(missing)),
     }
 }
@@ -128,7 +131,8 @@ pub fn narrow() -> Result<()> {
     filter(&[SERVING]).map_err(|e| Error::new(Kind::Unsupported, format!("the sandbox: {e}")))
 }
 
-fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<(), String> {
+/// Says what the kernel's Landlock does not know.
+fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<Option<String>, String> {
     let within = match files {
         Files::Read => AccessFs::ReadFile | AccessFs::ReadDir,
         Files::Write => {
@@ -151,16 +155,43 @@ fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<(), String
     };
     let status = confined().map_err(|e: landlock::RulesetError| format!("Landlock: {e}"))?;
     match status.ruleset {
-        RulesetStatus::FullyEnforced | RulesetStatus::PartiallyEnforced => Ok(()),
+        RulesetStatus::FullyEnforced => Ok(None),
+        RulesetStatus::PartiallyEnforced => Ok(Some(weaker(landlock_abi().unwrap_or(0)))),
         RulesetStatus::NotEnforced => Err("this kernel has no Landlock".into()),
     }
+}
+
+/// What Landlock of this ABI does not enforce of what is asked for.
+fn weaker(abi: i32) -> String {
+    let since = [
+        (2, "links between folders"),
+        (3, "truncation"),
+        (4, "TCP"),
+        (5, "ioctl(2) on devices"),
+        (6, "signals and abstract sockets of other processes"),
+    ];
+    let missing = since.iter().filter(|(since, _)| abi < *since);
+    let missing: Vec<&str> = missing.map(|(_, what)| *what).collect();
+    format!(
+        "Landlock of ABI {abi} does not govern {}",
+        missing.join(", ")
+    )
+}
+
+/// Signals to threads of our own process, which abort(3) sends.
+fn own_process() -> std::result::Result<SeccompRule, seccompiler::BackendError> {
+    let own = u64::from(std::process::id());
+    let group = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, own)?;
+    SeccompRule::new(vec![group])
 }
 
 fn filter(lists: &[&[libc::c_long]]) -> std::result::Result<(), String> {
     let refused = |e: &dyn std::fmt::Display| format!("seccomp: {e}");
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|e| refused(&e))?;
     let calls = lists.iter().flat_map(|list| list.iter());
-    let rules = calls.map(|call| (*call, Vec::new())).collect();
+    let mut rules: BTreeMap<_, _> = calls.map(|call| (*call, Vec::new())).collect();
+    let own = own_process().map_err(|e| refused(&e))?;
+    rules.insert(libc::SYS_tgkill, vec![own]);
     let otherwise = SeccompAction::Errno(libc::EPERM as u32);
     let program: BpfProgram = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, arch)
         .and_then(BpfProgram::try_from)
@@ -224,6 +255,37 @@ fn seccomp_errno() -> std::result::Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_kernel_lacks_is_named() {
+        let said = weaker(3);
+        assert!(
+            said.contains("TCP") && !said.contains("truncation"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_confined_thread_signals_its_own_process_and_no_other() {
+        let mut other = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
+        let victim = other.id().cast_signed();
+        let sent = std::thread::spawn(move || {
+            filter(&[SERVING, STARTING]).unwrap();
+            let own = std::process::id().cast_signed();
+            // SAFETY: signal 0 is delivered to nobody.
+            let tgkill = |group: i32, thread: i32| unsafe {
+                libc::syscall(libc::SYS_tgkill, group, thread, 0)
+            };
+            (tgkill(victim, victim), tgkill(own, own))
+        });
+        let sent = sent.join().unwrap();
+        other.kill().unwrap();
+        other.wait().unwrap();
+        assert_eq!(sent, (-1, 0));
+    }
 
     #[test]
     fn what_the_probe_promises_can_be_entered() {
