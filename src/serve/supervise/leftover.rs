@@ -4,13 +4,11 @@
 //! EIO. The image itself is as after a crash and needs nothing: the next open recovers it.
 
 use super::message::Failure;
-use super::mounts;
+use super::{listen, mounts};
 use crate::rundir::{self, Entry, Outcome, RunDir};
 use crate::serve::{fuse, loopdev};
 use ploop_formats::{Error, Kind, Result};
-use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 /// Cleans up after every dead keeper of this user, and says in the log what it removed.
@@ -56,9 +54,7 @@ fn warn(done: Result<()>) {
 
 fn remove_socket(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
-    let dead =
-        || UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
-    if is_socket && dead() {
+    if is_socket && listen::is_dead(path) {
         let _ = std::fs::remove_file(path);
     }
 }

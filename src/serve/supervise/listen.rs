@@ -10,13 +10,16 @@ use crate::io::memfd;
 use crate::serve::nbd::credentials::Credentials;
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{CWD, Mode};
-use rustix::net::sockopt;
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with, sockopt,
+};
 use std::fs;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 /// Sockets of one disk.
@@ -182,15 +185,25 @@ fn make_room(path: &Path) -> Result<()> {
             ),
         ));
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|e| Error::from(e).at(path.display()))
-        }
-        _ => Err(Error::new(
+    match is_dead(path) {
+        true => fs::remove_file(path).map_err(|e| Error::from(e).at(path.display())),
+        false => Err(Error::new(
             Kind::Busy,
             format!("{}: another server listens on this socket", path.display()),
         )),
     }
+}
+
+/// Whether nobody listens on a unix socket any more. Never waits: a server with a full backlog is
+/// alive.
+pub(super) fn is_dead(path: &Path) -> bool {
+    let refused = || {
+        let address = SocketAddrUnix::new(path)?;
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        connect(&socket, &address)
+    };
+    refused() == Err(Errno::CONNREFUSED)
 }
 
 /// Whether clients of this address may go without TLS.
@@ -285,6 +298,27 @@ mod tests {
             Some(Kind::Exists)
         );
         assert_eq!(fs::read(&path).expect("read"), b"precious");
+    }
+
+    #[test]
+    fn a_server_that_accepts_nobody_is_alive_and_not_waited_for() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let path = dir.path().join("s");
+        let listener = UnixListener::bind(&path).expect("bind");
+        rustix::net::listen(&listener, 0).expect("a short backlog");
+        let address = SocketAddrUnix::new(&path).expect("address");
+        let flags = SocketFlags::NONBLOCK;
+        let waiting: Vec<_> = std::iter::from_fn(|| {
+            let client = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None);
+            let client = client.expect("socket");
+            connect(&client, &address).ok().map(|()| client)
+        })
+        .collect();
+        assert!(!waiting.is_empty());
+        let (done, outcome) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(unix_at(&path).map_err(|e| e.kind()).err()));
+        let outcome = outcome.recv_timeout(std::time::Duration::from_secs(10));
+        assert_eq!(outcome, Ok(Some(Kind::Busy)));
     }
 
     #[test]
