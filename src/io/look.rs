@@ -59,6 +59,12 @@ impl<T: Copy + Send + 'static> Look<T> {
         seen.last
     }
 
+    /// Whether a look hangs: there is no news, rather than nothing to see.
+    pub fn is_late(&self) -> bool {
+        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.late.is_some()
+    }
+
     fn start(&self) -> Receiver<Option<T>> {
         let (to, from) = channel();
         let how = Arc::clone(&self.how);
@@ -94,6 +100,7 @@ mod tests {
         for _ in 0..1000 {
             assert_eq!(look.now(), Some(1), "the second look hangs");
         }
+        assert!(look.is_late());
         assert!(start.elapsed() < PATIENCE * 100, "it is waited for once");
         assert!(looks.load(Ordering::Relaxed) <= 2, "and there is no third");
         news.send(2).expect("somebody waits");

@@ -108,7 +108,7 @@ fn a_keeper_that_does_not_answer_is_shown_and_holds_nobody_up() {
     let table = ok(&["list"]);
     let said = fails(9, &["stat", text(&stopped.disk)]);
     let all = json(&["stat"]);
-    let round = ok(&["-o", "json", "top", "-n", "1", "-d", "0.2"]);
+    let rounds = ok(&["-o", "json", "top", "-n", "5", "-d", "0.1"]);
     signal(&keeper, Signal::CONT);
     let (silent, well) = (of(&listed, &stopped.disk), of(&listed, &other.disk));
     documented(&listed);
@@ -124,7 +124,9 @@ fn a_keeper_that_does_not_answer_is_shown_and_holds_nobody_up() {
         (&well["health"], &well["answers"]),
         (&"serving".into(), &true.into())
     );
-    assert!(well["host_free"].as_u64() > Some(0), "{well}");
+    eventually("the host's space is seen", || {
+        other.listed()["host_free"].as_u64() > Some(0)
+    });
     assert!(
         table.contains("silent") && table.contains(" disks: "),
         "{table}"
@@ -132,8 +134,13 @@ fn a_keeper_that_does_not_answer_is_shown_and_holds_nobody_up() {
     assert!(said.contains("does not answer"), "{said}");
     assert_eq!(of(&all, &stopped.disk), Value::Null);
     assert_eq!(of(&all, &other.disk)["in_flight"], 0, "{all}");
-    let round: Value = serde_json::from_str(&round).expect("JSON");
-    assert_eq!(of(&round, &stopped.disk)["answers"], false, "{round}");
+    let rounds = rounds.lines().map(serde_json::from_str);
+    let rounds: Vec<Value> = rounds.collect::<Result<_, _>>().expect("JSON");
+    let round = rounds.last().expect("a round");
+    assert_eq!(of(round, &stopped.disk)["answers"], false, "{round}");
+    // Who did not answer is not waited for in every round.
+    let quickest = rounds.iter().filter_map(|r| r["seconds"].as_f64());
+    assert!(quickest.fold(60.0, f64::min) < 0.5, "{rounds:?}");
     stopped.end();
     other.end();
 }
@@ -256,13 +263,13 @@ fn a_mounted_disk_shows_what_its_files_take_in_it_and_on_the_host() {
         "{before} {}",
         used()
     );
-    let after = of(&json(&["list"]), &disk)["allocated"].as_u64();
-    assert!(
-        after >= allocated.map(|a| a + (31 << 20)),
-        "{allocated:?} {after:?}"
-    );
-    let stat = of(&json(&["stat"]), &disk);
-    assert_eq!(stat["allocated"].as_u64(), after, "{stat}");
+    // A busy host may show what it saw before; and the file system goes on writing.
+    for verb in ["list", "stat"] {
+        eventually("the file's space is seen", || {
+            let now = of(&json(&[verb]), &disk)["allocated"].as_u64();
+            now >= allocated.map(|a| a + (31 << 20)) && now.is_some()
+        });
+    }
     let metrics = ok(&["stat", text(&disk), "--prometheus"]);
     for name in [
         "ploop_hung_io",

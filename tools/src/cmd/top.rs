@@ -10,12 +10,12 @@ use crate::report::Output;
 use crate::screen::Screen;
 use crate::size;
 use crate::table::{self, Align};
-use ploop::Result;
 use ploop::client;
 use ploop::counters::{OpStat, Stat, Watched};
 use ploop::io::look::Look;
 use ploop::io::room::HostSpace;
 use ploop::serve::supervise::control::{Ask, Figures};
+use ploop::{Kind, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -24,6 +24,9 @@ use std::time::{Duration, Instant};
 
 /// How long keepers may take to hand over their counters, all together.
 const PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long a keeper that did not answer is left alone: it makes every round late.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// Watch what attached disks are asked: requests, bytes and their times, the busiest first
 ///
@@ -88,9 +91,33 @@ struct Watch {
 /// One disk between two rounds.
 #[derive(Debug)]
 struct Seen {
-    /// None when its keeper is of a release that does not share the counters, or did not answer.
-    watched: Option<Watched>,
+    source: Source,
     stat: Option<Stat>,
+}
+
+/// Where its counters come from.
+#[derive(Debug)]
+enum Source {
+    /// Memory that its keeper shares.
+    Shared(Watched),
+    /// Its keeper, which is of a release that shares nothing, and is asked in every round.
+    Asked,
+    /// Nowhere: its keeper did not answer, and is not asked before then.
+    Silent(Instant),
+}
+
+impl Source {
+    fn new(watched: Result<Watched>) -> Self {
+        match watched {
+            Ok(watched) => Self::Shared(watched),
+            Err(e) if matches!(e.kind(), Kind::TimedOut | Kind::NotFound) => Self::silent(),
+            Err(_) => Self::Asked,
+        }
+    }
+
+    fn silent() -> Self {
+        Self::Silent(Instant::now() + SILENCE)
+    }
 }
 
 /// What there is to show.
@@ -116,7 +143,7 @@ impl Watch {
     fn round(&mut self) -> Result<Round> {
         let disks = attach::registered()?;
         self.meet(&disks);
-        let asked = self.ask(&disks);
+        let asked = self.ask();
         let now = Instant::now();
         let time = self.last.map_or(Duration::ZERO, |t| now - t);
         self.last = Some(now);
@@ -130,37 +157,44 @@ impl Watch {
     fn meet(&mut self, disks: &[Attached]) {
         self.disks
             .retain(|key, _| disks.iter().any(|d| id(d) == *key));
-        let new = disks.iter().filter(|d| !self.disks.contains_key(&id(d)));
+        let now = Instant::now();
+        let is_due = |seen: &Seen| matches!(seen.source, Source::Silent(due) if due <= now);
+        let new = disks
+            .iter()
+            .filter(|d| self.disks.get(&id(d)).is_none_or(is_due));
         let new: Vec<&Attached> = new.collect();
         let runs: Vec<&PathBuf> = new.iter().map(|d| &d.run).collect();
         let watched = client::watch_all(&runs, PATIENCE);
         for (disk, watched) in new.into_iter().zip(watched) {
-            let (watched, stat) = (watched.ok(), None);
-            self.disks.insert(id(disk), Seen { watched, stat });
+            let (source, stat) = (Source::new(watched), None);
+            self.disks.insert(id(disk), Seen { source, stat });
         }
     }
 
     /// What those answer who share nothing.
-    fn ask(&self, disks: &[Attached]) -> BTreeMap<PathBuf, Stat> {
-        let mute = |d: &&Attached| self.disks.get(&id(d)).is_some_and(|s| s.watched.is_none());
-        let runs: Vec<PathBuf> = disks.iter().filter(mute).map(|d| d.run.clone()).collect();
+    fn ask(&mut self) -> BTreeMap<PathBuf, Stat> {
+        let asked = self.disks.iter_mut();
+        let (runs, seen): (Vec<PathBuf>, Vec<&mut Seen>) = asked
+            .filter(|(_, seen)| matches!(seen.source, Source::Asked))
+            .map(|((run, _), seen)| (run.clone(), seen))
+            .unzip();
         let answers = client::ask_all(&runs, &[Ask::Stat], PATIENCE);
-        let stat = |answer: Result<Vec<Value>>| {
-            let figures: Result<Figures> = client::parse(answer.ok()?.pop()?, "figures");
-            figures.ok().map(|f| f.counters)
-        };
-        let all = runs.into_iter().zip(answers);
-        all.filter_map(|(run, answer)| Some((run, stat(answer)?)))
-            .collect()
+        let mut stats = BTreeMap::new();
+        for ((run, seen), answer) in runs.into_iter().zip(seen).zip(answers) {
+            match answer {
+                Ok(answer) => stats.extend(stat(answer).map(|stat| (run, stat))),
+                Err(_) => seen.source = Source::silent(),
+            }
+        }
+        stats
     }
 
     fn row(&mut self, disk: Attached, asked: &BTreeMap<PathBuf, Stat>, time: Duration) -> Row {
         let host = self.host(&disk);
         let seen = self.disks.get_mut(&id(&disk));
-        let watched = seen.as_ref().and_then(|s| s.watched.as_ref());
-        let stat = match watched {
-            Some(watched) => Some(watched.stat()),
-            None => asked.get(&disk.run).cloned(),
+        let stat = match seen.as_ref().map(|s| &s.source) {
+            Some(Source::Shared(watched)) => Some(watched.stat()),
+            _ => asked.get(&disk.run).cloned(),
         };
         let before = seen.and_then(|s| std::mem::replace(&mut s.stat, stat.clone()));
         let before = before.unwrap_or_else(|| stat.clone().unwrap_or_default());
@@ -189,8 +223,19 @@ impl Watch {
             .hosts
             .entry(dev.to_string())
             .or_insert_with(|| Look::new(move || HostSpace::of(File::open(&path).ok()?).ok()));
-        look.now()
+        let space = look.now();
+        if space.is_none() && !look.is_late() {
+            // That disk is gone: the next one on the same file system shows the way.
+            self.hosts.remove(dev);
+        }
+        space
     }
+}
+
+/// Counters in a keeper's answer.
+fn stat(mut answer: Vec<Value>) -> Option<Stat> {
+    let figures: Result<Figures> = client::parse(answer.pop()?, "figures");
+    figures.ok().map(|f| f.counters)
 }
 
 fn id(disk: &Attached) -> (PathBuf, u32) {
@@ -312,6 +357,26 @@ impl Round {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn space_is_shown_by_a_disk_that_is_there_when_the_first_one_on_its_file_system_is_gone() {
+        let disk = |n: u32, path: &str| {
+            let state = json!({
+                "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
+                "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none",
+                "restarts": 0,
+            });
+            Attached {
+                run: format!("/run/ploop/5-{n}").into(),
+                state: serde_json::from_value(state).expect("a state"),
+            }
+        };
+        let (gone, there) = (disk(1, "/nonexistent/disk"), disk(2, "/"));
+        let mut watch = Watch::default();
+        // A busy host may be late with a look.
+        let mut looks = (0..100).map(|_| (watch.host(&gone), watch.host(&there)));
+        assert!(looks.any(|(_, there)| there.is_some()));
+    }
 
     #[test]
     fn rates_are_by_the_second_whatever_the_delay() {
