@@ -6,7 +6,7 @@
 use crate::holders;
 use command_fds::{CommandFdExt, FdMapping};
 use ploop::client;
-use ploop::image::target::Identity;
+use ploop::image::target::{Identity, Target};
 use ploop::rundir::{self, Departure, Entry, State};
 use ploop::serve::supervise::control::Ask;
 use ploop::serve::supervise::message::{Announce, KeeperConfig, Report};
@@ -144,6 +144,7 @@ pub fn not_started(program: &Path, e: std::io::Error) -> Error {
 /// Starts a keeper of its own session and waits until the disk can be used.
 pub fn start(mut config: KeeperConfig) -> Result<State> {
     leftover::sweep()?;
+    let kept = kept_log(&config);
     config.detached = true;
     config.announce = Announce::Pipe(REPORT_FD);
     let (mut reader, writer) = std::io::pipe()?;
@@ -174,13 +175,30 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
             let how = child
                 .wait()
                 .map_or_else(|e| e.to_string(), |s| s.to_string());
+            leftover::sweep()?;
             let what = format!(
-                "{} ended before it said anything ({how})",
-                program.display()
+                "{} ended before it said anything ({how}){}",
+                program.display(),
+                see_kept(kept.as_deref())
             );
             Err(Error::new(Kind::Io, what))
         }
     }
+}
+
+/// Where the log of the disk that is to be attached would be kept.
+fn kept_log(config: &KeeperConfig) -> Option<PathBuf> {
+    let target = Target::resolve(&config.disk, config.format).ok()?;
+    let run = rundir::root()
+        .ok()?
+        .join(target.identity().ok()?.to_string());
+    Some(rundir::kept_log(&run))
+}
+
+/// The end of a message about a keeper that died.
+fn see_kept(log: Option<&Path>) -> String {
+    let log = log.filter(|log| log.exists());
+    log.map_or_else(String::new, |log| format!("; see {}", log.display()))
 }
 
 /// Unmounts, detaches and waits until the image is closed. `Busy` names who holds it, and leaves
@@ -220,6 +238,10 @@ pub fn see_off(attached: &Attached, mut departure: Departure, patience: Duration
         // It died: what it left behind goes now, not with the next command.
         leftover::sweep()?;
     }
+    let outcome = outcome.map_err(|e| {
+        let log = rundir::kept_log(&attached.run);
+        Error::new(e.kind(), format!("{e}{}", see_kept(Some(&log))))
+    });
     match outcome? {
         None => Err(Error::new(
             Kind::TimedOut,
@@ -310,8 +332,8 @@ pub fn terminate(attached: &Attached) -> Result<()> {
     let Ok(process) = rustix::process::pidfd_open(pid, PidfdFlags::empty()) else {
         return Ok(());
     };
-    // The lock is held for the keeper's life: held now, the descriptor is the keeper's.
-    if Departure::of(&attached.run).is_none() {
+    // Held now, the lock was held for as long as the descriptor has meant this process.
+    if !rundir::is_kept_by(&attached.run, attached.state.keeper_pid) {
         return Ok(());
     }
     rustix::process::pidfd_send_signal(&process, Signal::TERM)

@@ -186,6 +186,85 @@ fn a_failed_mount_leaves_nothing() {
     nothing_is_left(&scratch);
 }
 
+/// Where a disk is registered while it is attached.
+fn run_directory(disk: &Path) -> std::path::PathBuf {
+    use std::os::unix::fs::MetadataExt;
+    let meta = fs::metadata(disk).expect("a disk");
+    Path::new("/run/ploop").join(format!("{}-{}", meta.dev(), meta.ino()))
+}
+
+/// The loop device of a disk, once there is one.
+fn device_of(disk: &Path) -> std::path::PathBuf {
+    let file = run_directory(disk).join("disk");
+    let mut device = None;
+    eventually("a device", || {
+        let blocks = fs::read_dir("/sys/block").expect("sysfs").flatten();
+        let mut ours = blocks.filter(|block| {
+            let backing = fs::read_to_string(block.path().join("loop/backing_file"));
+            backing.is_ok_and(|b| Path::new(b.trim()) == file)
+        });
+        device = ours.next().map(|b| Path::new("/dev").join(b.file_name()));
+        device.is_some()
+    });
+    device.expect("found")
+}
+
+#[test]
+fn a_failed_mount_leaves_nothing_even_when_somebody_looks_at_its_device_for_long() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
+    let point = scratch.mountpoint();
+    let looking = std::thread::spawn({
+        let disk = disk.clone();
+        move || {
+            let glance = fs::File::open(device_of(&disk)).expect("open");
+            // Longer than a look at a device is waited for.
+            std::thread::sleep(std::time::Duration::from_secs(4));
+            drop(glance);
+        }
+    });
+    fails(1, &["mount", text(&disk), text(&point)]);
+    looking.join().expect("it looked");
+    nothing_is_left(&scratch);
+}
+
+#[test]
+fn a_mount_that_is_cancelled_in_the_program_it_runs_is_cancelled() {
+    if !can_mount() {
+        return;
+    }
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M"]);
+    let (point, bin, here) = (
+        scratch.mountpoint(),
+        scratch.path("bin"),
+        scratch.path("here"),
+    );
+    fs::create_dir(&bin).expect("directory");
+    let program = bin.join("mount");
+    let script = format!("#!/bin/sh\n: >'{}'\nexec sleep 60\n", text(&here));
+    fs::write(&program, script).expect("write");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("executable");
+    let path = std::env::var("PATH").expect("a path");
+    let mut child = Command::new(common::PLOOPCTL)
+        .args(["mount", text(&disk), text(&point)])
+        .env("PATH", format!("{}:{path}", text(&bin)))
+        .process_group(0)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("ploopctl runs");
+    eventually("mount(8) runs", || here.exists());
+    let group = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process_group(group, rustix::process::Signal::INT).expect("Ctrl-C");
+    assert_eq!(child.wait().expect("wait").code(), Some(10));
+    nothing_is_left(&scratch);
+}
+
 #[test]
 fn who_holds_a_busy_disk_is_named_and_it_stays_attached() {
     if !can_mount() {

@@ -66,7 +66,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
         Some(point) => mount(&state, point, args),
         None => Ok(()),
     });
-    if let Err(e) = mounted.and_then(|()| cancel.check()) {
+    if let Err(e) = cancel.or(mounted).and_then(|()| cancel.check()) {
         undo(&target);
         return Err(e);
     }
@@ -155,8 +155,9 @@ fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
 }
 
 fn undo(target: &Target) {
-    let stopped = attach::find(target.path()).and_then(|a| attach::stop(&a));
-    if let Err(e) = stopped {
+    // Whoever looks at the device in passing must not keep attached what nobody was told of.
+    let stop = |a| attach::stop(&a).or_else(|_| attach::abandon(&a));
+    if let Err(e) = attach::find(target.path()).and_then(stop) {
         tracing::warn!("detaching after a failed mount: {e}");
     }
 }

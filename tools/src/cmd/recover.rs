@@ -64,13 +64,54 @@ fn outcome(remote: &mut Remote, patience: Duration, meter: &mut Meter<'_>) -> Re
         meter.tick().map_err(goes_on)?;
         let state = remote.state()?;
         match state.state {
-            Phase::Recovering => std::thread::sleep(Duration::from_millis(20)),
+            Phase::Serving => return Ok(state),
+            Phase::Starting | Phase::Recovering => std::thread::sleep(Duration::from_millis(20)),
             Phase::Failed => {
                 let why = state.error.unwrap_or_default();
                 return Err(Error::new(Kind::Io, format!("it failed again: {why}")));
             }
-            _ => return Ok(state),
+            Phase::Stopping => return Err(Error::new(Kind::Busy, "it is being detached")),
         }
     }
     Err(Error::new(Kind::TimedOut, "not recovered yet"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::meter::ProgressArg;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
+    /// What comes of an attempt whose disk is in this state.
+    fn outcome_of(state: &str) -> Result<State> {
+        let run = tempfile::tempdir().expect("temp dir");
+        let listener = UnixListener::bind(run.path().join("control")).expect("bind");
+        let state = json!({
+            "schema": 1, "path": "/ct/1", "uuid": "u", "transport": "nbd", "size": 1 << 20,
+            "keeper_pid": 1, "state": state, "read_only": false, "cache": "none", "restarts": 0,
+        });
+        let keeper = std::thread::spawn(move || {
+            let (mut client, _) = listener.accept().expect("a client");
+            writeln!(client, "{}", json!({ "proto": 1, "version": "0" })).expect("greeted");
+            let mut asked = String::new();
+            let mut lines = BufReader::new(client.try_clone().expect("a copy"));
+            lines.read_line(&mut asked).expect("asked");
+            writeln!(client, "{}", json!({ "id": 1, "result": state })).expect("answered");
+        });
+        let cancel = Cancel::never();
+        let mut meter = Meter::new(ProgressArg::None, &cancel);
+        let mut remote = Remote::connect(run.path()).expect("connected");
+        let outcome = outcome(&mut remote, Duration::from_secs(20), &mut meter);
+        keeper.join().expect("the keeper");
+        outcome
+    }
+
+    #[test]
+    fn only_a_disk_that_serves_is_recovered() {
+        assert!(outcome_of("serving").is_ok());
+        let kind = |state| outcome_of(state).map_err(|e| e.kind()).err();
+        assert_eq!(kind("stopping"), Some(Kind::Busy));
+        assert_eq!(kind("failed"), Some(Kind::Io));
+    }
 }
