@@ -3,14 +3,17 @@
 
 mod common;
 
-use common::{PLOOPCTL, Scratch, has, ok, run, text};
+use common::{PLOOPCTL, Scratch, eventually, has, ok, run, text};
+use rustix::io::ioctl_fionread;
+use rustix::pipe::fcntl_setpipe_size;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 /// The progress in what was written to standard error.
 fn told(stderr: &[u8]) -> Vec<Value> {
@@ -116,19 +119,25 @@ fn long(scratch: &Scratch) -> PathBuf {
 
 /// Starts a check, ends it by Ctrl-C after its first progress; exit code and last words.
 fn ended(disk: &Path, options: &[&str]) -> (Option<i32>, Value) {
+    // Its first progress fills the pipe: it cannot come to its end before it is told to.
+    let (mut said, mut stderr) = std::io::pipe().expect("a pipe");
+    let size = fcntl_setpipe_size(&stderr, 4096).expect("a short pipe");
+    let filled = size - 64;
+    stderr.write_all(&vec![b'\n'; filled]).expect("filled");
     let mut child = Command::new(PLOOPCTL)
         .args(["-o", "json", "--progress", "json", "check", text(disk)])
         .args(options)
         .stdout(Stdio::null())
-        .stderr(Stdio::piped())
+        .stderr(stderr)
         .spawn()
         .expect("check");
-    let mut said = BufReader::new(child.stderr.take().expect("piped"));
-    let mut line = String::new();
-    said.read_line(&mut line).expect("progress");
+    eventually("its first progress", || {
+        ioctl_fionread(&said).expect("a pipe") > filled as u64
+    });
     kill_process(Pid::from_child(&child), Signal::INT).expect("Ctrl-C");
-    said.read_to_string(&mut line).expect("the rest");
-    let last = line.lines().last().unwrap_or_default();
+    let mut text = String::new();
+    said.read_to_string(&mut text).expect("the rest");
+    let last = text.lines().last().unwrap_or_default();
     let code = child.wait().expect("wait").code();
     (code, serde_json::from_str(last).unwrap_or_default())
 }
@@ -154,6 +163,46 @@ fn a_check_ends_when_it_is_told_to_and_says_what_it_left() {
     );
     ok(&["check", "--repair", text(&disk)]);
     ok(&["check", text(&disk)]);
+}
+
+/// Processes that a process has started.
+fn children(pid: u32) -> Vec<i32> {
+    let path = format!("/proc/{pid}/task/{pid}/children");
+    let text = fs::read_to_string(path).unwrap_or_default();
+    let pids = text.split_whitespace();
+    pids.map(|pid| pid.parse().expect("a pid")).collect()
+}
+
+#[test]
+fn a_signal_to_nobody_but_adopt_ends_its_check_and_moves_nothing() {
+    let scratch = Scratch::new();
+    let bare = scratch.path("bare.hds");
+    fs::rename(long(&scratch).join("root.hds"), &bare).expect("move");
+    let new = scratch.path("new");
+    let mut adopt = Command::new(PLOOPCTL)
+        .args(["adopt", text(&bare), "--format", "ploop", text(&new)])
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("adopt");
+    let mut check = Vec::new();
+    eventually("its check runs", || {
+        check = children(adopt.id());
+        !check.is_empty()
+    });
+    // One that hangs says nothing and ends never.
+    let pid = check.first().and_then(|pid| Pid::from_raw(*pid));
+    let pid = pid.expect("a process");
+    kill_process(pid, Signal::STOP).expect("stop");
+    kill_process(Pid::from_child(&adopt), Signal::TERM).expect("terminate");
+    let start = Instant::now();
+    while adopt.try_wait().expect("wait").is_none() && start.elapsed() < Duration::from_secs(20) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // A failed test leaves nobody stopped behind.
+    let _ = kill_process(pid, Signal::CONT);
+    let _ = adopt.kill();
+    assert_eq!(adopt.wait().expect("wait").code(), Some(10));
+    assert!(bare.exists() && !new.exists());
 }
 
 #[test]

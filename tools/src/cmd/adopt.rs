@@ -18,6 +18,11 @@ use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::Duration;
+
+/// How long a signal may go unnoticed.
+const BLINK: Duration = Duration::from_millis(50);
 
 /// Make a disk around a bare image: DIR with the image and a DiskDescriptor.xml
 ///
@@ -98,13 +103,14 @@ fn ask(verb: &str, file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Res
         .spawn()
         .map_err(|e| Error::from(e).at(format!("ploopctl {verb}")))?;
     let (out, err) = (child.stdout.take(), child.stderr.take());
-    let (said, last) = std::thread::scope(|scope| {
-        let said = scope.spawn(|| out.map(|mut out| read_all(&mut out)));
-        let last = err.map(|err| follow(BufReader::new(err), meter));
-        (said.join().ok().flatten(), last.transpose())
-    });
+    let said = std::thread::spawn(|| out.map(|mut out| read_all(&mut out)));
+    let last = follow(err.map(lines), meter);
+    if last.is_err() {
+        // A signal to us alone did not reach it, and it would go on to its end.
+        let _ = child.kill();
+    }
     let status = child.wait();
-    let (said, last) = (said.unwrap_or_default(), last?.unwrap_or_default());
+    let (said, last) = (said.join().ok().flatten().unwrap_or_default(), last?);
     if let Ok(value) = serde_json::from_slice(&said) {
         return Ok(value);
     }
@@ -122,12 +128,26 @@ fn read_all(from: &mut impl Read) -> Vec<u8> {
     all
 }
 
-/// Tells progress as it comes; the last line that is none.
-fn follow(from: impl BufRead, meter: &mut Meter<'_>) -> Result<Value> {
+/// Lines as they come.
+fn lines(from: impl Read + Send + 'static) -> Receiver<String> {
+    let (to, lines) = channel();
+    std::thread::spawn(move || {
+        let from = BufReader::new(from).lines();
+        let mut from = from.map_while(std::result::Result::ok);
+        from.try_for_each(|line| to.send(line))
+    });
+    lines
+}
+
+/// Tells progress as it comes; the last line that is none. Fails as soon as a signal came.
+fn follow(from: Option<Receiver<String>>, meter: &mut Meter<'_>) -> Result<Value> {
     let mut last = Value::Null;
-    for line in from.lines().map_while(std::result::Result::ok) {
-        if !meter.relay(&line)? {
-            last = serde_json::from_str(&line).unwrap_or_default();
+    while let Some(from) = &from {
+        match from.recv_timeout(BLINK) {
+            Ok(line) if meter.relay(&line)? => {}
+            Ok(line) => last = serde_json::from_str(&line).unwrap_or_default(),
+            Err(RecvTimeoutError::Timeout) => meter.tick()?,
+            Err(RecvTimeoutError::Disconnected) => break,
         }
     }
     Ok(last)
