@@ -87,6 +87,15 @@ fn space<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<KeepF
     keep_free(&text).map(Some).map_err(wrong)
 }
 
+/// What is no text file cannot be meant, either.
+fn unreadable(e: std::io::Error) -> Error {
+    match e.kind() {
+        ErrorKind::InvalidData => Error::new(Kind::Usage, "not a text file in UTF-8"),
+        ErrorKind::IsADirectory => Error::new(Kind::Usage, "a folder, not a file"),
+        _ => Error::from(e),
+    }
+}
+
 impl Settings {
     /// Reads the file in force: `named` on the command line, else in the environment, else at its
     /// place. Also says which, unless there is none.
@@ -103,7 +112,7 @@ impl Settings {
             Err(e) if e.kind() == ErrorKind::NotFound && !must_exist => {
                 return Ok((Self::default(), None));
             }
-            Err(e) => return Err(Error::from(e).at(format!("settings {}", path.display()))),
+            Err(e) => return Err(unreadable(e).at(format!("settings {}", path.display()))),
         };
         let settings = Self::parse(&text).map_err(|e| e.at(path.display()))?;
         Ok((settings, Some(path)))

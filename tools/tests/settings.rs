@@ -160,17 +160,88 @@ fn settings_change_defaults_and_options_change_settings() {
     if !can_mount() {
         return;
     }
-    let config = settings(&scratch, "[mount]\ncache = \"writeback\"\n");
-    for (options, cache) in [(&[][..], "writeback"), (&["--cache", "none"], "none")] {
-        let output = under(
-            &config,
-            &[&["-o", "json", "mount", text(&disk)], options].concat(),
-        );
+    let cache = |config: &str, options: &[&str]| {
+        let config = settings(&scratch, config);
+        let args = [&["-o", "json", "mount", text(&disk)], options].concat();
+        let output = under(&config, &args);
         let state: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        let direct = state["cache"] == cache || (cache == "none" && state["cache"].is_string());
-        assert!(direct, "{state}");
         ok(&["umount", text(&disk)]);
+        state["cache"].clone()
+    };
+    // A file system without O_DIRECT allows nothing but `writeback`.
+    let default = cache("", &[]);
+    let writeback = "[mount]\ncache = \"writeback\"\n";
+    assert_eq!(cache(writeback, &[]), "writeback");
+    assert_eq!(cache(writeback, &["--cache", "none"]), default);
+    assert_eq!(cache("", &["--cache", "writeback"]), "writeback");
+}
+
+#[test]
+fn what_is_no_text_file_is_refused_like_a_wrong_key() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "16M", "--fs", "none"]);
+    let binary = scratch.path("binary.toml");
+    fs::write(&binary, b"log = \"\xff\"\n").expect("write");
+    for config in [binary, scratch.path("")] {
+        let output = under(&config, &["serve", text(&disk), "--nbd", "-"]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{said}");
+        assert!(said.contains(text(&config)), "{said}");
     }
+}
+
+#[test]
+fn a_tour_uses_the_settings_that_it_is_given() {
+    let scratch = Scratch::new();
+    let good = settings(&scratch, "sandbox = \"on\"\n");
+    let bad = scratch.path("bad.toml");
+    fs::write(&bad, "nonsense = 1\n").expect("write");
+    let tour = |config: &Path| {
+        let mut command = Command::new(PLOOPCTL);
+        command.args(["--config", text(config), "tour"]);
+        command.env("PLOOP_CONFIG", &bad).output().expect("a tour")
+    };
+    assert_eq!(tour(&bad).status.code(), Some(2));
+    let output = tour(&good);
+    assert!(output.status.success(), "{output:?}");
+}
+
+#[test]
+fn the_log_of_a_failure_is_found_until_the_disk_is_attached_again() {
+    if !can_mount() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "16M", "--fs", "none"]);
+    let config = settings(&scratch, "log = \"file\"\n");
+    let mounted = || {
+        let output = under(&config, &["-o", "json", "mount", text(&disk)]);
+        let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        (output.status.code(), said)
+    };
+    let (_, state) = mounted();
+    let run = Path::new(state["log"].as_str().expect("a file"))
+        .parent()
+        .expect("a run directory");
+    let kept = run.with_extension("log");
+    kill9(state["keeper_pid"].as_u64().expect("a keeper"));
+    eventually("it is cleaned up after", || {
+        scratch.attached().is_empty() && !run.exists()
+    });
+    let said = || fs::read_to_string(&kept).unwrap_or_default();
+    assert!(said().contains("attached as"), "{}", said());
+    let image = disk.join("root.hds");
+    let whole = fs::read(&image).expect("read");
+    let mut bytes = whole.clone();
+    bytes[64..68].copy_from_slice(&0x7FFF_FFFFu32.to_le_bytes());
+    fs::write(&image, bytes).expect("write");
+    assert_eq!(mounted().0, Some(6));
+    assert!(said().contains("giving up"), "{}", said());
+    fs::write(&image, whole).expect("write");
+    assert_eq!(mounted().0, Some(0));
+    assert!(!kept.exists(), "the disk is in use again");
+    ok(&["umount", text(&disk)]);
+    assert!(!kept.exists(), "nothing failed");
 }
 
 #[test]

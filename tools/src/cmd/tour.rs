@@ -66,17 +66,44 @@ impl Diary<'_> {
 /// A temporary folder that detaches its disk before it goes.
 struct Folder {
     dir: PathBuf,
+    /// The settings that the tour was told to use.
+    config: Option<PathBuf>,
 }
 
 impl Folder {
-    fn new() -> Result<Self> {
+    fn new(config: Option<PathBuf>) -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("ploop-tour-{}", std::process::id()));
         std::fs::create_dir(&dir).map_err(|e| Error::from(e).at(dir.display()))?;
-        Ok(Self { dir })
+        Ok(Self { dir, config })
     }
 
     fn disk(&self) -> PathBuf {
         self.dir.join("disk")
+    }
+
+    /// This very program.
+    fn command(&self) -> Result<Command> {
+        let mut command = Command::new(std::env::current_exe()?);
+        if let Some(config) = &self.config {
+            command.arg("--config").arg(config);
+        }
+        Ok(command)
+    }
+
+    /// Runs it to its end, as a person would.
+    fn ploopctl(&self, args: &[&str]) -> Result<String> {
+        let output = self.command()?.args(args).output()?;
+        match output.status.success() {
+            true => Ok(String::from_utf8_lossy(&output.stdout)
+                .trim_end()
+                .to_string()),
+            false => {
+                let said = String::from_utf8_lossy(&output.stderr)
+                    .trim_end()
+                    .to_string();
+                Err(Error::new(Kind::Io, said))
+            }
+        }
     }
 }
 
@@ -91,8 +118,9 @@ impl Drop for Folder {
 
 /// Does it.
 pub fn run(_: &Args, global: &Global) -> Result<Answer> {
+    global.settings()?;
     let cancel = Cancel::on_signals()?;
-    let folder = Folder::new()?;
+    let folder = Folder::new(global.config.clone())?;
     let mut diary = Diary {
         steps: Vec::new(),
         meter: Meter::new(global.progress, &cancel),
@@ -103,22 +131,6 @@ pub fn run(_: &Args, global: &Global) -> Result<Answer> {
         false => cancel.or(served(&folder, &mut diary))?,
     }
     Ok(Answer::new(diary.text(), diary.json()))
-}
-
-/// Runs this very program, as a person would.
-fn ploopctl(args: &[&str]) -> Result<String> {
-    let output = Command::new(std::env::current_exe()?).args(args).output()?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout)
-            .trim_end()
-            .to_string()),
-        false => {
-            let said = String::from_utf8_lossy(&output.stderr)
-                .trim_end()
-                .to_string();
-            Err(Error::new(Kind::Io, said))
-        }
-    }
 }
 
 fn text(path: &Path) -> Result<&str> {
@@ -132,10 +144,10 @@ fn mounted(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     std::fs::create_dir(&point)?;
     let size = size::show(DISK);
     diary.step(format!("ploopctl init -s {size} {disk}"), || {
-        ploopctl(&["init", "-s", &size, disk])
+        folder.ploopctl(&["init", "-s", &size, disk])
     })?;
     diary.step(format!("ploopctl mount {disk} {at}"), || {
-        ploopctl(&["mount", disk, at])
+        folder.ploopctl(&["mount", disk, at])
     })?;
     let mut file = {
         let path = point.join("file");
@@ -149,13 +161,13 @@ fn mounted(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     write_while_its_server_dies(folder, diary, &mut file)?;
     drop(file);
     diary.step(format!("ploopctl umount {at}"), || {
-        ploopctl(&["umount", at])
+        folder.ploopctl(&["umount", at])
     })?;
     diary.step(format!("ploopctl check {disk}"), || {
-        ploopctl(&["check", disk])
+        folder.ploopctl(&["check", disk])
     })?;
     diary.step(format!("ploopctl mount {disk} {at} --read-only"), || {
-        ploopctl(&["mount", disk, at, "--read-only"])
+        folder.ploopctl(&["mount", disk, at, "--read-only"])
     })?;
     let mut file = File::open(point.join("file"))?;
     diary.step(format!("read {} again", size::show(DATA)), || {
@@ -163,7 +175,7 @@ fn mounted(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     })?;
     drop(file);
     diary.step(format!("ploopctl umount {at}"), || {
-        ploopctl(&["umount", at])
+        folder.ploopctl(&["umount", at])
     })?;
     Ok(())
 }
@@ -173,10 +185,10 @@ fn served(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     let disk = text(&disk)?;
     let size = size::show(DISK);
     diary.step(format!("ploopctl init -s {size} --fs none {disk}"), || {
-        ploopctl(&["init", "-s", &size, "--fs", "none", disk])
+        folder.ploopctl(&["init", "-s", &size, "--fs", "none", disk])
     })?;
     let how = format!("ploopctl serve {disk} --nbd unix:{}", socket.display());
-    let server = diary.step(how.clone(), || Server::start(disk, &socket))?;
+    let server = diary.step(how.clone(), || Server::start(folder, disk, &socket))?;
     let mut client = Reconnecting {
         socket: socket.clone(),
         client: Client::connect(&socket)?,
@@ -185,9 +197,9 @@ fn served(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
     drop(client);
     diary.step("SIGTERM to the server", || server.stop())?;
     diary.step(format!("ploopctl check {disk}"), || {
-        ploopctl(&["check", disk])
+        folder.ploopctl(&["check", disk])
     })?;
-    let server = diary.step(how, || Server::start(disk, &socket))?;
+    let server = diary.step(how, || Server::start(folder, disk, &socket))?;
     let mut client = Reconnecting {
         socket: socket.clone(),
         client: Client::connect(&socket)?,
@@ -310,8 +322,9 @@ struct Server {
 }
 
 impl Server {
-    fn start(disk: &str, socket: &Path) -> Result<Self> {
-        let child = Command::new(std::env::current_exe()?)
+    fn start(folder: &Folder, disk: &str, socket: &Path) -> Result<Self> {
+        let child = folder
+            .command()?
             .args([
                 "serve",
                 disk,
