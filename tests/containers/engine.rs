@@ -78,6 +78,8 @@ impl Engine {
             Kind::Runc => tool("runc"),
             Kind::Podman => tool("podman"),
         };
+        // A container that runs out of memory gets a file about it in the current folder.
+        command.current_dir(self.folder.path());
         command.arg("--root").arg(self.beside("root"));
         if self.kind == Kind::Podman {
             command
