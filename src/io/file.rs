@@ -191,7 +191,10 @@ impl FileStore {
     /// a file anew takes it as it is. Blocks.
     pub fn forget_cache(&self) -> Result<()> {
         if let Err(e) = rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.0.fd)) {
-            tracing::warn!("{}: data of its last user is lost: {e}", self.0.path.display());
+            tracing::warn!(
+                "{}: data of its last user is lost: {e}",
+                self.0.path.display()
+            );
         }
         rustix::fs::fadvise(&self.0.fd, 0, None, Advice::DontNeed)
             .map_err(|e| self.0.place("forgetting its pages", e.into()))

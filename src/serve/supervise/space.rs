@@ -121,7 +121,10 @@ mod tests {
             waits.push(now.duration_since(reported).as_millis());
             now += Duration::from_millis(100);
         }
-        assert_eq!(waits, [500, 1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000]);
+        assert_eq!(
+            waits,
+            [500, 1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000]
+        );
         assert!(space.report(now, || true));
         assert!(!space.look(now, ample, KeepFree::Auto, None));
         assert!(
