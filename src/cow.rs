@@ -6,7 +6,7 @@
 //!
 //! Only what is needed is copied up: nothing if no lower layer has data there, nothing of what the
 //! request overwrites, and no zeros at the ends of what is there, which the new cluster has already.
-//! Memory is bounded by [`STEP`] whatever the cluster size.
+//! Memory is bounded by [`STEP`] whatever the cluster size, and for all copies of a disk together.
 
 use crate::stack::Stack;
 use bytes::Bytes;
@@ -94,12 +94,14 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     let mut at = start;
     while at < end {
         let to = (at + STEP).min(end);
-        let (from, bytes) = if lower_zero || piece.covers(at, to) {
+        let (from, bytes, _permit);
+        if lower_zero || piece.covers(at, to) {
             let (cut_from, cut_to) = piece.cut(at, to);
-            overlaid(stack.align(), &piece, cut_from, cut_to)
+            (from, bytes) = overlaid(stack.align(), &piece, cut_from, cut_to);
         } else {
-            copied(stack, &piece, at, to).await?
-        };
+            _permit = stack.copying(to - at).await;
+            (from, bytes) = copied(stack, &piece, at, to).await?;
+        }
         if !bytes.is_empty() {
             let lent = bytes.clone();
             stack

@@ -4,7 +4,7 @@
 //! top is ever written, and not by this file. What the others say is kept in a merged map
 //! ([`crate::merged`]), so that many layers cost no more to ask than two.
 
-use crate::merged::{Merged, PER_PAGE, Place};
+use crate::merged::{Merged, Place};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Below, Extent, Geometry, Layer};
@@ -15,10 +15,14 @@ use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Result, buf, limits};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Bytes of buffers for copies that are kept, and of the largest of them.
 const SPARES_BYTES: usize = 1 << 20;
 const SPARE_MAX: u64 = 1 << 20;
+/// Bytes that copies of one disk hold in memory, and what they are counted in.
+const COPIES_BYTES: u64 = 16 << 20;
+const COPY_UNIT: u64 = 4096;
 
 /// A layer of any format.
 #[derive(Debug)]
@@ -128,13 +132,10 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Where the cluster is that begins `offset` bytes into it.
-    fn place(&self, offset: u64) -> Place {
+    /// Where a cluster is that it begins with.
+    const fn place(&self) -> Place {
         match (self.layer, self.at) {
-            (Some(layer), Some(at)) => Place::Data {
-                layer,
-                at: at + offset,
-            },
+            (Some(layer), Some(at)) => Place::Data { layer, at },
             (Some(layer), None) => Place::Zero { layer },
             (None, _) => Place::Nowhere,
         }
@@ -148,6 +149,8 @@ pub struct Stack<S> {
     align: u64,
     /// What the layers below the top say; none where asking them is as cheap.
     merged: Option<Merged>,
+    /// Memory for copies that are under way, in units of [`COPY_UNIT`].
+    copies: Semaphore,
     /// Buffers for copies: a fresh one costs its page faults every time.
     spares: Mutex<Vec<BytesMut>>,
 }
@@ -200,6 +203,7 @@ impl<S: Store> Stack<S> {
             layers,
             align,
             merged,
+            copies: Semaphore::new((COPIES_BYTES / COPY_UNIT) as usize),
             spares: Mutex::default(),
         })
     }
@@ -284,23 +288,17 @@ impl<S: Store> Stack<S> {
             }
             len = top.len;
         }
-        let cluster = self.top().geometry().cluster;
-        let Some(number) = cluster.cluster_of(guest) else {
+        let size = self.top().geometry().cluster;
+        let Some(cluster) = size.cluster_of(guest) else {
             return self.ask(guest, len, 0..below).await;
         };
-        let within = cluster.within(guest);
-        let max = cluster.count(within.saturating_add(len));
-        let found = match merged.find(number, max, cluster) {
+        let within = size.within(guest);
+        let max = size.count(within.saturating_add(len));
+        let (place, clusters) = match merged.find(cluster, max, size) {
             Some(found) => found,
-            None => {
-                self.fill_merged(merged, number / PER_PAGE).await;
-                // Another page may have taken the slot at once.
-                let found = merged.find(number, max, cluster);
-                found.unwrap_or((Place::Mixed, 1))
-            }
+            None => self.learn(merged, cluster, max).await?,
         };
-        let (place, clusters) = found;
-        let len = len.min(clusters * cluster.bytes() - within);
+        let len = len.min(clusters * size.bytes() - within);
         let (layer, at) = match place {
             Place::Data { layer, at } => (Some(layer), Some(at + within)),
             Place::Zero { layer } => (Some(layer), None),
@@ -310,31 +308,23 @@ impl<S: Store> Stack<S> {
         Ok(Segment { len, layer, at })
     }
 
-    /// Asks the layers below the top about every cluster of a page. One that cannot tell is left
-    /// for whoever reads it to find out.
-    async fn fill_merged(&self, merged: &Merged, page: u32) {
+    /// Asks the layers below the top about a cluster and those behind it, at most `max`: where the
+    /// first is, and how many go on like that.
+    async fn learn(&self, merged: &Merged, cluster: u32, max: u64) -> Result<(Place, u64)> {
         let geometry = self.top().geometry();
         let size = geometry.cluster;
-        let first = page * PER_PAGE;
-        let end = geometry
-            .size
-            .min(size.start(first) + u64::from(PER_PAGE) * size.bytes());
-        let mut places = Vec::with_capacity(PER_PAGE as usize);
-        while places.len() < PER_PAGE as usize {
-            let at = size.start(first) + places.len() as u64 * size.bytes();
-            if at >= end {
-                break;
-            }
-            let asked = self.ask(at, end - at, 0..self.layers.len() - 1).await;
-            let whole = asked.as_ref().map_or(0, |segment| size.whole(segment.len));
-            match asked {
-                Ok(segment) if whole > 0 => {
-                    places.extend((0..whole).map(|n| segment.place(n * size.bytes())));
-                }
-                _ => places.push(Place::Mixed),
-            }
-        }
-        merged.keep(page, places.into_iter());
+        let (start, bytes) = (size.start(cluster), max * size.bytes());
+        let rest = geometry.size.saturating_sub(start);
+        let segment = self
+            .ask(start, bytes.min(rest), 0..self.layers.len() - 1)
+            .await?;
+        let found = match size.whole(segment.len) {
+            // Also the last one of a disk that ends within it.
+            0 => (Place::Mixed, 1),
+            whole => (segment.place(), whole),
+        };
+        merged.keep(cluster, found.0, found.1, size);
+        Ok(found)
     }
 
     /// The first segment of a guest range, as some of the layers tell it, the upper ones first.
@@ -438,6 +428,15 @@ impl<S: Store> Stack<S> {
         let bytes = self.read_unaligned(guest, len, depth).await?;
         buf.copy_from_slice(&bytes);
         Ok(buf)
+    }
+
+    /// Waits until a copy of `len` bytes may be held in memory, which it may as long as the permit
+    /// is. Who asked for it pays for the bytes of a request, not for those around them.
+    pub async fn copying(&self, len: u64) -> SemaphorePermit<'_> {
+        // As read, and once more where what is wanted is not aligned.
+        let bytes = (2 * len).min(COPIES_BYTES);
+        let permit = self.copies.acquire_many(bytes.div_ceil(COPY_UNIT) as u32);
+        permit.await.expect("it is never closed")
     }
 
     /// An aligned buffer of `len` bytes to fill; what it holds is arbitrary.

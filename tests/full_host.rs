@@ -13,7 +13,7 @@ use common::serve::Disk;
 use common::{count, have};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -219,6 +219,41 @@ fn a_full_host_is_only_enospc_to_ext4() {
 #[test]
 fn a_full_host_is_only_enospc_to_xfs() {
     cycles("xfs", "mkfs.xfs");
+}
+
+/// Nobody asked the disk for space while another program took what the host had.
+#[test]
+fn ext4_on_an_idle_disk_survives_a_host_that_another_fills() {
+    let test = "ext4_on_an_idle_disk_survives_a_host_that_another_fills";
+    if !can_run(test, &[]) {
+        return;
+    }
+    let host = Host::new(768 * MIB);
+    let disk = host.disk("4G", "ext4");
+    let attached = Attached::mounted(&disk, &[]);
+    host.fill_up_to(host.kept() * 3 / 4);
+    // Its journal has no place in the file yet, and is written to.
+    for n in 0..200 {
+        let mode = fs::Permissions::from_mode(0o700 + n % 8);
+        fs::set_permissions(attached.folder(), mode).unwrap();
+        File::open(attached.folder()).unwrap().sync_all().unwrap();
+    }
+    let mut random = Random::new(3);
+    let (_, why) = write_until_refused(attached.folder(), &mut random);
+    assert_eq!(why.raw_os_error(), Some(libc::ENOSPC), "{why}");
+    let (free, _) = host.free_and_size();
+    assert!(free >= host.kept() / 2, "{free} bytes are left");
+    host.relieve();
+    eventually("space", PATIENCE, || {
+        let one = Written {
+            path: attached.folder().join("again"),
+            seed: 5,
+            len: 1 << 20,
+        };
+        one.write().ok()
+    });
+    attached.detach();
+    assert_fsck_clean("ext4", &disk);
 }
 
 /// Lines of a disk's log that tell of a host without space.
@@ -459,6 +494,20 @@ fn a_disk_whose_flush_failed_says_so_and_is_used_again_on_order() {
 
     memory.resize("1G");
     ok(ploopctl().arg("recover").arg(&folder));
+    let elsewhere = TempDir::new().unwrap();
+    let copy = |name: &str| {
+        let copy = elsewhere.path().join(name);
+        ok(tool("qemu-img")
+            .args(["convert", "-f", "raw", "-O", "raw", &uri])
+            .arg(&copy));
+        fs::read(copy).unwrap()
+    };
+    let now = copy("now");
+    // It also tells of what was lost before.
+    let _ = rustix::fs::syncfs(File::open(disk.image()).unwrap());
+    let image = File::open(disk.image()).unwrap();
+    rustix::fs::fadvise(&image, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    assert!(now == copy("later"), "what is read is on the disk");
     let done = io(&[
         "read -P 1 0 4M",
         "write -P 4 4M 16M",

@@ -111,14 +111,38 @@ impl Ledger {
         self.words.store(POISON, 1);
     }
 
-    /// Forgets that the disk failed. Only for who reads it anew from the files, and tells the
-    /// people above that what they wrote before may be lost.
+    /// Forgets that the disk failed, if it did, and with that every mapping that was answered and
+    /// not flushed: the disk is what it is after a power cut. The content of such a mapping may be
+    /// lost, and what it took the place of was flushed. Only for who reads the disk anew from the
+    /// files, and tells the people above.
     pub fn heal(&self) {
+        if !self.is_poisoned() {
+            return;
+        }
+        (0..self.slots()).for_each(|slot| self.clear(slot));
+        // Last: who dies half-way leaves a disk that has failed.
         self.words.store(POISON, 0);
     }
 
     /// Whether the disk failed.
     pub fn is_poisoned(&self) -> bool {
         self.words.load(POISON) != 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_healed_disk_is_what_it_is_after_a_power_cut_and_a_sound_one_keeps_its_answers() {
+        let ledger = Ledger::local();
+        ledger.put(3, VirtCluster(7), 9);
+        ledger.heal();
+        assert!(ledger.entries().eq([(3, VirtCluster(7), 9)]));
+        ledger.poison();
+        ledger.heal();
+        assert!(!ledger.is_poisoned());
+        assert_eq!(ledger.entries().count(), 0);
     }
 }

@@ -24,8 +24,10 @@ pub async fn layers(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Res
     let mut reports = Vec::new();
     for layer in &chain.layers {
         watch.enter(&layer.display().to_string());
+        // What the page cache has of a top may never have reached the disk. Lower ones are sealed.
+        let anew = std::ptr::eq(layer, chain.top());
         reports.push(
-            one(&dir, layer, watch)
+            one(&dir, layer, anew, watch)
                 .await
                 .map_err(|e| e.at(layer.display()))?,
         );
@@ -33,12 +35,23 @@ pub async fn layers(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Res
     Ok(reports)
 }
 
-async fn one(dir: impl AsFd, layer: &LayerFile, watch: &mut dyn Watch) -> Result<Report> {
+async fn one(
+    dir: impl AsFd,
+    layer: &LayerFile,
+    anew: bool,
+    watch: &mut dyn Watch,
+) -> Result<Report> {
     let path = Path::new(&layer.name);
     let fd = beneath::open_file(dir, path, Access::Read)?;
     match layer.format {
         Format::Raw => Ok(Report::default()),
-        Format::Ploop => check_watched(&FileStore::new(fd, path, Cache::Writeback)?, watch).await,
+        Format::Ploop => {
+            let store = FileStore::new(fd, path, Cache::Writeback)?;
+            if anew {
+                store.forget_cache()?;
+            }
+            check_watched(&store, watch).await
+        }
     }
 }
 

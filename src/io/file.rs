@@ -39,6 +39,8 @@ const INLINE_MIN: usize = 128 << 10;
 const INLINE_WRITE_MAX: usize = 128 << 10;
 /// Bytes of data that are looked at together when space is taken.
 const SPACE_AHEAD: u64 = 8 << 20;
+/// Bytes up to which being refused more means that there is no space.
+const MODEST: u64 = 4 << 20;
 /// Bytes of zeros written at a time where the storage cannot zero by itself.
 const ZEROS: u64 = 1 << 20;
 
@@ -182,12 +184,20 @@ impl FileStore {
         &self.0.path
     }
 
-    /// Flushes, then drops the file's pages from the page cache: before another process uses the
-    /// file in another cache mode.
-    pub async fn drop_cache(&self) -> Result<()> {
-        self.flush().await?;
+    /// Forgets what the page cache holds of the file: from now on it is read as the storage has it.
+    /// After a failed write-back the cache believes in pages that the storage never got.
+    ///
+    /// What is still to be written is written first. That this fails is told nobody: whoever opens
+    /// a file anew takes it as it is. Blocks.
+    pub fn forget_cache(&self) -> Result<()> {
+        if let Err(e) = rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.0.fd)) {
+            tracing::warn!(
+                "{}: data of its last user is lost: {e}",
+                self.0.path.display()
+            );
+        }
         rustix::fs::fadvise(&self.0.fd, 0, None, Advice::DontNeed)
-            .map_err(|e| self.0.place("dropping its pages", e.into()))
+            .map_err(|e| self.0.place("forgetting its pages", e.into()))
     }
 }
 
@@ -228,11 +238,13 @@ impl Store for FileStore {
         self.0.check_writable()?;
         self.0.check("writing", at, data.len() as u64)?;
         self.0.check_alignment("writing", at, &data)?;
-        self.0.take_space(at, data.len() as u64).await?;
-        match reach {
+        let taken = self.0.take_space(at, data.len() as u64).await;
+        self.0.noticed(taken)?;
+        let written = match reach {
             Reach::Cache => self.0.write(at, data, false).await,
             Reach::Durable => self.0.write_durably(at, data).await,
-        }
+        };
+        self.0.noticed(written)
     }
 
     async fn set_len(&self, len: u64) -> Result<()> {
@@ -247,7 +259,12 @@ impl Store for FileStore {
             };
         }
         if len > old {
-            self.0.grow(old, len).await?;
+            let grown = self.0.grow(old, len).await;
+            // More than is needed may be asked for, and then less.
+            match len - old > MODEST {
+                true => grown?,
+                false => self.0.noticed(grown)?,
+            }
         } else {
             self.0.truncate(len, old)?;
         }
@@ -262,10 +279,10 @@ impl Store for FileStore {
             return Ok(());
         }
         let done = match space {
-            Space::Free => self.0.punch(at, len).await?,
-            Space::Keep => self.0.zero(at, len).await?,
+            Space::Free => self.0.punch(at, len).await,
+            Space::Keep => self.0.zero(at, len).await,
         };
-        if done {
+        if self.0.noticed(done)? {
             Ok(())
         } else {
             self.0.write_zeros(at, len).await
@@ -306,11 +323,16 @@ impl Inner {
     }
 
     fn place(&self, what: &str, error: io::Error) -> Error {
-        let error = Error::from(error);
-        if let (Kind::NoSpace, Some(room)) = (error.kind(), self.room.get()) {
-            room.ran_out();
-        }
-        error.at(what).at(self.path.display())
+        Error::from(error).at(what).at(self.path.display())
+    }
+
+    /// Notices that the storage had less space than it promised.
+    fn noticed<T>(&self, outcome: Result<T>) -> Result<T> {
+        outcome.inspect_err(|e| {
+            if let (Kind::NoSpace, Some(room)) = (e.kind(), self.room.get()) {
+                room.ran_out();
+            }
+        })
     }
 
     fn fail(&self, what: &str, at: u64, len: u64, error: io::Error) -> Error {
@@ -440,6 +462,10 @@ impl Inner {
         let losses = {
             let backed = self.fate.backed();
             if !self.takes_space() || len == 0 || backed.covers(at, end) {
+                if let (Cache::None, Some(room)) = (self.cache, self.room.get()) {
+                    // A cluster that an image has takes its space as it is written to.
+                    room.notice(|| self.has_hole(at, end));
+                }
                 return Ok(());
             }
             backed.losses()
@@ -463,6 +489,11 @@ impl Inner {
                 Ok(())
             }
         }
+    }
+
+    fn has_hole(&self, at: u64, end: u64) -> bool {
+        let (is_data, until) = self.extent(at);
+        !is_data || until < end
     }
 
     /// Where the data that begins at `at` ends, within limits: what has its space already costs one

@@ -3,6 +3,11 @@
 //! A host that is full stops everybody on it. So new space is refused while some is left: enough
 //! for logs, for metadata, and for the person who cleans up. Space is looked at when some is wanted,
 //! never by a timer, and an image that wants none is never in the way.
+//!
+//! A file system on the disk is told to take no more while there is some left (see the keeper's
+//! brake). But others may use up all the space between two looks, and a file system that is refused
+//! the next block of its journal stops for good. So an image that comes upon too little, having
+//! seen enough the last time, may take [`GRACE`] beyond the line until there is space again.
 
 use ploop_formats::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
@@ -15,6 +20,9 @@ use tokio::sync::Notify;
 
 /// How old an answer of the file system may be. Nobody fills a tenth of a gigabyte in it.
 const FRESH: Duration = Duration::from_millis(10);
+/// What one image may take of what should be kept: a thousand small changes of metadata. At most a
+/// sixteenth of that, and never of its lower half.
+pub const GRACE: u64 = 16 << 20;
 
 /// Free space that images leave to the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -65,6 +73,13 @@ impl HostSpace {
         self.free < keep.saturating_add(keep / 2)
     }
 
+    /// What an image may take that found less than `keep` when it had `had` bytes, and now has `has`.
+    fn grace(self, keep: u64, had: u64, has: u64) -> u64 {
+        let grace = GRACE.min(keep / 16);
+        let left = had.saturating_add(grace).saturating_sub(has);
+        left.min(self.free.saturating_sub(keep / 2))
+    }
+
     /// Whether there is clearly enough again.
     pub fn is_ample(self, keep: KeepFree) -> bool {
         let keep = keep.of(self.size);
@@ -83,33 +98,74 @@ impl fmt::Display for HostSpace {
 pub struct Room {
     fd: Arc<OwnedFd>,
     keep: KeepFree,
-    seen: Mutex<Option<(Instant, HostSpace)>>,
+    seen: Mutex<Seen>,
     low: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    space: Option<(Instant, HostSpace)>,
+    /// There was enough, and more, at first or when space was last wanted and given.
+    was_easy: bool,
+    /// What the image took when there was first too little.
+    had: Option<u64>,
 }
 
 impl Room {
     /// Room for the image open as `fd`.
     pub fn new(fd: Arc<OwnedFd>, keep: KeepFree) -> Self {
+        let now = HostSpace::of(&fd);
         Self {
             fd,
             keep,
-            seen: Mutex::default(),
+            seen: Mutex::new(Seen {
+                was_easy: now.is_ok_and(|space| !space.is_low(keep)),
+                ..Seen::default()
+            }),
             low: Notify::new(),
         }
     }
 
-    /// Bytes that may be taken, or `NoSpace`.
+    /// Bytes that may be taken, or `NoSpace`. Where the file system does not tell, it is not asked
+    /// for anything.
     pub fn left(&self) -> Result<u64> {
-        let space = self.space()?;
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(space) = self.look(&mut seen) else {
+            return Ok(u64::MAX);
+        };
         if space.is_low(self.keep) {
             self.low.notify_one();
         }
-        match space.free.checked_sub(self.keep.of(space.size)) {
-            Some(left) if left > 0 => Ok(left),
-            _ => Err(Error::new(
+        let keep = self.keep.of(space.size);
+        let left = match space.free.checked_sub(keep) {
+            _ if keep == 0 => u64::MAX,
+            Some(left) if left > 0 => {
+                (seen.had, seen.was_easy) = (None, !space.is_low(self.keep));
+                left
+            }
+            _ if !seen.was_easy => 0,
+            _ => {
+                let has = self.taken();
+                space.grace(keep, *seen.had.get_or_insert(has), has)
+            }
+        };
+        match left {
+            0 => Err(Error::new(
                 Kind::NoSpace,
                 format!("the host is nearly full: {space}"),
             )),
+            left => Ok(left),
+        }
+    }
+
+    /// Before something is written where it was granted a place before: nothing is refused, but
+    /// that space `is_taken` although there is little is noticed.
+    pub fn notice(&self, is_taken: impl FnOnce() -> bool) {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let space = self.look(&mut seen);
+        drop(seen);
+        if space.is_some_and(|space| space.is_low(self.keep)) && is_taken() {
+            self.low.notify_one();
         }
     }
 
@@ -123,17 +179,23 @@ impl Room {
         self.low.notified().await;
     }
 
-    fn space(&self) -> Result<HostSpace> {
+    /// What the host has, as seen lately; none when it does not tell.
+    fn look(&self, seen: &mut Seen) -> Option<HostSpace> {
         let now = Instant::now();
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        match *seen {
-            Some((at, space)) if now.duration_since(at) < FRESH => Ok(space),
+        match seen.space {
+            Some((at, space)) if now.duration_since(at) < FRESH => Some(space),
             _ => {
-                let space = HostSpace::of(&self.fd)?;
-                *seen = Some((now, space));
-                Ok(space)
+                let space = HostSpace::of(&self.fd).ok().filter(|s| s.size > 0)?;
+                seen.space = Some((now, space));
+                Some(space)
             }
         }
+    }
+
+    /// What the image takes of the host.
+    fn taken(&self) -> u64 {
+        let blocks = rustix::fs::fstat(&self.fd).map_or(0, |stat| stat.st_blocks);
+        u64::try_from(blocks).unwrap_or(0).saturating_mul(512)
     }
 }
 
@@ -165,6 +227,18 @@ mod tests {
         assert_eq!(at(3 * GIB - 1), (true, false));
         assert_eq!(at(3 * GIB), (false, false));
         assert_eq!(at(4 * GIB), (false, true));
+    }
+
+    #[test]
+    fn a_little_is_granted_beyond_the_line_once_and_never_of_its_lower_half() {
+        let of = |free, had, has| HostSpace { size: 0, free }.grace(GIB, had, has);
+        assert_eq!(of(GIB - 1, 100, 100), GRACE);
+        assert_eq!(of(GIB - 1, 100, 100 + GRACE / 2), GRACE / 2);
+        assert_eq!(of(GIB - 1, 100, 100 + GRACE), 0);
+        assert_eq!(of(GIB / 2 + 5, 100, 100), 5);
+        assert_eq!(of(GIB / 2, 100, 100), 0);
+        let small = HostSpace { size: 0, free: 999 };
+        assert_eq!(small.grace(1600, 0, 0), 100, "a sixteenth");
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub struct Request {
     op: Op,
     value: Value,
     asked: Asking,
-    /// Whether a flush had failed before it was called.
+    /// Whether a flush or a write of metadata had failed before it was called.
     after_failure: bool,
 }
 
@@ -77,7 +77,7 @@ impl Guest {
             Op::Read { sectors } => Asking::Read(self.model.read(sectors.clone())),
             Op::Flush | Op::Reopen => Asking::Flush(self.model.flush()),
         };
-        let after_failure = self.faults.flush_failed();
+        let after_failure = self.faults.is_final();
         let request = Request {
             number: self.called,
             op,
@@ -101,7 +101,7 @@ impl Guest {
             }
         }
         if error.is_none() && request.after_failure && request.op.promises() {
-            self.violation(format!("{:?} succeeded after a failed flush", request.op));
+            self.violation(format!("{:?} succeeded after a final failure", request.op));
         }
         match (&request.asked, &outcome) {
             (Asking::Change(asked), _) => {

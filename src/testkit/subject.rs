@@ -116,7 +116,7 @@ impl Bench {
             MutateStore::new(FaultStore::new(store, Faults::new()), Mutator::new(), 0)
         };
         let metadata_end = top.rules().metadata_end;
-        let top = FaultStore::new(top, self.faults.clone());
+        let top = FaultStore::with_metadata(top, self.faults.clone(), metadata_end);
         let mut stores: Vec<BenchStore> = stores.into_iter().map(plain).collect();
         stores.push(MutateStore::new(top, self.mutator.clone(), metadata_end));
         Chain {

@@ -15,7 +15,7 @@ use ploop_formats::store::{Reach, Store};
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::testkit::stamp;
 use ploop_formats::units::{SECTOR, VirtCluster};
-use ploop_formats::{Error, Result};
+use ploop_formats::{Error, Kind, Result};
 use std::cell::RefCell;
 use std::collections::HashSet;
 
@@ -90,8 +90,15 @@ impl Toy {
     }
 
     async fn sync(&self) -> Result<()> {
+        if self.ledger.is_poisoned() {
+            return Err(Error::new(Kind::Poisoned, "the table may be torn"));
+        }
         self.top.flush().await?;
-        self.write_table().await?;
+        self.write_table().await.inspect_err(|e| {
+            if e.kind() != Kind::NoSpace {
+                self.ledger.poison();
+            }
+        })?;
         self.top.flush().await?;
         (0..self.ledger.slots()).for_each(|slot| self.ledger.clear(slot));
         Ok(())

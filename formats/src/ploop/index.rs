@@ -230,9 +230,17 @@ impl Index {
     /// Keeps a page that was read while `epoch` was current; a page read across a pass may be
     /// half old and is refused, to be read again.
     pub(super) fn keep_page(&mut self, page: u32, epoch: u64, bytes: Bytes) {
-        if epoch == self.epoch {
-            self.pages.put(page, bytes);
+        static ZEROS: [u8; limits::PAGE as usize] = [0; limits::PAGE as usize];
+        if epoch != self.epoch {
+            return;
         }
+        // Most pages of most layers: they share one.
+        let is_zero = bytes.len() == ZEROS.len() && bytes.iter().all(|byte| *byte == 0);
+        let bytes = match is_zero {
+            true => Bytes::from_static(&ZEROS),
+            false => bytes,
+        };
+        self.pages.put(page, bytes);
     }
 
     /// Counts passes; see [`Index::keep_page`].
@@ -329,13 +337,15 @@ impl Index {
     }
 
     /// Begins a pass: what is pending now is what it covers, and what a pass that was given up
-    /// half-way left behind.
-    pub(super) fn freeze(&mut self) {
+    /// half-way left behind, if there was one: whether there was.
+    pub(super) fn freeze(&mut self) -> bool {
+        let given_up = !self.frozen.entries.is_empty();
         self.pass_undone();
         self.frozen = Frozen {
             entries: std::mem::take(&mut self.pending),
             freed: std::mem::take(&mut self.freed),
         };
+        given_up
     }
 
     /// What the running pass covers.

@@ -28,11 +28,14 @@ const PAGES_PER_WRITE: usize = 64;
 impl<S: Store> Ploop<S> {
     /// Runs one pass, which makes the extended length durable, too. The caller runs one at a time.
     pub(super) async fn pass(&self, ahead: Option<Ahead<'_>>) -> Result<()> {
-        let punched = {
+        let (given_up, punched) = {
             let mut index = lock(&self.index);
-            index.freeze();
-            index.alloc.take_punched()
+            (index.freeze(), index.alloc.take_punched())
         };
+        if given_up {
+            // Its page images may still be on their way, and must not land after ours.
+            self.store.settle().await;
+        }
         match self.write_frozen().await {
             Ok(images) => self.done(images, punched, ahead),
             Err(e) => {

@@ -66,6 +66,7 @@ struct State {
     seen: u64,
     failed: u64,
     flush_failed: bool,
+    metadata_failed: bool,
 }
 
 /// The rule that a [`FaultStore`] obeys; clones share it.
@@ -106,6 +107,13 @@ impl Faults {
     /// Whether a flush failed, under this rule or an earlier one.
     pub fn flush_failed(&self) -> bool {
         self.lock().flush_failed
+    }
+
+    /// Whether nothing may be promised any more: a flush failed, or a write of metadata, and not
+    /// for lack of space, under this rule or an earlier one.
+    pub fn is_final(&self) -> bool {
+        let state = self.lock();
+        state.flush_failed || state.metadata_failed
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -153,12 +161,22 @@ impl Faults {
 pub struct FaultStore<S> {
     inner: S,
     faults: Faults,
+    metadata_end: u64,
 }
 
 impl<S> FaultStore<S> {
     /// `inner`, as long as `faults` allow.
     pub const fn new(inner: S, faults: Faults) -> Self {
-        Self { inner, faults }
+        Self::with_metadata(inner, faults, 0)
+    }
+
+    /// The same, of a file whose bytes before `metadata_end` are metadata.
+    pub const fn with_metadata(inner: S, faults: Faults, metadata_end: u64) -> Self {
+        Self {
+            inner,
+            faults,
+            metadata_end,
+        }
     }
 
     /// The store below.
@@ -186,6 +204,9 @@ impl<S: Store> Store for FaultStore<S> {
         let Err((error, damage)) = self.faults.check(Operation::Write) else {
             return self.inner.write_at(at, data, reach).await;
         };
+        if at < self.metadata_end && error.kind() != Kind::NoSpace {
+            self.faults.lock().metadata_failed = true;
+        }
         let align = self.info().align.max(512) as usize;
         let len = match damage {
             Damage::Nothing => 0,

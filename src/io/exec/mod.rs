@@ -63,7 +63,8 @@ fn why_no_ring(error: &io::Error) -> String {
 
 /// Runs `main` and everything it spawns on this thread until `main` is done; then drops what is
 /// left, cancels its operations, waits for every completion and returns. A panic of a task ends
-/// the run the same way. Fails when the engine cannot be started, or the thread runs one already.
+/// the run the same way, and so does an engine that fails. An error: it cannot be started, or the
+/// thread runs one already.
 pub fn run<F: Future>(engine: Engine, main: F) -> io::Result<F::Output> {
     core::run(engine, main)
 }

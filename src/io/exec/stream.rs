@@ -266,6 +266,8 @@ pub(super) async fn accept(fd: &Arc<OwnedFd>) -> io::Result<OwnedFd> {
         let result = if core.has_ring() {
             ring_accept(&core, fd).await
         } else {
+            // As in `recv`: a flood of clients must not starve those that are there.
+            Yield::default().await;
             accept_now(fd)
         };
         match result {

@@ -479,11 +479,9 @@ impl Ring {
             self.fill();
             let wait = self.cancels.is_empty() && self.ring.completion().is_empty();
             if let Err(error) = self.enter(wait, None) {
-                // The kernel may write to these buffers for ever: leaking them is the only safe way.
+                // The kernel may write to these buffers, and to the disk, at any time from now on.
                 tracing::error!("cannot wait for {} operations: {error}", self.owed);
-                mem::forget(mem::take(&mut self.slots));
-                self.owed = 0;
-                return;
+                std::process::abort();
             }
             self.reap(mail, harvest);
         }

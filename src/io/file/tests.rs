@@ -543,7 +543,7 @@ fn a_full_file_system_answers_the_write_and_never_the_flush() {
                     let taken = write_until_full(&store).await;
                     assert!(taken > 10);
                     store.flush().await.unwrap();
-                    store.drop_cache().await.unwrap();
+                    store.forget_cache().unwrap();
                     for i in 0..taken {
                         let got = read(&store, i * (16 << 10), 16 << 10).await;
                         assert!(got.iter().all(|&b| b == i as u8 | 1), "{store:?} piece {i}");
@@ -718,6 +718,37 @@ fn a_description_of_its_own_learns_of_losses_that_a_dead_process_was_told_of() {
     });
     drop(store);
     assert!(has_lost_data(&witness));
+}
+
+#[test]
+fn who_opens_a_file_anew_reads_what_the_disk_has_and_not_what_was_to_be_written() {
+    let Some(below) = Small::tmpfs("4m") else {
+        return;
+    };
+    let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+        return;
+    };
+    let store = new_file(&small.path(), 32 << 20, Cache::Writeback);
+    let intact = |store: FileStore| {
+        drive(None, async move {
+            let mut intact = 0;
+            for i in 0..32 {
+                let got = store.read_at(i << 20, buf::aligned(1 << 20)).await;
+                intact += u64::from(got.is_ok_and(|got| got.iter().all(|&b| b == 1)));
+            }
+            intact
+        })
+    };
+    drive(None, async {
+        for i in 0..32 {
+            let data = aligned_copy(&vec![1; 1 << 20]);
+            store.write_at(i << 20, data, Reach::Cache).await.unwrap();
+        }
+        store.flush().await.unwrap_err();
+    });
+    assert_eq!(intact(store.clone()), 32, "the page cache believes in it");
+    store.forget_cache().unwrap();
+    assert!(intact(store) < 8, "the disk has room for 4 MiB");
 }
 
 #[test]

@@ -43,10 +43,16 @@ pub const BATCH_REPLIES: usize = 16;
 pub const POOL_BYTES: usize = 16 << 20;
 /// An idle connection gives its kept buffers back after this time.
 pub const POOL_IDLE: Duration = Duration::from_secs(1);
-/// Time to take the last replies, once a connection ends.
+/// Time to take another of the last replies, once a connection ends.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 /// Pause after a failed accept (descriptors or memory are short), so that it does not spin.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Silence after which a TCP client is asked whether it is still there.
+pub const TCP_IDLE: Duration = Duration::from_secs(60);
+/// Time between two such questions.
+pub const TCP_PROBE_EVERY: Duration = Duration::from_secs(10);
+/// Questions without an answer after which it is gone.
+pub const TCP_PROBES: u32 = 6;
 /// Bytes of ciphertext received at once: four records of the largest.
 pub const TLS_BUFFER: usize = 64 << 10;
 /// The same before a client has shown who it is: its part of the handshake is a few kilobytes.

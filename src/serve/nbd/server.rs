@@ -163,6 +163,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
     /// Serves one client over a socket (the same descriptor twice) or a pair of pipes, on the
     /// caller's executor. Returns when it has left and everything that it asked for is done.
     pub async fn serve_connection(&self, input: Arc<OwnedFd>, output: Arc<OwnedFd>) -> Result<()> {
+        prepare(&input);
         let mut link = Link::new(input, output);
         let mut stop = self.0.stop.watcher();
         let negotiated = self.negotiate(&mut link, &mut stop).await;
@@ -198,8 +199,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
 
     /// Starts a negotiation beside the others.
     fn welcome(&self, fd: Arc<OwnedFd>, lobby: &Rc<Lobby>) {
-        // Refused by unix sockets, which send at once anyway.
-        let _ = rustix::net::sockopt::set_tcp_nodelay(&fd, true);
+        prepare(&fd);
         let (server, place) = (self.clone(), lobby.enter(&fd));
         let guest = self.0.count.admit_guest();
         exec::spawn(async move {
@@ -347,6 +347,17 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             warn!("NBD connection {number}: no thread: {error}");
         }
     }
+}
+
+/// Over TCP, answers leave at once, and a peer whose machine is gone is found out although it never
+/// says so: it would keep its seat. Refused by what is no TCP socket, and not needed there.
+fn prepare(fd: &OwnedFd) {
+    use rustix::net::sockopt;
+    let _ = sockopt::set_tcp_nodelay(fd, true);
+    let _ = sockopt::set_tcp_keepidle(fd, limits::TCP_IDLE);
+    let _ = sockopt::set_tcp_keepintvl(fd, limits::TCP_PROBE_EVERY);
+    let _ = sockopt::set_tcp_keepcnt(fd, limits::TCP_PROBES);
+    let _ = sockopt::set_socket_keepalive(fd, true);
 }
 
 /// A client that may begin.

@@ -87,19 +87,31 @@ pub(super) async fn run<D: Device + 'static>(
     summary
 }
 
+/// When a client that takes its leave must have taken another answer, and how many it had then.
+struct Deadline {
+    served: u64,
+    over: Pin<Box<dyn Future<Output = ()>>>,
+}
+
 /// Ready when a client that takes its leave does not take its last answers in time.
 fn patience<D: Device>(
     desk: &Desk<D>,
-    deadline: &mut Option<Pin<Box<dyn Future<Output = ()>>>>,
+    deadline: &mut Option<Deadline>,
     cx: &mut Context<'_>,
 ) -> Poll<()> {
     if !desk.closing.get() || desk.running.get() != 0 {
         return Poll::Pending;
     }
-    deadline
-        .get_or_insert_with(|| Box::pin(exec::sleep(limits::DRAIN_DEADLINE)))
-        .as_mut()
-        .poll(cx)
+    let served = desk.served.get();
+    let anew = || Deadline {
+        served,
+        over: Box::pin(exec::sleep(limits::DRAIN_DEADLINE)),
+    };
+    let deadline = deadline.get_or_insert_with(anew);
+    if deadline.served != served {
+        *deadline = anew();
+    }
+    deadline.over.as_mut().poll(cx)
 }
 
 /// Waits for what still runs. Answers have nowhere to go any more.

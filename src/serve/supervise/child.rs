@@ -32,6 +32,8 @@ pub struct Worker {
     /// When it said that it serves.
     pub ready: Option<Instant>,
     told: bool,
+    /// It was killed by us.
+    pub condemned: bool,
     /// It closed its end: nothing more will be said, though it may take long to end.
     mute: bool,
 }
@@ -102,6 +104,7 @@ impl Worker {
             output,
             ready: None,
             told: false,
+            condemned: false,
             mute: false,
         };
         worker.send(config)?;
@@ -126,8 +129,9 @@ impl Worker {
         }
     }
 
-    /// Ends it at once: it has nothing left that is worth closing.
-    pub fn kill(&mut self) {
+    /// Ends it at once, to make room for another; nothing it says counts any more.
+    pub fn condemn(&mut self) {
+        self.condemned = true;
         if let Err(e) = self.child.kill() {
             tracing::debug!("{e}");
         }

@@ -40,6 +40,8 @@ use std::time::{Duration, Instant};
 
 /// How long a new worker may wait for the last writes of the old one.
 const FENCE: Duration = Duration::from_secs(30);
+/// Pause between attempts to open a disk that needs space which the host has not.
+const SPACE_AGAIN: Duration = Duration::from_secs(2);
 /// Pause between attempts to detach a device that somebody still holds.
 const DETACH_AGAIN: Duration = Duration::from_millis(500);
 /// What a worker may have said and printed in one turn, in messages and in pieces of [`PIECE`]
@@ -88,6 +90,8 @@ struct Keeper {
     restarts: Restarts,
     space: Space,
     health: Health,
+    /// What it was before somebody asked to mend it.
+    unmended: Health,
     /// When to start the next worker.
     next_start: Option<Instant>,
     /// When to try to detach the device again.
@@ -193,6 +197,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         restarts: Restarts::default(),
         space: Space::default(),
         health: Health::Sound,
+        unmended: Health::Sound,
         next_start: Some(Instant::now()),
         next_detach: None,
         served: false,
@@ -371,6 +376,15 @@ impl Holdings {
         Ok((config, bag))
     }
 
+    /// What the host has left, if it tells.
+    fn space(&self) -> Option<HostSpace> {
+        let seen = self.host.as_ref()?.now()?;
+        Some(HostSpace {
+            size: seen.host_size,
+            free: seen.host_free,
+        })
+    }
+
     /// Whether requests wait for a new worker, or are lost with the old one.
     fn survives(&self) -> bool {
         match &self.endpoint {
@@ -511,18 +525,18 @@ impl Keeper {
 
     /// Uses a failed disk again: what it lost is lost, and what is there is looked at anew.
     fn recover(&mut self) {
-        if self.stopping || self.state.state != Phase::Failed {
+        if self.stopping || self.settled || self.state.state != Phase::Failed {
             return;
         }
         tracing::warn!("asked to recover from: {:?}", self.state.error);
         self.failure = None;
-        self.settled = false;
         self.state.error = None;
         self.state.state = Phase::Recovering;
-        self.health = Health::Mending;
+        self.unmended = std::mem::replace(&mut self.health, Health::Mending);
+        self.restarts.forgive();
         match self.worker.as_mut() {
             // The next one starts when it has ended.
-            Some(worker) => worker.kill(),
+            Some(worker) => worker.condemn(),
             None => self.next_start = Some(Instant::now()),
         }
         self.publish();
@@ -532,18 +546,20 @@ impl Keeper {
     fn look_at_space(&mut self) {
         let device = self.state.device.as_deref().map(Path::new);
         let (now, keep) = (Instant::now(), self.config.keep_free);
-        if self.space.look(now, &self.held.dir, keep, device) {
+        let host = || self.held.space();
+        if self.space.look(now, host, keep, device) {
             tracing::info!("the host has space again");
             self.publish();
         }
     }
 
     fn on_low(&mut self) {
-        if !self.space.report(Instant::now()) {
+        let (space, keep) = (self.held.space(), self.config.keep_free);
+        let is_seen = || space.is_some_and(|space| !space.is_ample(keep));
+        if !self.space.report(Instant::now(), is_seen) {
             return;
         }
-        let space = HostSpace::of(&self.held.dir);
-        let space = space.map_or_else(|e| e.to_string(), |s| s.to_string());
+        let space = space.map_or_else(|| "nobody knows how low".into(), |s| s.to_string());
         tracing::warn!(
             "the host is low on space ({space}): the disk takes no more, or soon will not, \
              until there is more than --keep-free"
@@ -737,10 +753,12 @@ impl Keeper {
                 break;
             };
             match event {
+                _ if self.worker.as_ref().is_some_and(|w| w.condemned) => {}
                 Event::Ready {
                     size,
                     engine,
                     cache,
+                    poisoned,
                 } => {
                     if let Some(worker) = self.worker.as_mut() {
                         worker.ready = Some(Instant::now());
@@ -753,6 +771,10 @@ impl Keeper {
                     self.state.size = size;
                     self.state.engine = Some(engine);
                     self.state.cache = cache.name().into();
+                    if poisoned {
+                        self.on_poison();
+                        continue;
+                    }
                     self.state.error = None;
                     if !self.stopping {
                         self.state.state = Phase::Serving;
@@ -768,6 +790,9 @@ impl Keeper {
 
     /// The worker goes on and lets what is there be read; nobody is told a success any more.
     fn on_poison(&mut self) {
+        if self.state.state == Phase::Failed {
+            return;
+        }
         let why = "a flush failed, and data may be lost: nothing more can be written; see the \
                    host's log, then use `ploopctl recover`, or detach the disk and check it";
         let failure = self.name(Failure::from(&Error::new(Kind::Poisoned, why)));
@@ -786,14 +811,15 @@ impl Keeper {
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         match self.last_words.take() {
-            // Ended by us, to make room for one that mends.
-            None if self.health == Health::Mending && worker.ready.is_some() => {
-                self.next_start = Some(Instant::now());
-            }
+            _ if worker.condemned => self.next_start = Some(Instant::now()),
             Some(Event::Closed) => {
                 self.settled = true;
                 self.stop();
             }
+            Some(Event::Failed(failure)) if self.wants_space(&failure) => {
+                self.wait_for_space(&failure);
+            }
+            Some(Event::Failed(failure)) if self.can_be_read() => self.unmend(failure),
             Some(Event::Failed(failure)) if self.is_final(&failure) => self.give_up(failure),
             Some(Event::Failed(failure)) => self.survive(&failure.message, served),
             _ if !self.served => {
@@ -805,6 +831,36 @@ impl Keeper {
             _ => self.survive(&format!("the worker died ({how})"), served),
         }
         self.publish();
+    }
+
+    /// Whether a worker ended for lack of space only.
+    fn wants_space(&self, failure: &Failure) -> bool {
+        let is_full = failure.kind == kind_name(Kind::NoSpace);
+        is_full && self.served && !self.stopping && self.held.survives()
+    }
+
+    /// There is no hurry, and no limit: with space everything goes on by itself.
+    fn wait_for_space(&mut self, failure: &Failure) {
+        tracing::warn!("{}; trying again", failure.message);
+        self.state.state = Phase::Recovering;
+        self.next_start = Some(Instant::now() + SPACE_AGAIN);
+        self.on_low();
+    }
+
+    /// Whether a disk that was to be mended could still be read before.
+    fn can_be_read(&self) -> bool {
+        let tried = self.health == Health::Mending && self.unmended == Health::Sound;
+        tried && self.served && !self.stopping && self.held.survives()
+    }
+
+    /// Goes back to what was: a disk that can be read.
+    fn unmend(&mut self, failure: Failure) {
+        let failure = self.name(failure);
+        tracing::error!("not recovered: {}", failure.message);
+        self.state.state = Phase::Failed;
+        self.state.error = Some(failure.message);
+        self.health = Health::Sound;
+        self.next_start = Some(Instant::now());
     }
 
     /// Whether another worker would only say the same.
@@ -876,6 +932,7 @@ impl Keeper {
             // Nobody else holds one: the kernel ends the session and fails what waits.
             fds.clear();
         }
+        self.held.counters.forget_unanswered();
         if !attached {
             self.stopping = true;
         }

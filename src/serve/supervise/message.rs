@@ -312,6 +312,8 @@ pub enum Event {
         engine: String,
         /// The cache mode in effect.
         cache: Cache,
+        /// Whether it has failed: what it can read is read, and nothing is written.
+        poisoned: bool,
     },
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
     /// more than four times a second.

@@ -50,6 +50,12 @@ impl Restarts {
         }
     }
 
+    /// Forgets what was: a person has looked at it.
+    pub fn forgive(&mut self) {
+        self.in_a_row = 0;
+        self.recent.clear();
+    }
+
     /// Restarts so far.
     pub fn total(&self) -> u32 {
         self.total

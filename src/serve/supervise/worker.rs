@@ -1,7 +1,7 @@
 //! Worker: opens the image and serves it. It may die at any moment; everything it has answered is
 //! in the files or in the ledger.
 //!
-//! In order: the files, the fence, what the kernel lost, the ledger, the stack, "ready", the resend, service. The fence
+//! In order: the files, the fence, what the page cache believes, what the kernel lost, the ledger, the stack, "ready", the resend, service. The fence
 //! comes before the first byte of the top is looked at: a dead predecessor's last writes may still
 //! be landing.
 
@@ -41,6 +41,7 @@ const REPORT_PAUSE: Duration = Duration::from_millis(250);
 
 /// Runs a worker to its end: a clean one returns `Ok`, with the image closed.
 pub fn run() -> Result<()> {
+    die_of_panics();
     // The end of the socket pair says the same, for a keeper that died before this call.
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(io::Error::from)?;
@@ -65,6 +66,17 @@ pub fn run() -> Result<()> {
         done
     });
     ended.map_err(|e| Error::from(e).at("the I/O engine"))?
+}
+
+/// A thread that panics takes the process with it, before anything of its is dropped. A request
+/// that is given up half-way may still be writing; the next worker waits for that behind the fence,
+/// and what was not answered is asked again.
+fn die_of_panics() {
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        say(panic);
+        std::process::abort();
+    }));
 }
 
 fn name(engine: Engine) -> &'static str {
@@ -102,7 +114,9 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     )?)?))?;
     confine(&dir, config.sandbox)?;
     if let WorkerMode::Broken { fds, session, size } = config.mode {
-        return serve_errors(control, fds, &session, size, engine).await;
+        counters.forget_unanswered();
+        let device = Counted::new(Arc::new(Broken { size }), counters);
+        return serve_errors(control, fds, &session, device, engine).await;
     }
     let ledger = ledger(&config)?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
@@ -113,6 +127,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     };
     let store = disk.stack().top().store().clone();
     let disk = Arc::new(disk);
+    // What a predecessor had not answered is asked again, of this one.
     counters.forget_unanswered();
     let device = Arc::new(Counted::new(Arc::clone(&disk), counters));
     let transport = Transport::take(config.mode, &device, engine, config.sandbox)?;
@@ -127,6 +142,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
         size: disk.size(),
         engine: name(engine).into(),
         cache: store.cache().into(),
+        poisoned: disk.stack().is_poisoned(),
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
@@ -160,16 +176,26 @@ async fn open_write(
     let top = Top::fenced(dir, chain.top(), patience)?;
     let store = top.store(chain.top(), config.cache.into())?;
     store.keep_free(config.keep_free);
+    if config.heal || !config.takeover {
+        // The file as it is; a mere takeover goes on with what the predecessor had in memory.
+        store.forget_cache()?;
+    }
     if let (true, Some(witness)) = (config.takeover, witness)
         && open::has_lost_data(witness)
     {
         tracing::error!("{}: the host lost data of it", chain.top().display());
         ledger.poison();
     }
+    let failed = ledger.is_poisoned();
     if config.heal {
         ledger.heal();
     }
-    open::open_write(dir, chain, store, ledger).await
+    let opened = open::open_write(dir, chain, store, ledger.clone()).await;
+    opened.inspect_err(|_| {
+        if failed {
+            ledger.poison();
+        }
+    })
 }
 
 /// Answers every request with EIO, in place of a worker that can open the image.
@@ -177,7 +203,7 @@ async fn serve_errors(
     control: &Arc<OwnedFd>,
     fds: Vec<RawFd>,
     session: &fuse::Session,
-    size: u64,
+    device: Counted<Broken>,
     engine: Engine,
 ) -> Result<()> {
     let fd = fds.into_iter().next();
@@ -185,14 +211,15 @@ async fn serve_errors(
     let fd = Arc::new(inherit::take(fd)?);
     fuse::resend(&fd, session)?;
     let ready = Event::Ready {
-        size,
+        size: device.size(),
         engine: name(engine).into(),
         cache: Cache::None,
+        poisoned: true,
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     exec::spawn(hear(Arc::clone(control), stop));
-    let served = fuse::serve(fd, session, Arc::new(Broken { size }), wait(stopped)).await;
+    let served = fuse::serve(fd, session, Arc::new(device), wait(stopped)).await;
     served.map(|_| ())
 }
 
@@ -265,6 +292,9 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
         }
         if let Err(e) = disk.write_back().await {
             tracing::warn!("writing back: {e}");
+            if disk.stack().is_poisoned() {
+                return;
+            }
         }
     }
 }

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 /// Use a failed disk again, without detaching it
 ///
 /// Its image is closed to everybody, looked at as after a crash, and served again; requests wait
-/// meanwhile. What was written and not flushed before the failure may be lost: a file system on it
-/// that has stopped must be unmounted, checked and mounted again. See to the cause first.
+/// meanwhile. After a failed flush the disk is what it is after a power cut: what was written and not
+/// flushed may be lost, and a file system on it must be unmounted, checked and mounted again. See to the
+/// cause first.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Disk, device or mount point
