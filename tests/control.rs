@@ -12,6 +12,7 @@ use common::serve::{Disk, Server};
 use ploop::Kind;
 use ploop::client::{self, Remote};
 use ploop::serve::supervise::control::Ask;
+use ploop::serve::supervise::message::{Cache, Event};
 use rustix::net::SendFlags;
 use rustix::process::{
     Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open,
@@ -362,11 +363,19 @@ fn a_worker_that_never_falls_silent_keeps_nobody_from_its_keeper() {
     let Some(voice) = stolen(worker, 3) else {
         return common::skip(test, "may not take another process's descriptors");
     };
-    let ready = json!({ "Ready": { "size": 64 << 20, "engine": "poll", "cache": "none" } });
-    let talk = std::thread::spawn(move || {
-        let ready = ready.to_string();
-        while rustix::net::send(&voice, ready.as_bytes(), SendFlags::NOSIGNAL).is_ok() {}
+    let ready = serde_json::to_vec(&Event::Ready {
+        size: 64 << 20,
+        engine: "poll".into(),
+        cache: Cache::None,
+        poisoned: false,
     });
+    let ready = ready.unwrap();
+    let talk =
+        std::thread::spawn(
+            move || {
+                while rustix::net::send(&voice, &ready, SendFlags::NOSIGNAL).is_ok() {}
+            },
+        );
     eventually("the keeper hears it", SOON, || {
         (hand.ask("state")["cache"] == "none").then_some(())
     });
