@@ -18,10 +18,14 @@ use std::time::{Duration, Instant};
 /// Clients that connect and then do nothing.
 const STALLED: usize = 1000;
 const ABUSIVE: u64 = 500;
+/// Clients that ask for 400 MiB each and take nothing, one less than there are seats.
+const DEAF: u64 = 15;
+/// What one of them may make the server hold: a full queue, and some more.
+const DEAF_MAX: u64 = 20 << 20;
 /// The worker may have grown by so much afterwards.
 const KEPT_MAX: u64 = 64 << 20;
-/// What 16 connections may hold at once: two of the largest requests each.
-const HELD_MAX: u64 = 16 * (64 << 20);
+/// What one client at a time may make the server hold: a few have left when their memory goes.
+const HELD_MAX: u64 = 128 << 20;
 
 fn worker(disk: &Disk) -> u32 {
     eventually("a worker", Duration::from_secs(20), || {
@@ -92,6 +96,46 @@ fn stall(server: &Server, n: usize) -> UnixStream {
     // Never the whole of it, or it would be no stalled one.
     let _ = stream.write_all(&part[..n % part.len()]);
     stream
+}
+
+#[test]
+fn clients_that_take_no_answers_make_the_server_hold_little_each() {
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    good_client(&server, 0);
+    let worker = worker(&disk);
+    let held = memory(worker, "VmHWM:");
+    let deaf: Vec<UnixStream> = (0..DEAF)
+        .map(|_| {
+            let mut stream = UnixStream::connect(server.socket()).unwrap();
+            let reads = request(0, 0, 0, 1 << 20).repeat(400);
+            stream.write_all(&[start(), reads].concat()).unwrap();
+            stream
+        })
+        .collect();
+    let mut last = 0;
+    eventually(
+        "the server to hold no more",
+        Duration::from_secs(20),
+        || {
+            std::thread::sleep(Duration::from_millis(300));
+            let now = memory(worker, "VmHWM:");
+            (std::mem::replace(&mut last, now) == now).then_some(())
+        },
+    );
+    let grown = last - held;
+    println!(
+        "COUNT: {DEAF} deaf clients: the worker grew by {} KiB",
+        grown >> 10
+    );
+    assert!(
+        grown > DEAF << 18,
+        "{grown} bytes: nobody was served at all"
+    );
+    assert!(grown < DEAF * DEAF_MAX, "{grown} bytes for {DEAF} clients");
+    good_client(&server, 1);
+    drop(deaf);
+    server.stop();
 }
 
 #[test]

@@ -141,7 +141,7 @@ fn what_one_client_can_make_the_server_hold_is_bounded() {
         serving.disk.wait_started(128);
         let mut large = serving.client(Style::Simple);
         for cookie in 0..10 {
-            large.send(0, READ, cookie, 0, u64::from(16 * MIB), b"");
+            large.send(0, READ, cookie, 0, u64::from(4 * MIB), b"");
         }
         serving.disk.wait_started(128 + 4);
         std::thread::sleep(Duration::from_millis(100));
@@ -151,7 +151,7 @@ fn what_one_client_can_make_the_server_hold_is_bounded() {
             assert_eq!(many.reply(512).errno, 0);
         }
         for _ in 0..10 {
-            assert_eq!(large.reply(u64::from(16 * MIB)).errno, 0);
+            assert_eq!(large.reply(u64::from(4 * MIB)).errno, 0);
         }
         serving.check();
     });

@@ -33,12 +33,11 @@ const STREAMS_MAX: usize = 256;
 // Completions never overflow: streams are cancelled, files are not, the bell has two.
 const _: () = assert!(FILES_MAX + 2 * STREAMS_MAX + 2 <= COMPLETIONS as usize);
 
-/// How long a thread looks for a completion before it sleeps: about what sleeping and waking cost.
-const SPIN: Duration = Duration::from_micros(20);
-/// Pauses of the processor between two looks.
-const SPIN_STEP: u32 = 8;
+/// How long a thread looks for a completion before it sleeps: as long as a client needs to be woken
+/// by our answer and to ask again, which on virtual processors are tens of microseconds.
+const SPIN: Duration = Duration::from_micros(100);
 /// A wait shorter than this, its wake included, makes the next one worth spinning for.
-const CLOSE: Duration = Duration::from_micros(100);
+const CLOSE: Duration = Duration::from_micros(200);
 /// Waits without spinning after it failed again and again.
 const PENALTY_MAX: u32 = 1024;
 
@@ -282,9 +281,8 @@ impl Ring {
         let began = Instant::now();
         let limit = time.map_or(SPIN, |time| time.min(SPIN));
         while self.nothing_came() && began.elapsed() < limit {
-            for _ in 0..SPIN_STEP {
-                std::hint::spin_loop();
-            }
+            // Whoever else wants this processor has it.
+            std::thread::yield_now();
         }
         let in_vain = self.nothing_came();
         self.patience.spun(!in_vain);

@@ -22,8 +22,9 @@ pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 pub const CONNECTIONS_DEFAULT: usize = 16;
 /// Requests admitted and not yet answered, per connection. Linux sends at most 128.
 pub const REQUESTS_IN_FLIGHT: usize = 128;
-/// Bytes of payload, either way, admitted and not yet answered, per connection: two of the largest.
-pub const BYTES_IN_FLIGHT: usize = 64 << 20;
+/// Bytes of payload, either way, admitted and not yet answered, per connection: nbdcopy's queue of
+/// 64 by 256 KiB. A larger request goes alone.
+pub const BYTES_IN_FLIGHT: usize = 16 << 20;
 /// Extents in one block status reply: a chunk of 1 MiB, as QEMU sends at most.
 pub const EXTENTS_MAX: usize = 131_072;
 /// Bytes received at once between requests: a queue of 32 writes of 4 KiB arrives in one piece.
