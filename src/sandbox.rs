@@ -53,6 +53,7 @@ const SERVING: &[libc::c_long] = &[
     libc::SYS_poll,
     libc::SYS_io_uring_enter,
     libc::SYS_fdatasync,
+    libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
@@ -88,7 +89,6 @@ const STARTING: &[libc::c_long] = &[
     libc::SYS_readlinkat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
-    libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
     libc::SYS_flock,

@@ -241,8 +241,12 @@ fn ext4_on_an_idle_disk_survives_a_host_that_another_fills() {
     let mut random = Random::new(3);
     let (_, why) = write_until_refused(attached.folder(), &mut random);
     assert_eq!(why.raw_os_error(), Some(libc::ENOSPC), "{why}");
-    let (free, _) = host.free_and_size();
-    assert!(free >= host.kept() / 2, "{free} bytes are left");
+    // A sixteenth more than it should, and what the host writes down about that.
+    let (free, kept) = (host.free_and_size().0, host.kept());
+    assert!(
+        free >= kept * 3 / 4 - kept / 16 - 2 * MIB,
+        "{free} bytes are left of {kept}"
+    );
     host.relieve();
     eventually("space", PATIENCE, || {
         let one = Written {

@@ -14,6 +14,7 @@ use ploop_formats::buf;
 use ploop_formats::store::{Reach, Space, Store, StoreInfo};
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{Advice, FallocateFlags, FileType, OFlags, SeekFrom};
+use rustix::io::Errno;
 use std::fmt;
 use std::fs::OpenOptions;
 use std::io;
@@ -190,11 +191,13 @@ impl FileStore {
     /// What is still to be written is written first. That this fails is told nobody: whoever opens
     /// a file anew takes it as it is. Blocks.
     pub fn forget_cache(&self) -> Result<()> {
-        if let Err(e) = rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.0.fd)) {
-            tracing::warn!(
-                "{}: data of its last user is lost: {e}",
-                self.0.path.display()
-            );
+        match rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.0.fd)) {
+            // Where nothing can be written, nothing is to be.
+            Ok(()) | Err(Errno::INVAL | Errno::ROFS) => {}
+            Err(e) => {
+                let path = self.0.path.display();
+                tracing::warn!("{path}: data of its last user is lost: {e}");
+            }
         }
         rustix::fs::fadvise(&self.0.fd, 0, None, Advice::DontNeed)
             .map_err(|e| self.0.place("forgetting its pages", e.into()))
@@ -282,11 +285,10 @@ impl Store for FileStore {
             Space::Free => self.0.punch(at, len).await,
             Space::Keep => self.0.zero(at, len).await,
         };
-        if self.0.noticed(done)? {
-            Ok(())
-        } else {
-            self.0.write_zeros(at, len).await
-        }
+        self.0.noticed(match done {
+            Ok(false) => self.0.write_zeros(at, len).await,
+            done => done.map(|_| ()),
+        })
     }
 
     async fn flush(&self) -> Result<()> {
@@ -464,7 +466,7 @@ impl Inner {
             if !self.takes_space() || len == 0 || backed.covers(at, end) {
                 if let (Cache::None, Some(room)) = (self.cache, self.room.get()) {
                     // A cluster that an image has takes its space as it is written to.
-                    room.notice(|| self.has_hole(at, end));
+                    room.notice(|| !self.in_memory && self.has_hole(at, end));
                 }
                 return Ok(());
             }

@@ -20,6 +20,8 @@ use tokio::sync::Notify;
 
 /// How old an answer of the file system may be. Nobody fills a tenth of a gigabyte in it.
 const FRESH: Duration = Duration::from_millis(10);
+/// Time between two questions whether writes take space that was granted before.
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// What one image may take of what should be kept: a thousand small changes of metadata. At most a
 /// sixteenth of that, and never of its lower half.
 pub const GRACE: u64 = 16 << 20;
@@ -109,6 +111,8 @@ struct Seen {
     was_easy: bool,
     /// What the image took when there was first too little.
     had: Option<u64>,
+    /// When it was last asked whether space is taken that was granted before.
+    asked: Option<Instant>,
 }
 
 impl Room {
@@ -144,10 +148,9 @@ impl Room {
                 left
             }
             _ if !seen.was_easy => 0,
-            _ => {
-                let has = self.taken();
+            _ => self.taken().map_or(0, |has| {
                 space.grace(keep, *seen.had.get_or_insert(has), has)
-            }
+            }),
         };
         match left {
             0 => Err(Error::new(
@@ -159,12 +162,18 @@ impl Room {
     }
 
     /// Before something is written where it was granted a place before: nothing is refused, but
-    /// that space `is_taken` although there is little is noticed.
+    /// that space `is_taken` although there is little is noticed. That is asked now and then: it
+    /// may take long.
     pub fn notice(&self, is_taken: impl FnOnce() -> bool) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let space = self.look(&mut seen);
+        let is_low = |space: HostSpace| space.is_low(self.keep);
+        let asked_lately = |at: Instant| at.elapsed() < ASK_AGAIN;
+        if !self.look(&mut seen).is_some_and(is_low) || seen.asked.is_some_and(asked_lately) {
+            return;
+        }
+        seen.asked = Some(Instant::now());
         drop(seen);
-        if space.is_some_and(|space| space.is_low(self.keep)) && is_taken() {
+        if is_taken() {
             self.low.notify_one();
         }
     }
@@ -192,10 +201,10 @@ impl Room {
         }
     }
 
-    /// What the image takes of the host.
-    fn taken(&self) -> u64 {
-        let blocks = rustix::fs::fstat(&self.fd).map_or(0, |stat| stat.st_blocks);
-        u64::try_from(blocks).unwrap_or(0).saturating_mul(512)
+    /// What the image takes of the host, if that can be told.
+    fn taken(&self) -> Option<u64> {
+        let stat = rustix::fs::fstat(&self.fd).ok()?;
+        Some(u64::try_from(stat.st_blocks).ok()?.saturating_mul(512))
     }
 }
 

@@ -40,6 +40,9 @@ pub fn print_error(code: u8, kind: &str, message: &str, hint: Option<&str>, outp
 /// The way out that most failures of a kind share.
 fn hint(e: &Error) -> Option<&'static str> {
     match e.kind() {
+        Kind::Damaged if e.to_string().contains("DiskDescriptor.xml") => Some(
+            "the images beside it are untouched: mend that file, or `ploopctl adopt` one of them",
+        ),
         Kind::Damaged => {
             Some("`ploopctl check DISK` says more; `--repair` mends what can be mended")
         }

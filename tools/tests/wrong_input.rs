@@ -237,7 +237,11 @@ const REFUSED: &[Case] = &[
     ),
     ("map junk --format ploop", 6, &["junk: 5 bytes are too few"]),
     ("adopt junk --format ploop new", 6, &["5 bytes are too few"]),
-    ("info badxml", 6, &["badxml: DiskDescriptor.xml: line 1"]),
+    (
+        "info badxml",
+        6,
+        &["badxml: DiskDescriptor.xml: line 1", "mend that file"],
+    ),
     ("delete badxml", 6, &["badxml: DiskDescriptor.xml: line 1"]),
 ];
 

@@ -46,6 +46,8 @@ pub const POOL_BYTES: usize = 16 << 20;
 pub const POOL_IDLE: Duration = Duration::from_secs(1);
 /// Time to take another of the last replies, once a connection ends.
 pub const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+/// Time to take all of them. The image is closed only then, and whoever stops the server waits.
+pub const DRAIN_MAX: Duration = Duration::from_secs(30);
 /// Pause after a failed accept (descriptors or memory are short), so that it does not spin.
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Silence after which a TCP client is asked whether it is still there.

@@ -28,6 +28,7 @@ use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Instant;
 
 /// What a session came to.
 #[derive(Debug)]
@@ -87,10 +88,12 @@ pub(super) async fn run<D: Device + 'static>(
     summary
 }
 
-/// When a client that takes its leave must have taken another answer, and how many it had then.
+/// When a client that takes its leave must have taken another answer, and how many it had then; and
+/// when it must have taken all of them.
 struct Deadline {
     served: u64,
     over: Pin<Box<dyn Future<Output = ()>>>,
+    end: Instant,
 }
 
 /// Ready when a client that takes its leave does not take its last answers in time.
@@ -103,13 +106,18 @@ fn patience<D: Device>(
         return Poll::Pending;
     }
     let served = desk.served.get();
-    let anew = || Deadline {
-        served,
-        over: Box::pin(exec::sleep(limits::DRAIN_DEADLINE)),
+    let now = Instant::now();
+    let until = |end: Instant| {
+        let time = limits::DRAIN_DEADLINE.min(end.saturating_duration_since(now));
+        Deadline {
+            served,
+            over: Box::pin(exec::sleep(time)),
+            end,
+        }
     };
-    let deadline = deadline.get_or_insert_with(anew);
+    let deadline = deadline.get_or_insert_with(|| until(now + limits::DRAIN_MAX));
     if deadline.served != served {
-        *deadline = anew();
+        *deadline = until(deadline.end);
     }
     deadline.over.as_mut().poll(cx)
 }

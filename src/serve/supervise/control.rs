@@ -106,6 +106,8 @@ pub(crate) trait Oracle {
     fn stat(&self) -> Figures;
     /// The counters' memory, to be read and not written.
     fn counters(&self) -> Option<BorrowedFd<'_>>;
+    /// Whether anything is left that a failed disk could be served with.
+    fn is_held(&self) -> bool;
 }
 
 /// The socket and those who are connected.
@@ -325,6 +327,10 @@ impl Client {
                 orders.stop = true;
                 json!({})
             }
+            Ask::Recover if !oracle.is_held() => {
+                let error = Error::unsupported("nothing is left to serve it with: detach it");
+                return self.refuse(request.id, &error);
+            }
             Ask::Recover if oracle.state().state == Phase::Failed => {
                 orders.recover = true;
                 json!({})
@@ -411,6 +417,10 @@ mod tests {
 
         fn counters(&self) -> Option<BorrowedFd<'_>> {
             None
+        }
+
+        fn is_held(&self) -> bool {
+            true
         }
     }
 

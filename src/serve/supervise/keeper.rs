@@ -123,6 +123,7 @@ struct Known<'a> {
     counters: &'a Counters,
     watched: Option<&'a OwnedFd>,
     host: Option<&'a Look<Footprint>>,
+    is_held: bool,
 }
 
 impl Oracle for Known<'_> {
@@ -139,6 +140,10 @@ impl Oracle for Known<'_> {
 
     fn counters(&self) -> Option<BorrowedFd<'_>> {
         self.watched.map(AsFd::as_fd)
+    }
+
+    fn is_held(&self) -> bool {
+        self.is_held
     }
 }
 
@@ -511,6 +516,7 @@ impl Keeper {
             counters: &self.held.counters,
             watched: self.held.watched.as_ref(),
             host: self.held.host.as_ref(),
+            is_held: !self.settled,
         };
         self.control.turn(&known);
         let orders = std::mem::take(&mut self.control.orders);
@@ -816,10 +822,10 @@ impl Keeper {
                 self.settled = true;
                 self.stop();
             }
+            Some(Event::Failed(failure)) if self.can_be_read() => self.unmend(failure),
             Some(Event::Failed(failure)) if self.wants_space(&failure) => {
                 self.wait_for_space(&failure);
             }
-            Some(Event::Failed(failure)) if self.can_be_read() => self.unmend(failure),
             Some(Event::Failed(failure)) if self.is_final(&failure) => self.give_up(failure),
             Some(Event::Failed(failure)) => self.survive(&failure.message, served),
             _ if !self.served => {
@@ -841,7 +847,9 @@ impl Keeper {
 
     /// There is no hurry, and no limit: with space everything goes on by itself.
     fn wait_for_space(&mut self, failure: &Failure) {
-        tracing::warn!("{}; trying again", failure.message);
+        if !self.space.is_low() {
+            tracing::warn!("{}; trying again until there is space", failure.message);
+        }
         self.state.state = Phase::Recovering;
         self.next_start = Some(Instant::now() + SPACE_AGAIN);
         self.on_low();

@@ -180,9 +180,8 @@ async fn open_write(
         // The file as it is; a mere takeover goes on with what the predecessor had in memory.
         store.forget_cache()?;
     }
-    if let (true, Some(witness)) = (config.takeover, witness)
-        && open::has_lost_data(witness)
-    {
+    // The first worker takes the file as it is, and asks so that no successor is told of the past.
+    if witness.is_some_and(open::has_lost_data) && config.takeover {
         tracing::error!("{}: the host lost data of it", chain.top().display());
         ledger.poison();
     }

@@ -28,6 +28,10 @@ impl Oracle for Known {
     fn counters(&self) -> Option<BorrowedFd<'_>> {
         Some(self.memory.as_fd())
     }
+
+    fn is_held(&self) -> bool {
+        true
+    }
 }
 
 fn known() -> Known {
