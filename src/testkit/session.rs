@@ -32,7 +32,7 @@ pub struct Request {
     op: Op,
     value: Value,
     asked: Asking,
-    /// Whether a flush or a write of metadata had failed before it was called.
+    /// Whether what it promises had become impossible before it was called.
     after_failure: bool,
 }
 
@@ -77,7 +77,11 @@ impl Guest {
             Op::Read { sectors } => Asking::Read(self.model.read(sectors.clone())),
             Op::Flush | Op::Reopen => Asking::Flush(self.model.flush()),
         };
-        let after_failure = self.faults.is_final();
+        // A write in place may be durable while a pass that has just failed is not over.
+        let after_failure = match &op {
+            Op::Flush | Op::Reopen => self.faults.is_final(),
+            _ => self.faults.flush_failed(),
+        };
         let request = Request {
             number: self.called,
             op,

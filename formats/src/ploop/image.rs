@@ -257,8 +257,16 @@ impl<S: Store> Ploop<S> {
         } else {
             len / 8
         };
-        let step = size.whole(wanted.clamp(EXTEND_MIN, most)).max(1);
-        Ok((step as u32).min(self.last_cluster().saturating_sub(end)))
+        let least = size.whole(EXTEND_MIN).max(1) as u32;
+        let step = size.whole(wanted.min(most)) as u32;
+        let step = step.min(self.enough().saturating_sub(end)).max(least);
+        Ok(step.min(self.last_cluster().saturating_sub(end)))
+    }
+
+    /// The end of a file in which every cluster of the guest has one. More are needed only while
+    /// some that were freed cannot be used again yet.
+    fn enough(&self) -> u32 {
+        self.header.data_start.saturating_add(self.header.entries)
     }
 
     /// Extends the file when clusters are being taken and run low, to be made durable by a barrier
@@ -274,7 +282,7 @@ impl<S: Store> Ploop<S> {
             return None;
         }
         let step = self.extension(end).ok()?;
-        if fresh >= u64::from(step / 2) {
+        if end >= self.enough() || fresh >= u64::from(step / 2) {
             return None;
         }
         let end = end.saturating_add(step);

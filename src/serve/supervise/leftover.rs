@@ -10,6 +10,10 @@ use crate::serve::{fuse, loopdev};
 use ploop_formats::{Error, Kind, Result};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// How long a dead keeper's worker may still listen: the kernel kills it, but not in an instant.
+const WORKER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Cleans up after every dead keeper of this user, and says in the log what it removed.
 pub fn sweep() -> Result<()> {
@@ -53,8 +57,13 @@ fn warn(done: Result<()>) {
 }
 
 fn remove_socket(path: &Path) {
-    let is_socket = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
-    if is_socket && listen::is_dead(path) {
-        let _ = std::fs::remove_file(path);
+    let is_socket = || std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket());
+    let start = Instant::now();
+    while is_socket() && start.elapsed() < WORKER_PATIENCE {
+        if listen::is_dead(path) {
+            let _ = std::fs::remove_file(path);
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
