@@ -48,6 +48,13 @@ pub fn alone() -> MutexGuard<'static, ()> {
 pub struct Meter {
     most: usize,
     time: Duration,
+    longest: Duration,
+}
+
+/// Processor time of this thread so far.
+fn worked() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).expect("time goes forward")
 }
 
 impl Meter {
@@ -55,7 +62,9 @@ impl Meter {
     pub fn watch<T>(&mut self, work: impl FnOnce() -> T) -> T {
         let (before, begin) = (HELD.load(Relaxed), Instant::now());
         PEAK.store(before, Relaxed);
+        let busy = worked();
         let done = work();
+        self.longest = self.longest.max(worked() - busy);
         self.most = self.most.max(PEAK.load(Relaxed).saturating_sub(before));
         self.time += begin.elapsed();
         done
@@ -64,6 +73,11 @@ impl Meter {
     /// Bytes that one of the calls held at most.
     pub const fn most(&self) -> usize {
         self.most
+    }
+
+    /// Processor time of the longest call: how busy the machine is makes no difference.
+    pub const fn longest(&self) -> Duration {
+        self.longest
     }
 
     /// Time of all calls together.
