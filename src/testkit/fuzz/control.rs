@@ -63,13 +63,14 @@ fn known() -> Known {
     }
 }
 
-/// The first byte says which socket and in how large pieces bytes arrive. The client reads now and
-/// then.
+/// The first byte says which socket, in how large pieces bytes arrive, and whether the client reads
+/// now and then or never.
 pub fn run(input: &[u8]) {
     let Some((how, input)) = input.split_first() else {
         return;
     };
-    let (speaks_http, piece) = (how & 1 == 1, 1 + usize::from(how >> 1) * 97);
+    let (speaks_http, is_deaf) = (how & 1 == 1, how & 0x80 != 0);
+    let piece = 1 + usize::from(how >> 1 & 0x3F) * 97;
     let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
     theirs.set_nonblocking(true).expect("a socket of ours");
     let known = known();
@@ -84,7 +85,7 @@ pub fn run(input: &[u8]) {
             break;
         }
         assert!(waits < LINE_MAX && backlog <= BACKLOG_MAX);
-        if n % 3 == 2 {
+        if n % 3 == 2 && !is_deaf {
             drain(&mut theirs, &mut heard);
         }
     }
@@ -122,6 +123,8 @@ pub fn seeds() -> Vec<(String, Vec<u8>)> {
     let many = |text: &str, n: usize| format!("\u{7e}{}", text.repeat(n)).into_bytes();
     seeds.push(("all".into(), many(&all, 1)));
     seeds.push(("flood".into(), many(&line("state"), 3000)));
+    let deaf = [&b"\xFE"[..], line("state").repeat(6000).as_bytes()].concat();
+    seeds.push(("deaf".into(), deaf));
     seeds.push(("passing".into(), many(&line("counters"), 400)));
     seeds.push(("long".into(), many("x", LINE_MAX + 10)));
     seeds.push(("deep".into(), many("[", 4000)));
