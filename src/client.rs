@@ -1,9 +1,9 @@
 //! Client: how a program asks the keeper of an attached disk, over the control socket in its run
 //! directory.
 //!
-//! The language is [`control`](crate::serve::supervise::control)'s. Nothing here waits for ever, except for events: a keeper that does
-//! not answer is an error of kind `TimedOut`. What answers bring along (descriptors) is handed out
-//! with the answer that it came with.
+//! The language is [`control`](crate::serve::supervise::control)'s. Nothing here waits for ever,
+//! except for events: a keeper that does not answer is an error of kind `TimedOut`. What answers
+//! bring along (descriptors) is handed out with the answer that it came with.
 
 use crate::counters::Watched;
 use crate::rundir::{Departure, State};
@@ -217,8 +217,8 @@ impl Remote {
 }
 
 /// Asks many keepers the same questions and waits for all of them together: those that hang cost
-/// `patience` once, not each ([`TOGETHER`] at a time). The answers are in the order of the run directories, and each
-/// keeper's in that of the questions.
+/// `patience` once, not each ([`TOGETHER`] at a time). The answers are in the order of the run
+/// directories, and each keeper's in that of the questions.
 pub fn ask_all<P: AsRef<Path>>(
     runs: &[P],
     asks: &[Ask],

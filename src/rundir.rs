@@ -1,8 +1,8 @@
 //! Run directory: where an attached disk is registered while it is attached.
 //!
 //! `/run/ploop/<dev>-<inode>/` (without root `$XDG_RUNTIME_DIR/ploop`, else `/tmp/ploop-<uid>`)
-//! holds `lock`, `state.json`, the sockets `control` and `metrics`, `disk` (the FUSE mount point) and `log`. The keeper holds an
-//! exclusive flock on `lock` for life, so a directory whose lock is free is a leftover. The last
+//! holds `lock`, `state.json`, the sockets `control` and `metrics`, `disk` (the FUSE mount point) and
+//! `log`. The keeper holds an exclusive flock on `lock` for life, so a directory whose lock is free is a leftover. The last
 //! thing a keeper writes is its [`Outcome`], into the lock file: who waits for the lock on an
 //! open descriptor can read it even after the directory is gone. The log of a disk whose keeper
 //! failed is kept beside the directory, as `<dev>-<inode>.log`, until the disk is attached again.
@@ -95,6 +95,18 @@ pub struct Outcome {
 pub struct RunDir {
     path: PathBuf,
     lock: File,
+}
+
+#[cfg(test)]
+impl State {
+    /// What a keeper of an older release says of a disk.
+    pub(crate) fn sample(path: &str) -> Self {
+        let state = serde_json::json!({
+            "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
+            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
+        });
+        serde_json::from_value(state).expect("a state")
+    }
 }
 
 /// The log, and the part of it that was turned over.

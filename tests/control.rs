@@ -370,12 +370,8 @@ fn a_worker_that_never_falls_silent_keeps_nobody_from_its_keeper() {
         poisoned: false,
     });
     let ready = ready.unwrap();
-    let talk =
-        std::thread::spawn(
-            move || {
-                while rustix::net::send(&voice, &ready, SendFlags::NOSIGNAL).is_ok() {}
-            },
-        );
+    let say = move || rustix::net::send(&voice, &ready, SendFlags::NOSIGNAL);
+    let talk = std::thread::spawn(move || while say().is_ok() {});
     eventually("the keeper hears it", SOON, || {
         (hand.ask("state")["cache"] == "none").then_some(())
     });
@@ -398,10 +394,9 @@ fn a_worker_that_prints_without_end_keeps_nobody_from_its_keeper() {
     let print = std::thread::spawn(move || {
         // It takes longer to log a line than to print one.
         let lines = b"x\n".repeat(32 << 10);
-        let start = std::time::Instant::now();
-        while start.elapsed() < Duration::from_secs(3) && rustix::io::write(&output, &lines).is_ok()
-        {
-        }
+        let start = Instant::now();
+        let print = || rustix::io::write(&output, &lines).is_ok();
+        while print() && start.elapsed() < Duration::from_secs(3) {}
     });
     let mut hand = Hand::connect(&disk);
     for _ in 0..3 {

@@ -143,6 +143,22 @@ fn write_until_refused(folder: &Path, random: &mut Random) -> (Vec<Written>, io:
     }
 }
 
+/// Returns once a new file can be written; until then it is refused for lack of space only.
+fn await_space(folder: &Path, seed: u64) {
+    let again = Written {
+        path: folder.join("again"),
+        seed,
+        len: 1 << 20,
+    };
+    eventually("space", PATIENCE, || {
+        let done = again.write();
+        if let Err(e) = &done {
+            assert_eq!(e.raw_os_error(), Some(libc::ENOSPC), "{e}");
+        }
+        done.ok()
+    });
+}
+
 /// Refused for lack of space, for no other reason, and in such a way that all goes on.
 fn one_cycle(host: &Host, disk: &Disk, folder: &Path, random: &mut Random) -> usize {
     host.fill_up_to(host.kept() * 3 / 2 + 16 * MIB);
@@ -158,18 +174,7 @@ fn one_cycle(host: &Host, disk: &Disk, folder: &Path, random: &mut Random) -> us
         file.sync_all().unwrap();
     }
     host.relieve();
-    eventually("space", PATIENCE, || {
-        let again = Written {
-            path: folder.join("again"),
-            seed: random.next(),
-            len: 1 << 20,
-        };
-        let done = again.write();
-        if let Err(e) = &done {
-            assert_eq!(e.raw_os_error(), Some(libc::ENOSPC), "{e}");
-        }
-        done.is_ok().then_some(())
-    });
+    await_space(folder, random.next());
     eventually("news of space", PATIENCE, low(false));
     for one in &written {
         one.assert_intact();
@@ -248,14 +253,7 @@ fn ext4_on_an_idle_disk_survives_a_host_that_another_fills() {
         "{free} bytes are left of {kept}"
     );
     host.relieve();
-    eventually("space", PATIENCE, || {
-        let one = Written {
-            path: attached.folder().join("again"),
-            seed: 5,
-            len: 1 << 20,
-        };
-        one.write().ok()
-    });
+    await_space(attached.folder(), 5);
     attached.detach();
     assert_fsck_clean("ext4", &disk);
 }
@@ -298,12 +296,7 @@ fn thirty_disks_share_a_full_host_and_each_says_so_once() {
     assert!(free >= size / 10, "{free} bytes of {} are left", host.size);
     host.relieve();
     for (disk, attached) in disks.iter().zip(&attached) {
-        let probe = Written {
-            path: attached.folder().join("again"),
-            seed: 1,
-            len: 65536,
-        };
-        eventually("space", PATIENCE, || probe.write().ok());
+        await_space(attached.folder(), 1);
         let lines = lines_about_space(disk);
         assert_eq!(lines.len(), 1, "{lines:?}");
     }

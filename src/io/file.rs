@@ -241,6 +241,7 @@ impl Store for FileStore {
         self.0.check_writable()?;
         self.0.check("writing", at, data.len() as u64)?;
         self.0.check_alignment("writing", at, &data)?;
+        self.0.notice_holes(at, data.len() as u64);
         let taken = self.0.take_space(at, data.len() as u64).await;
         self.0.noticed(taken)?;
         let written = match reach {
@@ -464,10 +465,6 @@ impl Inner {
         let losses = {
             let backed = self.fate.backed();
             if !self.takes_space() || len == 0 || backed.covers(at, end) {
-                if let (Cache::None, Some(room)) = (self.cache, self.room.get()) {
-                    // A cluster that an image has takes its space as it is written to.
-                    room.notice(|| !self.in_memory && self.has_hole(at, end));
-                }
                 return Ok(());
             }
             backed.losses()
@@ -493,9 +490,15 @@ impl Inner {
         }
     }
 
-    fn has_hole(&self, at: u64, end: u64) -> bool {
-        let (is_data, until) = self.extent(at);
-        !is_data || until < end
+    /// Before a direct write: a cluster that an image has takes its space as it is written to.
+    fn notice_holes(&self, at: u64, len: u64) {
+        let has_hole = || {
+            let (is_data, until) = self.extent(at);
+            !is_data || until < at + len
+        };
+        if let (Cache::None, Some(room)) = (self.cache, self.room.get()) {
+            room.notice(|| !self.in_memory && has_hole());
+        }
     }
 
     /// Where the data that begins at `at` ends, within limits: what has its space already costs one

@@ -91,7 +91,7 @@ impl Toy {
 
     async fn sync(&self) -> Result<()> {
         if self.ledger.is_poisoned() {
-            return Err(Error::new(Kind::Poisoned, "the table may be torn"));
+            return Err(Error::poisoned());
         }
         self.top.flush().await?;
         self.write_table().await.inspect_err(|e| {

@@ -39,6 +39,21 @@ pub struct Attached {
     pub state: State,
 }
 
+#[cfg(test)]
+impl Attached {
+    /// What a keeper of an older release says of a disk.
+    pub(crate) fn sample(run: impl Into<PathBuf>, path: &str) -> Self {
+        let state = serde_json::json!({
+            "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
+            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
+        });
+        Self {
+            run: run.into(),
+            state: serde_json::from_value(state).expect("a state"),
+        }
+    }
+}
+
 /// Cleans up after dead keepers, then lists the living, in the order of their paths.
 pub fn all() -> Result<Vec<Attached>> {
     leftover::sweep()?;

@@ -107,14 +107,7 @@ mod tests {
     use std::fs::File;
 
     fn disk(run: &std::path::Path) -> Attached {
-        let state = json!({
-            "schema": 1, "path": "/ct/1", "uuid": "u", "transport": "nbd", "size": 1 << 20,
-            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
-        });
-        Attached {
-            run: run.to_path_buf(),
-            state: serde_json::from_value(state).expect("a state"),
-        }
+        Attached::sample(run, "/ct/1")
     }
 
     #[test]

@@ -504,6 +504,15 @@ impl Small {
         rustix::fs::fsync(&file).unwrap();
         path
     }
+
+    /// Removes what [`Small::fill`] made and waits for its space: a process that another test is
+    /// just starting may hold the file for a moment.
+    fn relieve(&self, filler: &Path) {
+        let taken = filler.metadata().unwrap().len();
+        let free = self.free() + taken;
+        std::fs::remove_file(filler).unwrap();
+        wait_until(|| self.free() >= free);
+    }
 }
 
 impl Drop for Small {
@@ -589,7 +598,7 @@ fn growth_beyond_the_space_fails_at_once_in_the_page_cache_mode() {
                         .unwrap();
                 }
                 store.flush().await.unwrap();
-                std::fs::remove_file(filler).unwrap();
+                small.relieve(&filler);
             });
             drop(store);
             small.clean(free);
@@ -623,7 +632,7 @@ fn a_punched_range_needs_space_again() {
                     .await
                     .unwrap();
                 store.flush().await.unwrap();
-                std::fs::remove_file(filler).unwrap();
+                small.relieve(&filler);
                 store.write_at(0, data, Reach::Cache).await.unwrap();
                 store.flush().await.unwrap();
             });
@@ -637,24 +646,33 @@ fn a_punched_range_needs_space_again() {
 fn a_failed_flush_is_final() {
     for driver in DRIVERS {
         // A file system on a loop device whose own file finds no space: data is lost at writeback.
-        let Some(below) = Small::tmpfs("4m") else {
-            return;
-        };
-        let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+        let Some((_below, small)) = hollow() else {
             return;
         };
         let store = new_file(&small.path(), 32 << 20, Cache::Writeback);
         drive(driver, async {
-            for i in 0..32 {
-                let data = aligned_copy(&vec![1; 1 << 20]);
-                store.write_at(i << 20, data, Reach::Cache).await.unwrap();
-            }
+            fill(&store).await;
             let error = store.flush().await.unwrap_err();
             assert_eq!(error.kind(), Kind::Io, "{error}");
             for _ in 0..3 {
                 assert_eq!(store.flush().await.unwrap_err().kind(), Kind::Poisoned);
             }
         });
+    }
+}
+
+/// A file system that believes in 64 MiB, and what it lies in, which has 4.
+fn hollow() -> Option<(Small, Small)> {
+    let below = Small::tmpfs("4m")?;
+    let small = Small::ext4(Some(below.at.path()), "64m")?;
+    Some((below, small))
+}
+
+/// Writes 32 MiB of ones, which only the page cache can take in a [`hollow`] file system.
+async fn fill(store: &FileStore) {
+    for i in 0..32 {
+        let data = aligned_copy(&vec![1; 1 << 20]);
+        store.write_at(i << 20, data, Reach::Cache).await.unwrap();
     }
 }
 
@@ -667,10 +685,7 @@ fn data_that_a_durable_write_reported_lost_is_not_forgotten_by_the_next_worker()
     use ploop_formats::raw::Raw;
     use ploop_formats::units::ClusterSize;
     for driver in DRIVERS {
-        let Some(below) = Small::tmpfs("4m") else {
-            return;
-        };
-        let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+        let Some((_below, small)) = hollow() else {
             return;
         };
         let ledger = Ledger::local();
@@ -700,20 +715,14 @@ fn data_that_a_durable_write_reported_lost_is_not_forgotten_by_the_next_worker()
 #[test]
 fn a_description_of_its_own_learns_of_losses_that_a_dead_process_was_told_of() {
     use crate::image::open::has_lost_data;
-    let Some(below) = Small::tmpfs("4m") else {
-        return;
-    };
-    let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+    let Some((_below, small)) = hollow() else {
         return;
     };
     let store = new_file(&small.path(), 32 << 20, Cache::Writeback);
     let witness = std::fs::File::open(small.path()).unwrap();
     assert!(!has_lost_data(&witness));
     drive(None, async {
-        for i in 0..32 {
-            let data = aligned_copy(&vec![1; 1 << 20]);
-            store.write_at(i << 20, data, Reach::Cache).await.unwrap();
-        }
+        fill(&store).await;
         store.flush().await.unwrap_err();
     });
     drop(store);
@@ -722,10 +731,7 @@ fn a_description_of_its_own_learns_of_losses_that_a_dead_process_was_told_of() {
 
 #[test]
 fn who_opens_a_file_anew_reads_what_the_disk_has_and_not_what_was_to_be_written() {
-    let Some(below) = Small::tmpfs("4m") else {
-        return;
-    };
-    let Some(small) = Small::ext4(Some(below.at.path()), "64m") else {
+    let Some((_below, small)) = hollow() else {
         return;
     };
     let store = new_file(&small.path(), 32 << 20, Cache::Writeback);
@@ -740,10 +746,7 @@ fn who_opens_a_file_anew_reads_what_the_disk_has_and_not_what_was_to_be_written(
         })
     };
     drive(None, async {
-        for i in 0..32 {
-            let data = aligned_copy(&vec![1; 1 << 20]);
-            store.write_at(i << 20, data, Reach::Cache).await.unwrap();
-        }
+        fill(&store).await;
         store.flush().await.unwrap_err();
     });
     assert_eq!(intact(store.clone()), 32, "the page cache believes in it");

@@ -425,11 +425,7 @@ mod tests {
     }
 
     fn known(path: &str) -> Known {
-        let state = json!({
-            "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
-            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
-        });
-        Known(serde_json::from_value(state).expect("a state"))
+        Known(State::sample(path))
     }
 
     fn asking(run: &Path, method: &str) -> UnixStream {

@@ -560,11 +560,12 @@ impl Keeper {
     }
 
     fn on_low(&mut self) {
-        let (space, keep) = (self.held.space(), self.config.keep_free);
-        let is_seen = || space.is_some_and(|space| !space.is_ample(keep));
+        let keep = self.config.keep_free;
+        let is_seen = || self.held.space().is_some_and(|space| !space.is_ample(keep));
         if !self.space.report(Instant::now(), is_seen) {
             return;
         }
+        let space = self.held.space();
         let space = space.map_or_else(|| "nobody knows how low".into(), |s| s.to_string());
         tracing::warn!(
             "the host is low on space ({space}): the disk takes no more, or soon will not, \
@@ -645,11 +646,11 @@ impl Keeper {
         if self.announcer.is_done() || self.state.state != Phase::Serving {
             return;
         }
+        self.run.forget_kept_log();
         if let Err(e) = self.announcer.ready(&self.state) {
             let nobody = Error::from(e).at("nobody waits for this disk any more");
-            return self.fail(Failure::from(&nobody));
+            self.fail(Failure::from(&nobody));
         }
-        self.run.forget_kept_log();
     }
 
     fn start_worker(&mut self) {
@@ -839,10 +840,14 @@ impl Keeper {
         self.publish();
     }
 
+    /// Whether the disk is in use, and another worker can go on with it.
+    fn goes_on(&self) -> bool {
+        self.served && !self.stopping && self.held.survives()
+    }
+
     /// Whether a worker ended for lack of space only.
     fn wants_space(&self, failure: &Failure) -> bool {
-        let is_full = failure.kind == kind_name(Kind::NoSpace);
-        is_full && self.served && !self.stopping && self.held.survives()
+        failure.kind == kind_name(Kind::NoSpace) && self.goes_on()
     }
 
     /// There is no hurry, and no limit: with space everything goes on by itself.
@@ -858,7 +863,7 @@ impl Keeper {
     /// Whether a disk that was to be mended could still be read before.
     fn can_be_read(&self) -> bool {
         let tried = self.health == Health::Mending && self.unmended == Health::Sound;
-        tried && self.served && !self.stopping && self.held.survives()
+        tried && self.goes_on()
     }
 
     /// Goes back to what was: a disk that can be read.

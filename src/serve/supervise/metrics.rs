@@ -135,19 +135,10 @@ fn histogram(labels: &str, stat: &OpStat) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
-
-    fn state(path: &str) -> State {
-        let state = json!({
-            "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
-            "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
-        });
-        serde_json::from_value(state).expect("a state")
-    }
 
     #[test]
     fn the_metrics_of_many_disks_are_one_text_whose_families_are_told_once() {
-        let disks = [state("/ct/1"), state("/ct/2\"")];
+        let disks = [State::sample("/ct/1"), State::sample("/ct/2\"")];
         let mut figures = Figures::default();
         figures
             .counters

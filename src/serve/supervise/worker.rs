@@ -1,9 +1,9 @@
 //! Worker: opens the image and serves it. It may die at any moment; everything it has answered is
 //! in the files or in the ledger.
 //!
-//! In order: the files, the fence, what the page cache believes, what the kernel lost, the ledger, the stack, "ready", the resend, service. The fence
-//! comes before the first byte of the top is looked at: a dead predecessor's last writes may still
-//! be landing.
+//! In order: the files, the fence, what the page cache believes, what the kernel lost, the ledger,
+//! the stack, the resend, "ready", service. The fence comes before the first byte of the top is
+//! looked at: a dead predecessor's last writes may still be landing.
 
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;

@@ -104,15 +104,13 @@ mod tests {
     use ploop::serve::supervise::control::Figures;
 
     fn view(n: u64, figures: Option<Figures>) -> View {
-        let state = json!({
-            "schema": 1, "path": format!("/var/lib/ct/{n}"), "uuid": "u", "transport": "fuse+loop",
-            "device": format!("/dev/loop{n}"), "mountpoint": format!("/mnt/{n}"), "size": n << 30,
-            "keeper_pid": n, "state": "serving", "read_only": false, "cache": "none", "restarts": 0,
-        });
-        let state = serde_json::from_value(state).expect("a state of an older release");
-        let run = format!("/run/ploop/1-{n}").into();
+        let (run, path) = (format!("/run/ploop/1-{n}"), format!("/var/lib/ct/{n}"));
+        let mut disk = Attached::sample(run, &path);
+        disk.state.device = Some(format!("/dev/loop{n}"));
+        disk.state.mountpoint = Some(format!("/mnt/{n}"));
+        disk.state.size = n << 30;
         View {
-            disk: Attached { run, state },
+            disk,
             answers: figures.is_some(),
             figures,
         }

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 /// Use a failed disk again, without detaching it
 ///
 /// Its image is closed to everybody, looked at as after a crash, and served again; requests wait
-/// meanwhile. After a failed flush the disk is what it is after a power cut: what was written and not
-/// flushed may be lost, and a file system on it must be unmounted, checked and mounted again. See to the
-/// cause first.
+/// meanwhile. After a failed flush the disk is what it is after a power cut: what was written and
+/// not flushed may be lost, and a file system on it must be unmounted, checked and mounted again.
+/// See to the cause first.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Disk, device or mount point
@@ -88,17 +88,15 @@ mod tests {
     fn outcome_of(state: &str) -> Result<State> {
         let run = tempfile::tempdir().expect("temp dir");
         let listener = UnixListener::bind(run.path().join("control")).expect("bind");
-        let state = json!({
-            "schema": 1, "path": "/ct/1", "uuid": "u", "transport": "nbd", "size": 1 << 20,
-            "keeper_pid": 1, "state": state, "read_only": false, "cache": "none", "restarts": 0,
-        });
+        let mut disk = json!(attach::Attached::sample(run.path(), "/ct/1").state);
+        disk["state"] = state.into();
         let keeper = std::thread::spawn(move || {
             let (mut client, _) = listener.accept().expect("a client");
             writeln!(client, "{}", json!({ "proto": 1, "version": "0" })).expect("greeted");
             let mut asked = String::new();
             let mut lines = BufReader::new(client.try_clone().expect("a copy"));
             lines.read_line(&mut asked).expect("asked");
-            writeln!(client, "{}", json!({ "id": 1, "result": state })).expect("answered");
+            writeln!(client, "{}", json!({ "id": 1, "result": disk })).expect("answered");
         });
         let cancel = Cancel::never();
         let mut meter = Meter::new(ProgressArg::None, &cancel);

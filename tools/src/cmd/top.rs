@@ -360,18 +360,8 @@ mod tests {
 
     #[test]
     fn space_is_shown_by_a_disk_that_is_there_when_the_first_one_on_its_file_system_is_gone() {
-        let disk = |n: u32, path: &str| {
-            let state = json!({
-                "schema": 1, "path": path, "uuid": "u", "transport": "nbd", "size": 1 << 20,
-                "keeper_pid": 1, "state": "serving", "read_only": false, "cache": "none",
-                "restarts": 0,
-            });
-            Attached {
-                run: format!("/run/ploop/5-{n}").into(),
-                state: serde_json::from_value(state).expect("a state"),
-            }
-        };
-        let (gone, there) = (disk(1, "/nonexistent/disk"), disk(2, "/"));
+        let gone = Attached::sample("/run/ploop/5-1", "/nonexistent/disk");
+        let there = Attached::sample("/run/ploop/5-2", "/");
         let mut watch = Watch::default();
         // A busy host may be late with a look.
         let mut looks = (0..100).map(|_| (watch.host(&gone), watch.host(&there)));
