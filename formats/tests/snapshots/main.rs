@@ -1,0 +1,6 @@
+//! Snapshots: what each operation makes of a descriptor, whoever wrote it.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod model;
+mod random;
+mod rules;
