@@ -239,8 +239,8 @@ fn start(rng: &mut Rng) -> String {
     };
     let parent = |n: usize| parents[n].map_or(NONE, |parent| &guids[parent]);
     let (mut images, mut shots) = (String::new(), String::new());
-    for n in 0..count as usize {
-        let (guid, again) = (case(&guids[n]), case(&guids[n]));
+    for (n, guid) in guids.iter().enumerate() {
+        let (guid, again) = (case(guid), case(guid));
         let file = if n == 0 {
             "a &amp; b.hdd".into()
         } else {
