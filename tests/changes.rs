@@ -10,7 +10,10 @@ use ploop_formats::store::mutate::{Break, Mutation, Mutator};
 
 #[test]
 fn after_any_cut_of_any_change_the_disk_is_the_old_one_or_the_new_one() {
-    holds(changes::campaign(SEED, count("PLOOP_CHANGE_STATES", 20_000)));
+    holds(changes::campaign(
+        SEED,
+        count("PLOOP_CHANGE_STATES", 20_000),
+    ));
 }
 
 /// Barriers of each kind of change, and those that protect nothing when the top was closed or raw:

@@ -1,10 +1,13 @@
 //! DirFolder: the files of one directory, reached beneath its descriptor.
 //!
 //! The path that led to the directory may mean another one by now; the descriptor does not. Every
-//! name passes the policy, and nothing is reached through a link. Blocks.
+//! name passes the policy, and nothing is reached through a link. Who opens a file to write it waits
+//! until the last writes of a dead process have landed, and takes the file as the disk has it, not
+//! as the page cache believes. Blocks.
 
 use super::beneath;
 use super::file::{Cache, FileStore};
+use super::lock;
 use crate::policy;
 use ploop_formats::folder::{Access, Folder};
 use ploop_formats::{Error, Kind, Result};
@@ -15,7 +18,10 @@ use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
+/// How long the last writes of a dead process may take to land.
+const FENCE: Duration = Duration::from_secs(30);
 /// Of a file that its disk writes.
 const OWN: Mode = Mode::from_raw_mode(0o600);
 /// Of a file that several disks read.
@@ -30,6 +36,10 @@ impl DirFolder {
     pub const fn new(fd: OwnedFd) -> Self {
         Self(fd)
     }
+
+    fn file(&self, name: &str, access: beneath::Access) -> Result<OwnedFd> {
+        beneath::open_file(&self.0, Path::new(name), access)
+    }
 }
 
 impl AsFd for DirFolder {
@@ -38,7 +48,7 @@ impl AsFd for DirFolder {
     }
 }
 
-fn at(name: &str) -> impl Fn(Errno) -> Error {
+fn place(name: &str) -> impl Fn(Errno) -> Error {
     move |e| Error::from(io::Error::from(e)).at(name)
 }
 
@@ -51,22 +61,24 @@ impl Folder for DirFolder {
 
     async fn open(&self, name: &str, access: Access) -> Result<FileStore> {
         policy::allow(name)?;
-        let access = match access {
-            Access::Read => beneath::Access::Read,
-            Access::Write => beneath::Access::Write,
-        };
-        store(
-            beneath::open_file(&self.0, Path::new(name), access)?,
-            name,
-        )
+        match access {
+            Access::Read => store(self.file(name, beneath::Access::Read)?, name),
+            Access::Write => {
+                let fd = self.file(name, beneath::Access::Write)?;
+                lock::fence(&fd, Instant::now() + FENCE)?;
+                let store = store(fd, name)?;
+                store.forget_cache()?;
+                Ok(store)
+            }
+        }
     }
 
     async fn create(&self, name: &str) -> Result<FileStore> {
         policy::allow(name)?;
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let fd = openat(&self.0, name, flags | OFlags::NOFOLLOW, OWN).map_err(at(name))?;
+        let fd = openat(&self.0, name, flags | OFlags::NOFOLLOW, OWN).map_err(place(name))?;
         // The umask may have taken something away.
-        fchmod(&fd, OWN).map_err(at(name))?;
+        fchmod(&fd, OWN).map_err(place(name))?;
         store(fd, name)
     }
 
@@ -74,41 +86,44 @@ impl Folder for DirFolder {
         policy::allow(name)?;
         let stat = match statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Err(Errno::NOENT) => return Ok(None),
-            stat => stat.map_err(at(name))?,
+            stat => stat.map_err(place(name))?,
         };
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => Ok(Some(stat.st_nlink)),
-            _ => Err(Error::new(Kind::Invalid, format!("{name}: not a regular file"))),
+            _ => Err(Error::new(
+                Kind::Invalid,
+                format!("{name}: not a regular file"),
+            )),
         }
     }
 
     async fn set_shared(&self, name: &str, shared: bool) -> Result<()> {
         policy::allow(name)?;
-        let fd = beneath::open_file(&self.0, Path::new(name), beneath::Access::Read)?;
-        fchmod(&fd, if shared { SHARED } else { OWN }).map_err(at(name))
+        let fd = self.file(name, beneath::Access::Read)?;
+        fchmod(&fd, if shared { SHARED } else { OWN }).map_err(place(name))
     }
 
     async fn rename(&self, from: &str, to: &str) -> Result<()> {
         policy::allow(from)?;
         policy::allow(to)?;
-        renameat(&self.0, from, &self.0, to).map_err(at(from))
+        renameat(&self.0, from, &self.0, to).map_err(place(from))
     }
 
     async fn link(&self, name: &str, folder: &Self, new: &str) -> Result<()> {
         policy::allow(name)?;
         policy::allow(new)?;
-        linkat(&self.0, name, &folder.0, new, AtFlags::empty()).map_err(at(name))
+        linkat(&self.0, name, &folder.0, new, AtFlags::empty()).map_err(place(name))
     }
 
     async fn remove(&self, name: &str) -> Result<()> {
         policy::allow(name)?;
         match unlinkat(&self.0, name, AtFlags::empty()) {
             Err(Errno::NOENT) => Ok(()),
-            removed => removed.map_err(at(name)),
+            removed => removed.map_err(place(name)),
         }
     }
 
     async fn sync(&self) -> Result<()> {
-        fsync(&self.0).map_err(at("fsync of the directory"))
+        fsync(&self.0).map_err(place("fsync of the directory"))
     }
 }

@@ -198,28 +198,33 @@ pub async fn content(folder: &SimFolder, disk: &Descriptor, point: Guid) -> Resu
     }
     let stack = Stack::new(all)?;
     let len = stack.top().geometry().size;
-    let bytes = stack.read(0, buf::aligned(len as usize), stack.depth()).await?;
+    let bytes = stack
+        .read(0, buf::aligned(len as usize), stack.depth())
+        .await?;
     let sectors = bytes.chunks_exact(SECTOR as usize);
-    let values = sectors.zip(0..).map(|(sector, n)| match stamp::look(sector, n) {
-        Seen::Value(value) => Ok(value),
-        seen => Err(Error::damaged(format!("sector {n} of {point}: {seen:?}"))),
-    });
+    let values = sectors
+        .zip(0..)
+        .map(|(sector, n)| match stamp::look(sector, n) {
+            Seen::Value(value) => Ok(value),
+            seen => Err(Error::damaged(format!("sector {n} of {point}: {seen:?}"))),
+        });
     values.collect()
 }
 
 /// Names that a settled folder may have.
 pub fn strangers(folder: &SimFolder, disk: &Descriptor) -> Vec<String> {
     let names = folder.names().into_keys();
-    let known = |name: &String| {
-        name == DESCRIPTOR || disk.images().iter().any(|image| image.file == *name)
-    };
+    let known =
+        |name: &String| name == DESCRIPTOR || disk.images().iter().any(|image| image.file == *name);
     names.filter(|name| !known(name)).collect()
 }
 
 /// Settles a folder and judges all that is in it: every point reads as one of `trees` says, which
 /// is given back by its place.
 pub async fn judge(folder: &SimFolder, trees: &[&Tree]) -> std::result::Result<usize, String> {
-    let disk = change::settle(folder).await.map_err(|e| format!("settling: {e}"))?;
+    let disk = change::settle(folder)
+        .await
+        .map_err(|e| format!("settling: {e}"))?;
     let points = |d: &Descriptor| {
         let mut all: Vec<Guid> = d.shots().iter().map(|s| s.guid).collect();
         all.sort();

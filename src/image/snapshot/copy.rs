@@ -88,11 +88,7 @@ async fn present<S: Store>(from: &AnyLayer<S>, mut at: u64) -> Result<(Vec<u32>,
 }
 
 /// Copies clusters; those that find the table of pending changes full come again after a pass.
-async fn copy_all<S: Store>(
-    from: &AnyLayer<S>,
-    to: &AnyLayer<S>,
-    clusters: &[u32],
-) -> Result<()> {
+async fn copy_all<S: Store>(from: &AnyLayer<S>, to: &AnyLayer<S>, clusters: &[u32]) -> Result<()> {
     let mut left = clusters.to_vec();
     while !left.is_empty() {
         let all = join_all(left.iter().map(|n| copy_one(from, to, *n))).await;
