@@ -2,12 +2,16 @@
 //!
 //! A request is admitted to its clusters ([`crate::flight`]), resolved, carried out, answered.
 //! Requests that change where a cluster is have it to themselves. No lock is held across I/O.
+//! What a request is admitted to is also the stack of that moment: it keeps it to its end, and the
+//! disk gets another one only while no request is admitted ([`crate::hold`]).
 
 use crate::cow::{self, Piece};
 use crate::device::{Device, GuestExtent, Zero};
 use crate::flight::{Admitted, Flight, Mode};
 use crate::flush::Flush;
+use crate::hold::Hold;
 use crate::stack::{AnyLayer, Segment, Stack};
+use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Extent, Layer};
@@ -15,6 +19,7 @@ use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
+use std::sync::Arc;
 use tokio::sync::Notify;
 
 /// Clusters that one step of a long zero or discard has to itself.
@@ -26,7 +31,9 @@ const DESCRIBE_MAX: u64 = 256 << 30;
 /// A virtual disk.
 #[derive(Debug)]
 pub struct Disk<S> {
-    stack: Stack<S>,
+    stack: ArcSwap<Stack<S>>,
+    /// The same in every stack.
+    cluster: ClusterSize,
     flight: Flight,
     flush: Flush,
     /// Something may wait for a flush.
@@ -34,6 +41,13 @@ pub struct Disk<S> {
     /// It failed for good.
     poisoned: Notify,
     read_only: bool,
+}
+
+/// A request in flight, and the stack that it is carried out on. The stack is let go of first: who
+/// has the disk to himself is not to find users of an old one.
+struct Request<S> {
+    stack: Arc<Stack<S>>,
+    _admitted: Admitted,
 }
 
 /// What becomes of a range that shall not hold its data any more.
@@ -49,37 +63,76 @@ enum Wipe {
 
 impl<S: Store> Disk<S> {
     /// A disk over layers, base first. The top is written unless `read_only`.
-    pub fn new(layers: Vec<AnyLayer<S>>, read_only: bool) -> Result<Self> {
-        let stack = Stack::new(layers)?;
-        let (changed, poisoned) = (Notify::new(), Notify::new());
-        if stack.is_poisoned() {
-            poisoned.notify_one();
-        }
-        if stack.has_pending() {
-            // A predecessor's answers.
-            changed.notify_one();
-        }
-        Ok(Self {
-            stack,
+    pub fn new(
+        layers: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>,
+        read_only: bool,
+    ) -> Result<Self> {
+        let stack = Arc::new(Stack::new(layers)?);
+        let disk = Self {
+            cluster: stack.top().geometry().cluster,
+            stack: ArcSwap::new(Arc::clone(&stack)),
             flight: Flight::default(),
             flush: Flush::default(),
-            changed,
-            poisoned,
+            changed: Notify::new(),
+            poisoned: Notify::new(),
             read_only,
-        })
+        };
+        disk.announce(&stack);
+        Ok(disk)
     }
 
-    /// The layers.
-    pub const fn stack(&self) -> &Stack<S> {
-        &self.stack
+    /// Wakes those who wait for what is true of `stack` from the start: a predecessor's answers
+    /// wait for a flush, or it has failed.
+    fn announce(&self, stack: &Stack<S>) {
+        if stack.is_poisoned() {
+            self.poisoned.notify_one();
+        }
+        if stack.has_pending() {
+            self.changed.notify_one();
+        }
     }
 
-    /// Makes everything durable and marks the top clean. No request runs or comes any more.
+    /// The layers, as they are now: the disk may get others while requests run.
+    pub fn stack(&self) -> Arc<Stack<S>> {
+        self.stack.load_full()
+    }
+
+    /// Has the disk to itself: returns once every request and flush that was called before is over.
+    /// Those that come later wait, in the order of their coming, until the hold is dropped or
+    /// consumed.
+    pub async fn hold(&self) -> Hold<'_, S> {
+        // In this order: a request that is admitted may need a flush to end.
+        let requests = self.flight.admit(0, u64::MAX, Mode::Exclusive).await;
+        let flushes = match planted::is(Bug::HoldWithoutFlushes) {
+            true => None,
+            false => Some(self.flush.hold_off().await),
+        };
+        Hold::new(self, flushes, requests)
+    }
+
+    /// Puts another stack in the place of this one. The caller has the disk to itself.
+    pub(crate) fn replace(&self, stack: Stack<S>) {
+        let stack = Arc::new(stack);
+        self.stack.store(Arc::clone(&stack));
+        self.announce(&stack);
+    }
+
+    pub(crate) const fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Says that the disk has failed, for those who wait for that.
+    pub(crate) fn failed(&self) {
+        self.poisoned.notify_one();
+    }
+
+    /// Makes everything durable and marks the top clean. Nobody asks for anything any more.
     pub async fn close(&self) -> Result<()> {
+        let _alone = self.hold().await;
         if self.read_only {
             return Ok(());
         }
-        self.stack.top().close().await
+        self.stack().seal().await
     }
 
     /// Returns once something may wait for a flush: an idle disk wakes nobody.
@@ -89,13 +142,19 @@ impl<S: Store> Disk<S> {
 
     /// Returns once no flush can succeed any more.
     pub async fn poisoned(&self) {
-        self.poisoned.notified().await;
+        loop {
+            self.poisoned.notified().await;
+            // What was said of a top that is no more concerns nobody.
+            if self.stack().is_poisoned() {
+                return;
+            }
+        }
     }
 
     /// Makes durable what waits for a flush that nobody asked for; nothing when nothing waits.
     /// Called now and then, it bounds what power loss can take and returns discarded space.
     pub async fn write_back(&self) -> Result<()> {
-        if self.read_only || !self.stack.has_pending() {
+        if self.read_only || !self.stack().has_pending() {
             return Ok(());
         }
         let done = self.flush_once().await;
@@ -103,10 +162,6 @@ impl<S: Store> Disk<S> {
             self.changed.notify_one();
         }
         done
-    }
-
-    fn cluster(&self) -> ClusterSize {
-        self.stack.top().geometry().cluster
     }
 
     /// Refuses a range outside the disk.
@@ -124,26 +179,29 @@ impl<S: Store> Disk<S> {
         if self.read_only {
             return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
         }
-        if self.stack.is_poisoned() {
-            self.poisoned.notify_one();
-            return Err(Error::poisoned());
-        }
         self.check(at, len)
     }
 
     /// Admits a request to the clusters of a byte range, which is not empty.
-    async fn admit(&self, at: u64, len: u64, mode: Mode) -> Admitted {
-        let size = self.cluster().bytes();
-        self.flight
+    async fn admit(&self, at: u64, len: u64, mode: Mode) -> Request<S> {
+        let size = self.cluster.bytes();
+        let early = planted::is(Bug::StackBeforeAdmission).then(|| self.stack());
+        let admitted = self
+            .flight
             .admit(at / size, (at + len - 1) / size, mode)
-            .await
+            .await;
+        Request {
+            stack: early.unwrap_or_else(|| self.stack()),
+            _admitted: admitted,
+        }
     }
 
-    fn is_aligned(&self, at: u64, data: &[u8]) -> bool {
-        let align = self.stack.align();
-        at.is_multiple_of(align)
-            && (data.len() as u64).is_multiple_of(align)
-            && buf::is_aligned(data, align as usize)
+    /// As [`Disk::admit`], for one that changes the disk, which has not failed.
+    async fn admit_change(&self, at: u64, len: u64, mode: Mode) -> Result<Request<S>> {
+        let request = self.admit(at, len, mode).await;
+        let may = request.stack.may_write();
+        may.inspect_err(|_| self.poisoned.notify_one())?;
+        Ok(request)
     }
 
     /// Repeats `step` after a flush as long as the table of pending changes is full.
@@ -156,41 +214,51 @@ impl<S: Store> Disk<S> {
         }
     }
 
+    /// Runs a pass on the stack that is there when its turn comes, or joins one. What was answered
+    /// on an older stack is durable since that was sealed.
     async fn flush_once(&self) -> Result<()> {
-        let done = self.flush.join(|| self.stack.top().sync()).await;
-        if done.is_err() && self.stack.is_poisoned() {
-            self.poisoned.notify_one();
-        }
-        done
+        let pass = async || {
+            let stack = self.stack();
+            let done = stack.sync().await;
+            if done.is_err() && stack.is_poisoned() {
+                self.poisoned.notify_one();
+            }
+            done
+        };
+        self.flush.join(pass).await
     }
 
     /// Whether a write to this range is durable as soon as its bytes are.
-    fn is_durable(&self, at: u64, len: u64) -> bool {
-        let size = self.cluster();
+    fn is_durable(&self, stack: &Stack<S>, at: u64, len: u64) -> bool {
+        let size = self.cluster;
         let (Some(first), Some(last)) = (size.cluster_of(at), size.cluster_of(at + len - 1)) else {
             return false;
         };
-        (first..=last).all(|n| self.stack.top().is_durable(VirtCluster(n)))
+        (first..=last).all(|n| stack.top().is_durable(VirtCluster(n)))
     }
 
     /// Writes where every cluster has its place and the request is aligned; gives the request
     /// back otherwise.
     async fn write_in_place(&self, at: u64, data: &Bytes, fua: bool) -> Result<bool> {
-        let _shared = self.admit(at, data.len() as u64, Mode::Shared).await;
+        let shared = self.admit_change(at, data.len() as u64, Mode::Shared);
+        let shared = shared.await?;
+        let stack = &*shared.stack;
+        if !is_aligned(stack, at, data) {
+            return Ok(false);
+        }
         let mut parts = Vec::new();
         let mut done = 0;
         while done < data.len() {
             let left = (data.len() - done) as u64;
-            let Extent::Data { at: host, len } =
-                self.stack.top().map(at + done as u64, left).await?
+            let Extent::Data { at: host, len } = stack.top().map(at + done as u64, left).await?
             else {
                 return Ok(false);
             };
             parts.push((host, data.slice(done..done + len as usize)));
             done += len as usize;
         }
-        let durable =
-            fua && (planted::is(Bug::FuaIgnoresIndex) || self.is_durable(at, data.len() as u64));
+        let durable = fua
+            && (planted::is(Bug::FuaIgnoresIndex) || self.is_durable(stack, at, data.len() as u64));
         let reach = if durable {
             Reach::Durable
         } else {
@@ -198,9 +266,9 @@ impl<S: Store> Disk<S> {
         };
         let writes = parts
             .into_iter()
-            .map(|(host, bytes)| self.stack.write_data(host, bytes, reach));
+            .map(|(host, bytes)| stack.write_data(host, bytes, reach));
         let written = all(writes).await;
-        drop(_shared);
+        drop(shared);
         if durable && written.is_err() {
             // The store may have heard here, and never again, that earlier data is lost: then its
             // flush fails, which whoever comes after this process finds written down.
@@ -219,26 +287,28 @@ impl<S: Store> Disk<S> {
             true => Mode::Shared,
             false => Mode::Exclusive,
         };
-        let _exclusive = self.admit(at, data.len() as u64, mode).await;
+        let exclusive = self.admit_change(at, data.len() as u64, mode).await?;
+        let stack = &*exclusive.stack;
         let mut old = Vec::new();
         let mut new = Vec::new();
         let mut done = 0;
         while done < data.len() {
             let guest = at + done as u64;
-            let extent = self
-                .stack
-                .top()
-                .map(guest, (data.len() - done) as u64)
-                .await?;
-            let len = match extent {
+            let left = (data.len() - done) as u64;
+            let len = match stack.top().map(guest, left).await? {
                 Extent::Data { at: host, len } => {
-                    old.push(self.overwrite(host, data.slice(done..done + len as usize)));
+                    old.push(overwrite(
+                        stack,
+                        host,
+                        data.slice(done..done + len as usize),
+                    ));
                     len
                 }
                 Extent::Zero { len } | Extent::Absent { len } => {
-                    let within = self.cluster().within(guest);
-                    let len = len.min(self.cluster().bytes() - within);
-                    new.push(self.write_new(guest, data.slice(done..done + len as usize)));
+                    let within = self.cluster.within(guest);
+                    let len = len.min(self.cluster.bytes() - within);
+                    let bytes = data.slice(done..done + len as usize);
+                    new.push(self.write_new(stack, guest, bytes));
                     len
                 }
             };
@@ -248,44 +318,28 @@ impl<S: Store> Disk<S> {
         old.and(new)
     }
 
-    async fn write_new(&self, guest: u64, bytes: Bytes) -> Result<()> {
+    async fn write_new(&self, stack: &Stack<S>, guest: u64, bytes: Bytes) -> Result<()> {
         let cluster = self.table_index(guest)?;
         let piece = Piece::Data { at: guest, bytes };
-        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone()))
+        self.with_room(|| cow::fill(stack, cluster, piece.clone()))
             .await
     }
 
     fn table_index(&self, guest: u64) -> Result<u32> {
-        self.cluster()
+        self.cluster
             .cluster_of(guest)
             .ok_or_else(|| Error::invalid("offset past the table"))
     }
 
-    /// Writes to a place in the top's file, any alignment: whole blocks around it are read first.
-    async fn overwrite(&self, host: u64, bytes: Bytes) -> Result<()> {
-        if self.is_aligned(host, &bytes) {
-            return self.stack.write_data(host, bytes, Reach::Cache).await;
-        }
-        let align = self.stack.align();
-        let from = host / align * align;
-        let to = (host + bytes.len() as u64).next_multiple_of(align);
-        let block = buf::aligned((to - from) as usize);
-        let mut whole = self.stack.top().store().read_at(from, block).await?;
-        whole[(host - from) as usize..][..bytes.len()].copy_from_slice(&bytes);
-        self.stack
-            .write_data(from, whole.freeze(), Reach::Cache)
-            .await
-    }
-
     /// Wipes a range in steps, each with its clusters to itself.
     async fn wipe(&self, at: u64, len: u64, how: Wipe) -> Result<()> {
-        let step = ZERO_STEP * self.cluster().bytes();
+        let step = ZERO_STEP * self.cluster.bytes();
         let end = at + len;
         let mut at = at;
         while at < end {
             let to = end.min((at / step + 1) * step);
-            let _exclusive = self.admit(at, to - at, Mode::Exclusive).await;
-            let wiped = self.wipe_step(at, to, how).await;
+            let exclusive = self.admit_change(at, to - at, Mode::Exclusive).await?;
+            let wiped = self.wipe_step(&exclusive.stack, at, to, how).await;
             self.changed.notify_one();
             wiped?;
             at = to;
@@ -293,14 +347,16 @@ impl<S: Store> Disk<S> {
         Ok(())
     }
 
-    async fn wipe_step(&self, from: u64, to: u64, how: Wipe) -> Result<()> {
+    async fn wipe_step(&self, stack: &Stack<S>, from: u64, to: u64, how: Wipe) -> Result<()> {
         let mut at = from;
         while at < to {
-            let extent = self.stack.top().map(at, to - at).await?;
+            let extent = stack.top().map(at, to - at).await?;
             at += match extent {
-                Extent::Data { at: host, len } => self.wipe_present(at, host, len, how).await?,
+                Extent::Data { at: host, len } => {
+                    self.wipe_present(stack, at, host, len, how).await?
+                }
                 Extent::Zero { len } | Extent::Absent { len } => {
-                    self.wipe_absent(at, len, how).await?
+                    self.wipe_absent(stack, at, len, how).await?
                 }
             };
         }
@@ -308,19 +364,23 @@ impl<S: Store> Disk<S> {
     }
 
     /// Wipes the start of a range that the top has; how much of it was done.
-    async fn wipe_present(&self, guest: u64, host: u64, len: u64, how: Wipe) -> Result<u64> {
-        let size = self.cluster();
+    async fn wipe_present(
+        &self,
+        stack: &Stack<S>,
+        guest: u64,
+        host: u64,
+        len: u64,
+        how: Wipe,
+    ) -> Result<u64> {
+        let size = self.cluster;
         let len = len.min(size.bytes() - size.within(guest));
-        let end = (guest - size.within(guest) + size.bytes()).min(self.size());
+        let top = stack.top();
+        let end = (guest - size.within(guest) + size.bytes()).min(top.geometry().size);
         let whole = size.within(guest) == 0 && guest + len == end;
-        let top = self.stack.top();
         let releasable = whole && how != Wipe::Keep && top.allocates();
         if releasable
             && (planted::is(Bug::DiscardExposesParent)
-                || self
-                    .stack
-                    .reads_zero(guest, end, self.stack.depth() - 1)
-                    .await?)
+                || stack.reads_zero(guest, end, stack.depth() - 1).await?)
         {
             let cluster = VirtCluster(self.table_index(guest)?);
             self.with_room(|| top.release(cluster)).await?;
@@ -334,32 +394,29 @@ impl<S: Store> Disk<S> {
         } else {
             Space::Free
         };
-        self.stack.punch_data(host, len, space).await?;
+        stack.punch_data(host, len, space).await?;
         Ok(len)
     }
 
     /// Wipes the start of a range that the top does not have; how much of it was done.
-    async fn wipe_absent(&self, guest: u64, len: u64, how: Wipe) -> Result<u64> {
+    async fn wipe_absent(&self, stack: &Stack<S>, guest: u64, len: u64, how: Wipe) -> Result<u64> {
         if how == Wipe::Advise {
             return Ok(len);
         }
-        let below = self
-            .stack
-            .resolve(guest, len, self.stack.depth() - 1)
-            .await?;
+        let below = stack.resolve(guest, len, stack.depth() - 1).await?;
         if below.at.is_none() && how == Wipe::Free {
             return Ok(below.len);
         }
         let len = below
             .len
-            .min(self.cluster().bytes() - self.cluster().within(guest));
+            .min(self.cluster.bytes() - self.cluster.within(guest));
         let cluster = self.table_index(guest)?;
         let piece = Piece::Zero {
             from: guest,
             to: guest + len,
             keep: how == Wipe::Keep,
         };
-        self.with_room(|| cow::fill(&self.stack, cluster, piece.clone()))
+        self.with_room(|| cow::fill(stack, cluster, piece.clone()))
             .await?;
         Ok(len)
     }
@@ -367,53 +424,70 @@ impl<S: Store> Disk<S> {
     /// Whether wiping the range needs no copy of parent data: its partial clusters have a place
     /// in the top, or zeros below.
     async fn wipes_fast(&self, at: u64, len: u64) -> Result<bool> {
-        let size = self.cluster();
+        let shared = self.admit(at, len, Mode::Shared).await;
+        let stack = &*shared.stack;
+        let size = self.cluster;
         for edge in [at, at + len - 1] {
             let start = edge - size.within(edge);
-            let end = (start + size.bytes()).min(self.size());
+            let end = (start + size.bytes()).min(stack.top().geometry().size);
             let partial = at > start || at + len < end;
-            let absent = matches!(self.stack.top().map(edge, 1).await?, Extent::Absent { .. });
-            if partial
-                && absent
-                && !self
-                    .stack
-                    .reads_zero(start, end, self.stack.depth() - 1)
-                    .await?
-            {
+            let absent = matches!(stack.top().map(edge, 1).await?, Extent::Absent { .. });
+            if partial && absent && !stack.reads_zero(start, end, stack.depth() - 1).await? {
                 return Ok(false);
             }
         }
         Ok(true)
     }
+}
 
-    /// How a segment is stored; holes in the file of a layer read as zeros.
-    async fn extent_of(&self, segment: Segment) -> Result<GuestExtent> {
-        let depth = segment.layer.map_or(0, |i| (self.stack.depth() - i) as u32);
-        let hole = GuestExtent {
-            len: segment.len,
-            zero: true,
-            hole: true,
-            depth,
-        };
-        let (Some(layer), Some(at)) = (
-            segment.layer.and_then(|i| self.stack.layers().get(i)),
-            segment.at,
-        ) else {
-            return Ok(hole);
-        };
-        let (data, until) = layer.store().extent(at).await?;
-        let len = segment.len.min(until.saturating_sub(at).max(1));
-        Ok(if data {
-            GuestExtent {
-                len,
-                zero: false,
-                hole: false,
-                depth,
-            }
-        } else {
-            GuestExtent { len, ..hole }
-        })
+fn is_aligned<S: Store>(stack: &Stack<S>, at: u64, data: &[u8]) -> bool {
+    let align = stack.align();
+    at.is_multiple_of(align)
+        && (data.len() as u64).is_multiple_of(align)
+        && buf::is_aligned(data, align as usize)
+}
+
+/// Writes to a place in the top's file, any alignment: whole blocks around it are read first.
+async fn overwrite<S: Store>(stack: &Stack<S>, host: u64, bytes: Bytes) -> Result<()> {
+    if is_aligned(stack, host, &bytes) {
+        return stack.write_data(host, bytes, Reach::Cache).await;
     }
+    let align = stack.align();
+    let from = host / align * align;
+    let to = (host + bytes.len() as u64).next_multiple_of(align);
+    let block = buf::aligned((to - from) as usize);
+    let mut whole = stack.top().store().read_at(from, block).await?;
+    whole[(host - from) as usize..][..bytes.len()].copy_from_slice(&bytes);
+    stack.write_data(from, whole.freeze(), Reach::Cache).await
+}
+
+/// How a segment is stored; holes in the file of a layer read as zeros.
+async fn extent_of<S: Store>(stack: &Stack<S>, segment: Segment) -> Result<GuestExtent> {
+    let depth = segment.layer.map_or(0, |i| (stack.depth() - i) as u32);
+    let hole = GuestExtent {
+        len: segment.len,
+        zero: true,
+        hole: true,
+        depth,
+    };
+    let (Some(layer), Some(at)) = (
+        segment.layer.and_then(|i| stack.layers().get(i)),
+        segment.at,
+    ) else {
+        return Ok(hole);
+    };
+    let (data, until) = layer.store().extent(at).await?;
+    let len = segment.len.min(until.saturating_sub(at).max(1));
+    Ok(if data {
+        GuestExtent {
+            len,
+            zero: false,
+            hole: false,
+            depth,
+        }
+    } else {
+        GuestExtent { len, ..hole }
+    })
 }
 
 /// Runs all to their end, whatever happens to any, and gives the first failure.
@@ -428,7 +502,7 @@ async fn all<F: Future<Output = Result<()>>>(work: impl IntoIterator<Item = F>) 
 
 impl<S: Store> Device for Disk<S> {
     fn size(&self) -> u64 {
-        self.stack.top().geometry().size
+        self.stack.load().top().geometry().size
     }
 
     fn read_only(&self) -> bool {
@@ -436,7 +510,7 @@ impl<S: Store> Device for Disk<S> {
     }
 
     fn preferred_block(&self) -> u64 {
-        self.cluster().bytes()
+        self.cluster.bytes()
     }
 
     async fn read(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
@@ -444,15 +518,13 @@ impl<S: Store> Device for Disk<S> {
         if buf.is_empty() {
             return Ok(buf);
         }
-        let _shared = self.admit(at, buf.len() as u64, Mode::Shared).await;
-        if self.is_aligned(at, &buf) {
-            return self.stack.read(at, buf, self.stack.depth()).await;
+        let shared = self.admit(at, buf.len() as u64, Mode::Shared).await;
+        let stack = &*shared.stack;
+        if is_aligned(stack, at, &buf) {
+            return stack.read(at, buf, stack.depth()).await;
         }
         let mut buf = buf;
-        let bytes = self
-            .stack
-            .read_unaligned(at, buf.len(), self.stack.depth())
-            .await?;
+        let bytes = stack.read_unaligned(at, buf.len(), stack.depth()).await?;
         buf.copy_from_slice(&bytes);
         Ok(buf)
     }
@@ -462,7 +534,7 @@ impl<S: Store> Device for Disk<S> {
         if data.is_empty() {
             return Ok(());
         }
-        if self.is_aligned(at, &data) && self.write_in_place(at, &data, fua).await? {
+        if self.write_in_place(at, &data, fua).await? {
             return Ok(());
         }
         let written = self.write_exclusive(at, &data).await;
@@ -515,12 +587,11 @@ impl<S: Store> Device for Disk<S> {
         let end = at + len.min(DESCRIBE_MAX);
         let mut at = at;
         while at < end {
-            let _shared = self.admit(at, 1, Mode::Shared).await;
-            let segment = self
-                .stack
-                .resolve(at, (end - at).min(limits::TRANSFER_MAX), self.stack.depth())
-                .await?;
-            let extent = self.extent_of(segment).await?;
+            let shared = self.admit(at, 1, Mode::Shared).await;
+            let stack = &*shared.stack;
+            let len = (end - at).min(limits::TRANSFER_MAX);
+            let segment = stack.resolve(at, len, stack.depth()).await?;
+            let extent = extent_of(stack, segment).await?;
             at += extent.len;
             let full = out.len() == max;
             match out.last_mut() {

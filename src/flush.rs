@@ -1,7 +1,7 @@
 //! Group commit: concurrent flushes share one pass.
 //!
 //! A flush joins only a pass that begins after it was asked for, because a pass covers what was
-//! answered before it froze. At most one pass runs at a time.
+//! answered before it froze. At most one pass runs at a time, and none while it is held off.
 
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::{Error, Result};
@@ -45,6 +45,12 @@ impl Flush {
         last.ended = last.begun;
         last.failure = outcome.as_ref().err().map(Error::duplicate);
         outcome
+    }
+
+    /// Waits until no pass runs, and keeps those that come later from running for as long as the
+    /// guard is held. Never while requests are admitted: they may need a pass to end.
+    pub async fn hold_off(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.one.lock().await
     }
 
     fn last(&self) -> std::sync::MutexGuard<'_, Last> {

@@ -3,6 +3,9 @@
 //! Every layer has the same cluster size; an upper one is never smaller than a lower one. Only the
 //! top is ever written, and not by this file. What the others say is kept in a merged map
 //! ([`crate::merged`]), so that many layers cost no more to ask than two.
+//!
+//! A stack never changes: a disk that gets another layer gets another stack ([`crate::hold`]). The
+//! layers that both have, with what they keep in memory, are shared.
 
 use crate::merged::{Merged, Place};
 use bytes::{Bytes, BytesMut};
@@ -12,9 +15,10 @@ use ploop_formats::ploop::{Ploop, Reserved};
 use ploop_formats::raw::Raw;
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
-use ploop_formats::{Error, Result, buf, limits};
+use ploop_formats::{Error, Kind, Result, buf, limits};
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Bytes of buffers for copies that are kept, and of the largest of them.
@@ -61,7 +65,7 @@ impl<S: Store> AnyLayer<S> {
     }
 
     /// Whether a failed flush forbids further success until the disk is closed and checked.
-    fn is_poisoned(&self) -> bool {
+    pub fn is_poisoned(&self) -> bool {
         each!(self, layer => layer.is_poisoned())
     }
 
@@ -145,8 +149,10 @@ impl Segment {
 /// The layers of one disk, base first.
 #[derive(Debug)]
 pub struct Stack<S> {
-    layers: Vec<AnyLayer<S>>,
+    layers: Vec<Arc<AnyLayer<S>>>,
     align: u64,
+    /// The end of the top has begun: nothing is written any more.
+    sealed: AtomicBool,
     /// What the layers below the top say; none where asking them is as cheap.
     merged: Option<Merged>,
     /// Memory for copies that are under way, in units of [`COPY_UNIT`].
@@ -156,8 +162,10 @@ pub struct Stack<S> {
 }
 
 impl<S: Store> Stack<S> {
-    /// Stacks layers, base first, and refuses what does not fit together.
-    pub fn new(layers: Vec<AnyLayer<S>>) -> Result<Self> {
+    /// Stacks layers, base first, and refuses what does not fit together. Layers may be shared with
+    /// other stacks, the top only with those whose requests are over.
+    pub fn new(layers: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>) -> Result<Self> {
+        let layers: Vec<Arc<AnyLayer<S>>> = layers.into_iter().map(Into::into).collect();
         let top = layers
             .last()
             .ok_or_else(|| Error::invalid("a stack without layers"))?
@@ -202,6 +210,7 @@ impl<S: Store> Stack<S> {
         Ok(Self {
             layers,
             align,
+            sealed: AtomicBool::new(false),
             merged,
             copies: Semaphore::new((COPIES_BYTES / COPY_UNIT) as usize),
             spares: Mutex::default(),
@@ -209,7 +218,7 @@ impl<S: Store> Stack<S> {
     }
 
     /// The layers, base first.
-    pub fn layers(&self) -> &[AnyLayer<S>] {
+    pub fn layers(&self) -> &[Arc<AnyLayer<S>>] {
         &self.layers
     }
 
@@ -221,9 +230,11 @@ impl<S: Store> Stack<S> {
     /// Writes guest data to a place in the top's file. Every guest write passes here.
     ///
     /// # Panics
-    /// When the place is in the header or the table: a panic costs an export, that write a disk.
+    /// When the place is in the header or the table, or the top is sealed: a panic costs an export,
+    /// that write a disk.
     pub async fn write_data(&self, host: u64, bytes: Bytes, reach: Reach) -> Result<()> {
         let top = self.top();
+        assert!(!self.is_sealed(), "guest data for a sealed layer");
         assert!(
             host >= top.data_floor(),
             "guest data at {host}, inside header and table"
@@ -237,6 +248,7 @@ impl<S: Store> Stack<S> {
     /// As [`Stack::write_data`].
     pub async fn punch_data(&self, host: u64, len: u64, space: Space) -> Result<()> {
         let top = self.top();
+        assert!(!self.is_sealed(), "a hole in a sealed layer");
         assert!(
             host >= top.data_floor(),
             "a hole at {host}, inside header and table"
@@ -244,9 +256,56 @@ impl<S: Store> Stack<S> {
         top.store().punch(host, len, space).await
     }
 
-    /// Whether a failed flush forbids further success until the disk is closed and checked.
+    /// Whether no write or flush can succeed any more: a flush failed, or the top is sealed.
     pub fn is_poisoned(&self) -> bool {
-        self.top().is_poisoned()
+        self.may_write().is_err()
+    }
+
+    /// Whether the end of the top has begun. On it nobody goes on: it is opened anew.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Acquire)
+    }
+
+    /// Why no write or flush can succeed any more.
+    pub fn may_write(&self) -> Result<()> {
+        if self.top().is_poisoned() {
+            return Err(Error::poisoned());
+        }
+        if self.is_sealed() {
+            return Err(Error::new(
+                Kind::Poisoned,
+                "the top layer is sealed, and no other has taken its place: attach the disk anew",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether another stack has the very same top.
+    pub fn shares_top(&self, other: &Self) -> bool {
+        match (self.layers.last(), other.layers.last()) {
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            _ => false,
+        }
+    }
+
+    /// Makes everything answered durable. One at a time; the caller sees to that.
+    pub async fn sync(&self) -> Result<()> {
+        self.may_write()?;
+        self.top().sync().await
+    }
+
+    /// Makes everything durable, cuts the top to what is used of it, and marks it clean. The caller
+    /// has the disk to itself. Nothing is written to the top from then on, whatever came of it, but
+    /// for a final pass that found no space: then all is as before.
+    pub async fn seal(&self) -> Result<()> {
+        self.may_write()?;
+        self.sealed.store(true, Ordering::Release);
+        let done = self.top().close().await;
+        // Nothing is pending once the pass is over.
+        if matches!(&done, Err(e) if e.kind() == Kind::NoSpace) && self.has_pending() {
+            self.sealed.store(false, Ordering::Release);
+        }
+        done
     }
 
     /// Whether the top has answered changes that wait for a flush.

@@ -40,11 +40,17 @@ pub enum Bug {
     FuaIgnoresIndex,
     /// An unclean open cuts the file before the ledger is laid over the index.
     CutBeforeOverlay,
+    /// A layer is put on top of one that was not sealed.
+    SwitchWithoutSeal,
+    /// A flush may run while the disk is held.
+    HoldWithoutFlushes,
+    /// A request is carried out on the stack that was there when it was called.
+    StackBeforeAdmission,
 }
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Bug; 16] = [
+    pub const ALL: [Bug; 19] = [
         Bug::IndexBeforeData,
         Bug::FreshForReused,
         Bug::FreshWithoutDurableLength,
@@ -61,6 +67,9 @@ impl Bug {
         Bug::CleanMarkBeforeSync,
         Bug::FuaIgnoresIndex,
         Bug::CutBeforeOverlay,
+        Bug::SwitchWithoutSeal,
+        Bug::HoldWithoutFlushes,
+        Bug::StackBeforeAdmission,
     ];
 }
 

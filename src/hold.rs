@@ -1,0 +1,101 @@
+//! Hold: a disk to oneself, to change its stack of layers while its guest runs.
+//!
+//! Ordering. Every request that was admitted ends; then the flush that runs, if one does; then the
+//! disk is held. [`Hold::seal`] makes all that was answered durable and closes the top: nothing
+//! writes to it any more. [`Hold::switch`] puts another stack in its place and lets everybody go, who
+//! then sees that one. Whether the change is durable is the caller's business, between the two.
+//!
+//! Requests that wait for a hold are answered after it: it is short, or its guest feels it.
+
+use crate::disk::Disk;
+use crate::flight::Admitted;
+use crate::stack::Stack;
+use ploop_formats::layer::Layer;
+use ploop_formats::planted::{self, Bug};
+use ploop_formats::store::Store;
+use ploop_formats::{Error, Result};
+use tokio::sync::MutexGuard;
+
+/// A disk on which nothing runs. Dropping it lets those go who wait; without a seal before, and
+/// after one that found no space, the disk goes on as it was. After any other seal it takes no
+/// write any more unless another stack was switched to.
+#[derive(Debug)]
+#[must_use = "a hold that is not kept ends at once"]
+pub struct Hold<'a, S: Store> {
+    disk: &'a Disk<S>,
+    _flushes: Option<MutexGuard<'a, ()>>,
+    _requests: Admitted,
+}
+
+impl<'a, S: Store> Hold<'a, S> {
+    pub(crate) const fn new(
+        disk: &'a Disk<S>,
+        flushes: Option<MutexGuard<'a, ()>>,
+        requests: Admitted,
+    ) -> Self {
+        Self {
+            disk,
+            _flushes: flushes,
+            _requests: requests,
+        }
+    }
+
+    /// Makes everything answered durable, and closes the top: cut to its end, marked clean. A
+    /// read-only disk has nothing to seal.
+    ///
+    /// After success the top is a lower layer of the next stack, opened anew for reading. After an
+    /// error [`Hold::is_sealed`] says whether the disk can go on with the top as it is; if not, and
+    /// to undo a seal, the top is opened anew for writing and switched to, unless the disk has
+    /// failed.
+    pub async fn seal(&self) -> Result<()> {
+        if planted::is(Bug::SwitchWithoutSeal) || self.disk.is_read_only() {
+            return Ok(());
+        }
+        self.disk.stack().seal().await
+    }
+
+    /// Whether the end of the top has begun, whatever came of it.
+    pub fn is_sealed(&self) -> bool {
+        self.disk.stack().is_sealed()
+    }
+
+    /// Goes on with another stack. Refuses one that a guest could tell from this one, by its
+    /// clusters or by a size that is smaller, and one that would lose answers: its top is another
+    /// one although this one is not sealed, or has failed, or is this one although that is sealed.
+    pub fn switch(self, stack: Stack<S>) -> Result<()> {
+        let old = self.disk.stack();
+        let (was, is) = (old.top().geometry(), stack.top().geometry());
+        if is.cluster != was.cluster {
+            return Err(Error::invalid(format!(
+                "the disk has clusters of {} bytes, the new stack of {}",
+                was.cluster.bytes(),
+                is.cluster.bytes()
+            )));
+        }
+        if is.size < was.size {
+            return Err(Error::invalid(format!(
+                "the disk has {} bytes, the new stack {}",
+                was.size, is.size
+            )));
+        }
+        let ended = old.is_sealed() && !old.top().is_poisoned();
+        let same = old.shares_top(&stack);
+        let fits = self.disk.is_read_only() || if same { !old.is_sealed() } else { ended };
+        if !fits && !planted::is(Bug::SwitchWithoutSeal) {
+            return Err(Error::invalid(match same {
+                true => "the top of the new stack is sealed",
+                false => "the top of the old stack is not sealed",
+            }));
+        }
+        self.disk.replace(stack);
+        Ok(())
+    }
+}
+
+impl<S: Store> Drop for Hold<'_, S> {
+    fn drop(&mut self) {
+        if self.is_sealed() {
+            self.disk.failed();
+        }
+    }
+}
