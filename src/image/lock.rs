@@ -9,7 +9,7 @@ use super::target::Source;
 use crate::io::beneath::{self, Access as Open};
 use crate::io::lock::{self, DISK_LOCK, Held, Hold};
 use ploop_formats::{Error, Kind, Result};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Instant;
 
@@ -26,7 +26,7 @@ pub enum Access {
 #[derive(Debug)]
 pub struct DiskLocks {
     _directory: Option<OwnedFd>,
-    _disk: Option<lock::DiskLock>,
+    disk: Option<lock::DiskLock>,
     _base: Option<OwnedFd>,
     top: Held,
 }
@@ -56,7 +56,7 @@ impl DiskLocks {
         let top = lock::own_top(top)?;
         Ok(Self {
             _directory: None,
-            _disk: disk,
+            disk,
             _base: base,
             top,
         })
@@ -65,6 +65,22 @@ impl DiskLocks {
     /// The top, on a description of its own, opened before anything of it was written.
     pub fn top(&self) -> impl AsFd + '_ {
         &self.top
+    }
+
+    /// What keeps other commands off a disk that is a directory: it is locked as long as anybody has
+    /// this description.
+    pub fn disk(&self) -> Option<BorrowedFd<'_>> {
+        self.disk.as_ref().map(|disk| disk.descriptor.as_fd())
+    }
+
+    /// Locks a delta that is to be the top, which nobody knows yet.
+    pub fn lock_next(dir: impl AsFd, name: &str) -> Result<Held> {
+        lock::own_top(beneath::open_file(&dir, Path::new(name), Open::Write)?)
+    }
+
+    /// From now on this is the top.
+    pub fn set_top(&mut self, top: Held) {
+        self.top = top;
     }
 
     fn to_read(dir: impl AsFd, source: &Source) -> Result<Self> {
@@ -79,7 +95,7 @@ impl DiskLocks {
         let top = lock::share_top(top)?;
         Ok(Self {
             _directory: directory,
-            _disk: None,
+            disk: None,
             _base: Some(base),
             top,
         })
