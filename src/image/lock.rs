@@ -11,7 +11,10 @@ use crate::io::lock::{self, DISK_LOCK, Held, Hold};
 use ploop_formats::{Error, Kind, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long the lock of a disk may take: what a keeper that died was changing in it is being undone.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// What the disk is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,7 +35,7 @@ pub struct DiskLocks {
 }
 
 impl DiskLocks {
-    /// Takes every lock, or says `Busy` and whose lock is in the way. Never waits.
+    /// Takes every lock, or says `Busy` and whose lock is in the way. Waits for a moment at most.
     pub fn take(dir: impl AsFd, source: &Source, access: Access) -> Result<Self> {
         match access {
             Access::Read => Self::to_read(dir, source),
@@ -44,7 +47,7 @@ impl DiskLocks {
         let chain = Chain::read(&dir, source)?;
         let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
         let (disk, base) = match source {
-            Source::Bundle => (Some(lock::lock_disk(&dir, base, Instant::now())?), None),
+            Source::Bundle => (Some(lock::lock_disk(&dir, base, Instant::now() + MOMENT)?), None),
             Source::Bare { .. } => {
                 lock::range(&base, lock::PLOOP_MOUNTED, Hold::Shared)?;
                 (None, Some(base))
