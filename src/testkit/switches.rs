@@ -33,16 +33,16 @@ const WISH: Wish = Wish {
     max_clusters: 6,
 };
 const EFFORT: Effort = Effort {
-    per_point: 3,
+    per_point: 2,
     live_in: 800,
     cycles: 1,
 };
 /// Layers at most.
 const DEPTH_MAX: usize = 12;
 /// Times that the climber holds the disk in one life.
-const CLIMBS: u64 = 6;
+const CLIMBS: u64 = 8;
 /// Turns that others have between two steps of the climber.
-const PATIENCE: u64 = 40;
+const PATIENCE: u64 = 24;
 
 /// What was found, if anything was.
 type Verdict = std::result::Result<(), String>;
@@ -67,7 +67,11 @@ pub fn campaign<S: Stacked>(seed: u64, states: u64) -> Report {
 /// One run; barriers break as `bench` says.
 pub fn run<S: Stacked>(seed: u64, tally: &mut Tally, bench: &Bench) -> Verdict {
     let mut rng = Rng::new(seed);
-    let setup = S::setup(&mut rng, &WISH);
+    let mut setup = S::setup(&mut rng, &WISH);
+    if rng.one_in(3) {
+        // Writers wait for flushes, and who holds the disk waits for the writers.
+        setup.slots = rng.range(1, 4) as usize;
+    }
     let faults = Faults::new();
     let bench = Bench {
         faults: faults.clone(),
@@ -152,7 +156,7 @@ impl Judge {
         setup: &Setup,
         rng: &mut Rng,
     ) -> Verdict {
-        let ops = setup.shape(rng.range(6, 60) as usize, 0).make(rng);
+        let ops = setup.shape(rng.range(20, 80) as usize, 0).make(rng);
         let depth = rng.range(1, 8);
         let mut dice = Rng::new(rng.next());
         session.beside(async move |ground| {
