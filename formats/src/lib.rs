@@ -27,6 +27,7 @@
 pub mod buf;
 pub mod descriptor;
 pub mod error;
+pub mod folder;
 pub mod guid;
 pub mod layer;
 pub mod ledger;

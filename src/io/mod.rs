@@ -4,6 +4,7 @@
 pub mod beneath;
 pub mod exec;
 pub mod file;
+pub mod folder;
 pub mod lock;
 pub mod look;
 pub mod memfd;

@@ -11,6 +11,7 @@
     reason = "test instruments stop at the first surprise"
 )]
 
+pub mod changes;
 pub mod crash;
 pub mod death;
 pub mod engine;
@@ -23,6 +24,7 @@ pub mod session;
 pub mod subject;
 pub mod switches;
 pub mod toy;
+pub mod trees;
 
 pub use engine::Engine;
 pub use report::{Failure, Report};

@@ -27,6 +27,7 @@
 
 mod edit;
 mod read;
+mod rotation;
 mod shots;
 mod tree;
 

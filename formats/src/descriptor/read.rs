@@ -160,7 +160,7 @@ fn image(element: &Element) -> Result<Image> {
 
 /// The rules of syntax for a file name; whether it stays beneath the disk's directory, links
 /// included, is decided where it is opened.
-fn check_file_name(file: &str) -> Result<()> {
+pub(super) fn check_file_name(file: &str) -> Result<()> {
     let rule = if file.is_empty() {
         "is empty"
     } else if file.contains(char::is_control) {
@@ -178,7 +178,7 @@ fn check_file_name(file: &str) -> Result<()> {
 }
 
 /// A file name without its empty and `.` components.
-fn canonical(file: &str) -> String {
+pub(super) fn canonical(file: &str) -> String {
     let parts: Vec<&str> = file
         .split('/')
         .filter(|p| !p.is_empty() && *p != ".")

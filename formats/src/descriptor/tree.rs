@@ -24,7 +24,7 @@ pub(super) struct Element {
     name: String,
     /// The source between `<` and `>` of the start tag: the name and all attributes.
     tag: String,
-    /// Written `<a/>` while it has no children.
+    /// Written `<a/>`: that holds until something is put inside, as it would when read back.
     collapsed: bool,
     nodes: Vec<Node>,
 }
@@ -249,7 +249,7 @@ impl Element {
     fn write(&self, out: &mut String) {
         out.push('<');
         out.push_str(&self.tag);
-        if self.nodes.is_empty() && self.collapsed {
+        if self.collapsed {
             out.push_str("/>");
             return;
         }
@@ -345,6 +345,7 @@ impl Element {
     /// Replaces everything inside by text.
     pub(super) fn set_text(&mut self, text: &str) {
         self.nodes = vec![Node::Text(escape(text).into_owned())];
+        self.collapsed = false;
     }
 
     /// Sets the text of a child, which is made where `order` wants it when it is not there.
@@ -374,19 +375,18 @@ impl Element {
         }
         self.nodes
             .splice(at..at, [indentation(depth), Node::Element(child)]);
+        self.collapsed = false;
     }
 
     /// Removes the children that `unwanted` picks, and their indentation.
     pub(super) fn remove(&mut self, mut unwanted: impl FnMut(&Element) -> bool) {
-        let mut kept: Vec<Node> = Vec::with_capacity(self.nodes.len());
-        for node in self.nodes.drain(..) {
+        for node in std::mem::take(&mut self.nodes) {
             if !matches!(&node, Node::Element(e) if unwanted(e)) {
-                kept.push(node);
-            } else if matches!(kept.last(), Some(Node::Text(t)) if t.trim().is_empty()) {
-                kept.pop();
+                self.adopt(node);
+            } else if matches!(self.nodes.last(), Some(Node::Text(t)) if t.trim().is_empty()) {
+                self.nodes.pop();
             }
         }
-        self.nodes = kept;
     }
 }
 

@@ -93,14 +93,35 @@ impl<S: Store> Ploop<S> {
             return Ok(image);
         }
         if planted::is(Bug::CutBeforeOverlay) {
-            let used = image.used_clusters().await?;
-            image.start(used).await?;
+            image.start().await?;
         }
         if inherited {
             image.pass_inherited().await?;
         }
-        let used = image.used_clusters().await?;
-        image.start(used).await?;
+        image.start().await?;
+        Ok(image)
+    }
+
+    /// Opens a frozen delta for the one above it to be merged into. It is written without the
+    /// in-use mark, because it is still below others: nothing that they show is changed in it. The
+    /// caller holds its locks, and knows that it was closed.
+    pub async fn open_target(store: S) -> Result<Self> {
+        let header = read_header(&store).await?;
+        judge_header(&header, store.info().len)?;
+        let extension = read_extension(&store, &header).await.map_err(refuse)?;
+        extension.refuse_unknown()?;
+        let end = clip(header.cluster.count(store.info().len));
+        let alloc = Alloc::unknown(header.data_start, end);
+        let mut image = Self::assemble(store, header, alloc, Ledger::local(), true);
+        image.kept.features = extension.transit().cloned().collect();
+        image.find_free().await?;
+        if image.header.extension != 0 || image.header.flags & FLAG_EMPTY != 0 {
+            // It ends with the first cluster that takes its place, and is not empty any more.
+            image.header.extension = 0;
+            image.header.in_use = 0;
+            image.header.flags &= !FLAG_EMPTY;
+            image.write_header().await?;
+        }
         Ok(image)
     }
 
@@ -128,7 +149,17 @@ impl<S: Store> Ploop<S> {
     }
 
     /// Steps 3 and 4: a known end, free clusters, and the in-use mark.
-    async fn start(&mut self, used: RoaringBitmap) -> Result<()> {
+    async fn start(&mut self) -> Result<()> {
+        self.find_free().await?;
+        self.header.in_use = IN_USE;
+        self.header.flags &= !FLAG_EMPTY;
+        self.header.extension = 0;
+        self.write_header().await
+    }
+
+    /// Step 3: the table is judged, and the file cut to a known end where it was not closed.
+    async fn find_free(&mut self) -> Result<()> {
+        let used = self.used_clusters().await?;
         let size = self.header.cluster;
         let len = self.store.info().len;
         let last = used
@@ -143,10 +174,7 @@ impl<S: Store> Ploop<S> {
                 .map_err(|e| e.at("cutting an unclean end"))?;
         }
         lock(&self.index).alloc = Alloc::new(self.header.data_start, end, &used);
-        self.header.in_use = IN_USE;
-        self.header.flags &= !FLAG_EMPTY;
-        self.header.extension = 0;
-        self.write_header().await
+        Ok(())
     }
 
     /// Writes the header and a barrier.

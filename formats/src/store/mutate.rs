@@ -77,11 +77,6 @@ struct State {
 #[derive(Debug, Clone, Default)]
 pub struct Mutator(Arc<Mutex<State>>);
 
-enum Barrier {
-    Real,
-    Skipped,
-}
-
 impl Mutator {
     /// Nothing is broken.
     pub fn new() -> Self {
@@ -105,20 +100,21 @@ impl Mutator {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn barrier(&self) -> Barrier {
+    /// Whether the barrier that is due is to be carried out.
+    pub(super) fn barrier(&self) -> bool {
         let mut state = self.lock();
         let name = std::mem::take(&mut state.dirty);
         let selects = |m: &Mutation| m.covers.is_none_or(|covers| covers == name);
         let Some(mutation) = state.mutation.filter(selects) else {
-            return Barrier::Real;
+            return true;
         };
         let number = state.selected;
         state.selected += 1;
         if mutation.only.is_some_and(|n| n != number) {
-            return Barrier::Real;
+            return true;
         }
         state.late = mutation.how == Break::Swap;
-        Barrier::Skipped
+        false
     }
 
     /// Notes a change; true when the barrier before it was held back and is due now.
@@ -201,8 +197,8 @@ impl<S: Store> Store for MutateStore<S> {
 
     async fn flush(&self) -> Result<()> {
         match self.mutator.barrier() {
-            Barrier::Real => self.inner.flush().await,
-            Barrier::Skipped => Ok(()),
+            true => self.inner.flush().await,
+            false => Ok(()),
         }
     }
 

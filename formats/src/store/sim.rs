@@ -17,9 +17,11 @@
 
 mod disk;
 mod fate;
+mod folder;
 
 pub use disk::{Change, Choice, Choices, Disk, POISON, Record, Rules};
 pub use fate::{EXHAUSTIVE_SECTORS, Fate};
+pub use folder::{Names, SimFolder, Wreck};
 
 use super::mem::{admit, admit_memory};
 use super::pages::Pages;
@@ -300,6 +302,16 @@ impl Sim {
             (pages, disk.rules())
         };
         world.files.iter().enumerate().map(after).collect()
+    }
+
+    /// What every file holds after a power cut in which each met its own fate.
+    pub fn crash_each(&self, fates: &[Fate]) -> Vec<(Pages, Rules)> {
+        let world = self.lock();
+        let files = world.files.iter().zip(fates).enumerate();
+        let after = |(n, (disk, fate)): (usize, (&Disk, &Fate))| {
+            (disk.crash(&world.flying(n), fate), disk.rules())
+        };
+        files.map(after).collect()
     }
 
     /// A world of these files, all of it durable.

@@ -1,0 +1,47 @@
+//! Clone: a new disk over the frozen deltas of another, which both have from then on.
+//!
+//! In order: each frozen file gets one more name, in the clone's folder; an empty delta is made;
+//! the clone's descriptor is written aside and fsynced; the folder is fsynced; the descriptor gets
+//! its name; the folder is fsynced. A folder without a descriptor is no disk to anyone. The source is
+//! not changed, but that its shared files are read-only from now on.
+//!
+//! A file with several names is written by nobody, and each disk may go or move without the others.
+
+use super::change::{self, new_delta};
+use super::members::ASIDE;
+use super::snapshot::layers;
+use super::target::DESCRIPTOR;
+use ploop_formats::descriptor::Descriptor;
+use ploop_formats::folder::{self, Folder};
+use ploop_formats::guid::Guid;
+use ploop_formats::{Error, Kind, Result};
+
+/// Makes a disk in `to`, an empty folder of the same file system, over snapshot `uuid` of `from`.
+/// After an error `to` is no disk, and to be removed with what is in it.
+pub async fn clone<F: Folder>(from: &F, uuid: Guid, to: &F, random: Guid) -> Result<Descriptor> {
+    let source = change::settle(from).await?;
+    let file = source.new_file_name(random);
+    let disk = source.cloned(uuid, &file)?;
+    let shape = layers::shape_above(from, &source, uuid).await?;
+    for image in source.chain(uuid)? {
+        from.set_shared(&image.file, true).await?;
+        let linked = from.link(&image.file, to, &image.file).await;
+        linked.map_err(|e| explain(e, &image.file))?;
+    }
+    new_delta(to, &file, &disk, shape).await?;
+    folder::save(to, ASIDE, &disk.encode()).await?;
+    to.sync().await?;
+    to.rename(ASIDE, DESCRIPTOR).await?;
+    to.sync().await?;
+    Ok(disk)
+}
+
+fn explain(e: Error, file: &str) -> Error {
+    match e.kind() {
+        Kind::Exists => e,
+        _ => e.at(format!(
+            "giving {file} one more name (a clone shares its files, so it is made on the file \
+             system of its source)"
+        )),
+    }
+}

@@ -1,0 +1,113 @@
+//! Layers: opening the deltas of a disk that is not attached, each by its stated type.
+
+use crate::image::change::Shape;
+use crate::stack::AnyLayer;
+use ploop_formats::descriptor::{Descriptor, ImageRef, LayerFormat};
+use ploop_formats::folder::{Access, Folder};
+use ploop_formats::guid::Guid;
+use ploop_formats::layer::Layer;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::Ploop;
+use ploop_formats::ploop::header::{IN_USE, Version};
+use ploop_formats::raw::Raw;
+use ploop_formats::{Error, Result};
+
+/// Opens a delta for reading.
+pub async fn open_read<F: Folder>(
+    folder: &F,
+    disk: &Descriptor,
+    image: &ImageRef,
+) -> Result<AnyLayer<F::File>> {
+    let file = folder.open(&image.file, Access::Read).await?;
+    let opened = match image.format {
+        LayerFormat::Ploop => Ploop::open_read(file).await.map(AnyLayer::Ploop),
+        LayerFormat::Raw => Raw::open_read(file, disk.cluster()).map(AnyLayer::Raw),
+        LayerFormat::Qcow2 => Err(unserved()),
+    };
+    opened.map_err(|e| e.at(&image.file))
+}
+
+/// Opens the top for writing, after whatever end.
+pub async fn open_write<F: Folder>(
+    folder: &F,
+    disk: &Descriptor,
+    image: &ImageRef,
+) -> Result<AnyLayer<F::File>> {
+    let file = folder.open(&image.file, Access::Write).await?;
+    let ledger = Ledger::local();
+    let opened = match image.format {
+        LayerFormat::Ploop => Ploop::open_write(file, ledger).await.map(AnyLayer::Ploop),
+        LayerFormat::Raw => Raw::open_write(file, disk.cluster(), ledger).map(AnyLayer::Raw),
+        LayerFormat::Qcow2 => Err(unserved()),
+    };
+    opened.map_err(|e| e.at(&image.file))
+}
+
+fn unserved() -> Error {
+    Error::unsupported("layers of type QCow2 are not served yet")
+}
+
+/// The image of a shot and how to open it.
+pub fn image(disk: &Descriptor, shot: Guid) -> Result<ImageRef> {
+    let mut chain = disk.chain(shot)?;
+    chain
+        .pop()
+        .ok_or_else(|| Error::damaged("a chain without images"))
+}
+
+/// Closes the top of a disk that is not attached, so that it may be frozen: an unclean end is
+/// recovered.
+pub async fn seal<F: Folder>(folder: &F, disk: &Descriptor) -> Result<()> {
+    let top = image(disk, disk.top())?;
+    let layer = open_write(folder, disk, &top).await?;
+    layer.close().await.map_err(|e| e.at(&top.file))
+}
+
+/// What a delta above `shot` has to be, once all layers below it are fit to be read.
+pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -> Result<Shape> {
+    let mut shape = Shape {
+        version: Version::V2,
+        size: super::super::change::size(disk),
+    };
+    for image in disk.chain(shot)? {
+        let layer = open_read(folder, disk, &image).await?;
+        let geometry = layer.geometry();
+        shape.size = shape.size.max(geometry.size);
+        match &layer {
+            AnyLayer::Ploop(ploop) => shape.version = ploop.header().version,
+            AnyLayer::Raw(_) => refuse_ragged(&image, geometry.size, disk)?,
+        }
+        if shot != disk.top() {
+            refuse_unclosed(&layer, &image)?;
+        }
+    }
+    Ok(shape)
+}
+
+/// Nothing can stand on a raw image that ends within a cluster (ploop reference 1.8).
+fn refuse_ragged(image: &ImageRef, size: u64, disk: &Descriptor) -> Result<()> {
+    let cluster = disk.cluster();
+    match cluster.within(size) {
+        0 => Ok(()),
+        _ => Err(Error::unsupported(format!(
+            "{}: a raw image of {size} bytes, which is no multiple of its cluster ({} bytes), \
+             carries no snapshot; lengthen it with truncate(1)",
+            image.file,
+            cluster.bytes()
+        ))),
+    }
+}
+
+/// A frozen delta that was not closed may lack what stands on it was written over.
+pub fn refuse_unclosed<S: ploop_formats::store::Store>(
+    layer: &AnyLayer<S>,
+    image: &ImageRef,
+) -> Result<()> {
+    match layer {
+        AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(format!(
+            "{}: this frozen delta was not closed; check it first",
+            image.file
+        ))),
+        _ => Ok(()),
+    }
+}

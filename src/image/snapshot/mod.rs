@@ -1,0 +1,13 @@
+//! Snapshots: the changes of a disk's tree of deltas, each a transaction on its descriptor.
+//!
+//! [`create`] freezes the top under a new one, [`switch`] goes back to a frozen point, [`remove`]
+//! takes one away, [`merge`] copies a delta into the one below it, which [`copy`] does. The order in
+//! which a change becomes true is in [`super::change`]. Nothing here knows who serves the disk: what
+//! has to be asked of whoever writes the top comes as a closure.
+
+pub mod copy;
+pub mod create;
+pub mod layers;
+pub mod merge;
+pub mod remove;
+pub mod switch;
