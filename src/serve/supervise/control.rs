@@ -80,6 +80,16 @@ pub enum Ask {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         uuid: Option<String>,
     },
+    /// Take a frozen point away. Answered when that is done, with `uuid`, `outcome` and
+    /// `children`; before, answers that have `progress` and neither result nor error tell how far it
+    /// is. Who hangs up before ends it.
+    Remove {
+        /// Its GUID.
+        uuid: String,
+        /// Bytes a second to copy at most.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
 }
 
 /// An answer.
@@ -93,6 +103,18 @@ pub struct Answer {
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+    /// How far it is: an answer of its own, before the one that ends it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Far>,
+}
+
+/// How far something is that takes time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Far {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes to do.
+    pub total: u64,
 }
 
 /// What `stat` is answered with.
@@ -138,6 +160,8 @@ pub(crate) struct Orders {
     pub(super) recover: bool,
     /// Freeze its top under this GUID, or a random one.
     pub(super) snapshots: Vec<(Asker, Option<String>)>,
+    /// Take this point away, copying so many bytes a second at most.
+    pub(super) removals: Vec<(Asker, String, Option<u64>)>,
 }
 
 /// Whom an answer belongs to that takes time.
@@ -222,6 +246,21 @@ impl Control {
                 Err(e) => client.refuse(asker.request, &e),
             }
         }
+    }
+
+    /// Tells who asked how far it is. Whether anybody is there to hear it.
+    pub(super) fn progress(&mut self, asker: Asker, far: Far) -> bool {
+        let client = self.clients.iter_mut().find(|c| c.number == asker.client);
+        let Some(client) = client else {
+            return false;
+        };
+        client.say(&json!(Answer {
+            id: asker.request,
+            result: None,
+            error: None,
+            progress: Some(far),
+        }));
+        true
     }
 
     /// Tells those who want to know, and hangs up on who does not listen.
@@ -381,6 +420,13 @@ impl Client {
                 };
                 return orders.snapshots.push((asker, uuid));
             }
+            Ask::Remove { uuid, rate } => {
+                let asker = Asker {
+                    client: self.number,
+                    request: request.id,
+                };
+                return orders.removals.push((asker, uuid, rate));
+            }
         };
         self.accept(request.id, result);
     }
@@ -390,6 +436,7 @@ impl Client {
             id,
             result: Some(result),
             error: None,
+            progress: None,
         }));
     }
 
@@ -398,6 +445,7 @@ impl Client {
             id,
             result: None,
             error: Some(Failure::from(error)),
+            progress: None,
         }));
     }
 

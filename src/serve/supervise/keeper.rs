@@ -6,7 +6,7 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
-use super::control::{Asker, Control, Figures, Oracle};
+use super::control::{Asker, Control, Far, Figures, Oracle};
 use super::errand::{Errand, Task};
 use super::host::{self, Footprint};
 use super::listen::Sockets;
@@ -15,7 +15,7 @@ use super::message::{
     Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, WorkerTls, kind_name,
 };
 use super::restart::Restarts;
-use super::snapshot::{self, Next, Snapshot, Turn};
+use super::snapshot::{self, Next, Place, Snapshot, Turn};
 use super::space::Space;
 use super::{inherit, leftover};
 use crate::counters::Counters;
@@ -550,29 +550,56 @@ impl Keeper {
                 self.control.answer(asker, Err(e));
             }
         }
+        for (asker, uuid, rate) in orders.removals {
+            if let Err(e) = self.begin_removal(asker, &uuid, rate) {
+                self.control.answer(asker, Err(e));
+            }
+        }
     }
 
-    fn begin_snapshot(&mut self, asker: Asker, uuid: Option<&str>) -> Result<()> {
-        let uuid = uuid.map_or_else(|| Ok(snapshot::random()), str::parse)?;
+    /// Refuses a change of the tree that cannot be begun now.
+    fn may_change(&self) -> Result<()> {
         if self.snapshot.is_some() {
-            return Err(Error::new(Kind::Busy, "another snapshot is being made"));
+            return Err(Error::new(Kind::Busy, "its snapshots are being changed"));
         }
         if self.config.read_only {
             return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
         }
-        if self.state.state != Phase::Serving || self.worker.is_none() {
-            let what = "only a disk that serves can be frozen; try again, or see `ploopctl list`";
+        if self.state.state != Phase::Serving || self.worker.is_none() || self.stopping {
+            let what = "only a disk that serves can be changed; try again, or see `ploopctl list`";
             return Err(Error::new(Kind::Busy, what));
         }
-        let (dir, locks) = (&self.held.dir, &self.held.locks);
-        let begun = Snapshot::begin(dir, locks, uuid, self.state.size, self.version)?;
+        Ok(())
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place {
+            dir: self.held.dir.as_fd(),
+            locks: &self.held.locks,
+            sandbox: self.config.sandbox,
+        }
+    }
+
+    fn begin_removal(&mut self, asker: Asker, uuid: &str, rate: Option<u64>) -> Result<()> {
+        let uuid = uuid.parse()?;
+        self.may_change()?;
+        let begun = Snapshot::begin_removal(&self.place(), uuid, rate)?;
+        tracing::info!("taking snapshot {} away", uuid.bare());
+        self.snapshot = Some((begun, asker));
+        Ok(())
+    }
+
+    fn begin_snapshot(&mut self, asker: Asker, uuid: Option<&str>) -> Result<()> {
+        let uuid = uuid.map_or_else(|| Ok(snapshot::random()), str::parse)?;
+        self.may_change()?;
+        let begun = Snapshot::begin(&self.place(), uuid, self.state.size, self.version)?;
         tracing::info!("freezing the top as snapshot {}", uuid.bare());
         self.snapshot = Some((begun, asker));
         Ok(())
     }
 
     fn on_changer(&mut self, ended: bool) {
-        let Some((snapshot, _)) = self.snapshot.as_mut() else {
+        let Some((snapshot, asker)) = self.snapshot.as_mut() else {
             return;
         };
         let mut turn = snapshot.hear(&self.held.dir, self.worker.as_ref());
@@ -586,6 +613,11 @@ impl Keeper {
         match turn {
             Turn::Wait => {}
             Turn::Keep => snapshot.let_go(self.worker.as_ref(), false),
+            Turn::Progress(done, total) => {
+                if !self.control.progress(*asker, Far { done, total }) {
+                    snapshot.hurry();
+                }
+            }
             Turn::Take(next, unknown) => self.take_top(next, unknown),
         }
         self.end_snapshot();
@@ -617,8 +649,8 @@ impl Keeper {
             return;
         };
         match &answer {
-            Ok(made) => tracing::info!("the top is frozen: {made}"),
-            Err(e) => tracing::warn!("no snapshot was made: {e}"),
+            Ok(made) => tracing::info!("its snapshots are changed: {made}"),
+            Err(e) => tracing::warn!("its snapshots are not changed: {e}"),
         }
         let asker = *asker;
         self.snapshot = None;
@@ -684,7 +716,10 @@ impl Keeper {
     fn step(&mut self) {
         let due = |t: Option<Instant>| t.is_some_and(|t| t <= Instant::now());
         // A descriptor that may change is not read.
-        let changing = self.snapshot.as_ref().is_some_and(|(s, _)| s.is_changing());
+        let changing = self
+            .snapshot
+            .as_ref()
+            .is_some_and(|(s, _)| s.bars_workers());
         if due(self.next_start) && self.worker.is_none() && !changing {
             self.next_start = None;
             self.start_worker();
@@ -724,6 +759,9 @@ impl Keeper {
 
     fn stop(&mut self) {
         self.stopping = true;
+        if let Some((snapshot, _)) = self.snapshot.as_mut() {
+            snapshot.hurry();
+        }
         if self.state.state != Phase::Failed {
             self.state.state = Phase::Stopping;
         }
@@ -885,6 +923,9 @@ impl Keeper {
                     self.state.error = None;
                     if !self.stopping {
                         self.state.state = Phase::Serving;
+                    }
+                    if let Some((snapshot, _)) = self.snapshot.as_mut() {
+                        snapshot.serves(self.worker.as_ref());
                     }
                     self.publish();
                 }

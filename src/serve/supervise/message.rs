@@ -307,6 +307,13 @@ pub enum Order {
         /// Name of the old one.
         below: String,
     },
+    /// Two of the lower layers have become one. Brings that one's file, to be read.
+    Reload {
+        /// Names of the lower layers, base first.
+        lower: Vec<String>,
+        /// The one that is new under its name.
+        merged: String,
+    },
     /// Go on after `Frozen`.
     Go {
         /// With the new top, or with the old one.

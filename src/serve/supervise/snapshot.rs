@@ -1,6 +1,7 @@
-//! Snapshot: how a keeper has the top of its disk frozen while the guest runs.
+//! Snapshot: how a keeper has the tree of its disk changed while the guest runs.
 //!
-//! Three processes take part, so that the one that must not fail does little. In order:
+//! Three processes take part, so that the one that must not fail does little. To freeze the top, in
+//! order:
 //!
 //! 1. A changer makes the new delta and announces the new descriptor. It says that it is prepared.
 //! 2. The keeper locks the new delta, makes it a ledger of its own, and passes both to the worker.
@@ -8,11 +9,15 @@
 //! 4. The changer commits.
 //! 5. The keeper takes the new lock and ledger for the disk's, and the worker goes on.
 //!
+//! To take a frozen point away, a changer merges it with what stands on it, which the running disk
+//! does not notice: what it reads is the same throughout. It commits when told, and the worker is
+//! given the files anew.
+//!
 //! Who dies on the way is replaced or done without. Until the changer was told to commit, its end
 //! is the end of the change. From then on only the descriptor says what is. No worker is started
-//! while a changer lives: it would read a descriptor that may change.
+//! while files may come and go under it.
 
-use super::changer::{Changer, Said, Wanted};
+use super::changer::{Changer, Made, Said, Task, Wanted};
 use super::child::Worker;
 use super::message::{Failure, Order};
 use crate::image::chain::Chain;
@@ -46,8 +51,20 @@ pub(super) enum Turn {
     Wait,
     /// Take this for the disk's; whether the disk is poisoned because nobody knows what is durable.
     Take(Next, bool),
-    /// Nothing: the disk is the old one.
+    /// Nothing: the disk is the old one, or the worker need not know.
     Keep,
+    /// Tell whoever asked how far it is: bytes done, and to do.
+    Progress(u64, u64),
+}
+
+/// The disk, to whoever changes it.
+pub(super) struct Place<'a> {
+    /// Its directory.
+    pub dir: BorrowedFd<'a>,
+    /// Its locks.
+    pub locks: &'a DiskLocks,
+    /// Whether who looks at images is confined.
+    pub sandbox: bool,
 }
 
 /// A snapshot under way.
@@ -55,41 +72,56 @@ pub(super) enum Turn {
 pub(super) struct Snapshot {
     changer: Option<Changer>,
     uuid: Guid,
+    freezes: bool,
     next: Option<Next>,
     /// The worker waits for word, or will.
     asked: bool,
     /// The changer was told to commit.
     told: bool,
+    /// A merge is to be committed once a worker that is starting serves.
+    merged: bool,
+    /// What came of a removal.
+    made: Option<Made>,
     /// What came of it, once that is settled.
     outcome: Option<Result<()>>,
     stall_us: Option<u64>,
 }
 
 impl Snapshot {
-    /// Begins one; `size` and `version` are those of the new top.
-    pub fn begin(
-        dir: impl AsFd,
-        locks: &DiskLocks,
-        uuid: Guid,
-        size: u64,
-        version: u8,
-    ) -> Result<Self> {
-        let lock = locks.disk().ok_or_else(|| {
-            let what = "a disk that is one file has no snapshots; see `ploopctl adopt`";
-            Error::unsupported(what)
-        })?;
-        let wanted = Wanted {
+    /// Begins to freeze the top; `size` and `version` are those of the new one.
+    pub fn begin(place: &Place<'_>, uuid: Guid, size: u64, version: u8) -> Result<Self> {
+        let wanted = Wanted::Freeze {
             uuid: uuid.to_string(),
             random: random().to_string(),
             version,
             size,
         };
+        Self::start(place, uuid, wanted)
+    }
+
+    /// Begins to take a point away, copying so many bytes a second at most.
+    pub fn begin_removal(place: &Place<'_>, uuid: Guid, rate: Option<u64>) -> Result<Self> {
+        let wanted = Wanted::Remove {
+            uuid: uuid.to_string(),
+            rate,
+        };
+        Self::start(place, uuid, wanted)
+    }
+
+    fn start(place: &Place<'_>, uuid: Guid, wanted: Wanted) -> Result<Self> {
+        let lock = place.locks.disk().ok_or_else(bare)?;
+        let freezes = matches!(wanted, Wanted::Freeze { .. });
+        let sandbox = place.sandbox;
+        let task = Task { wanted, sandbox };
         Ok(Self {
-            changer: Some(Changer::start(dir, lock, &wanted)?),
+            changer: Some(Changer::start(place.dir, lock, &task)?),
             uuid,
+            freezes,
             next: None,
             asked: false,
             told: false,
+            merged: false,
+            made: None,
             outcome: None,
             stall_us: None,
         })
@@ -104,9 +136,16 @@ impl Snapshot {
         ]
     }
 
-    /// Whether the changer has not ended.
-    pub const fn is_changing(&self) -> bool {
-        self.changer.is_some()
+    /// Whether no worker may be started.
+    pub const fn bars_workers(&self) -> bool {
+        self.changer.is_some() && (self.freezes || self.told)
+    }
+
+    /// Whether the disk cannot be let go of yet. A merge can be given up for that.
+    pub fn hurry(&mut self) {
+        if !self.freezes && !self.told {
+            self.give_up(Error::new(Kind::Cancelled, "the disk is being detached"));
+        }
     }
 
     /// Hears the changer.
@@ -121,7 +160,21 @@ impl Snapshot {
                 }
                 Turn::Wait
             }
-            Said::Committed => self.committed(false),
+            Said::Progress { done, total } => Turn::Progress(done, total),
+            Said::Merged => {
+                self.merged = true;
+                self.serves(worker);
+                Turn::Wait
+            }
+            Said::Committed(Made::Top) => self.committed(false),
+            Said::Committed(made) => {
+                self.outcome.get_or_insert(Ok(()));
+                if let Made::Merged { into } = &made {
+                    self.reload(&dir, worker, into);
+                }
+                self.made = Some(made);
+                Turn::Wait
+            }
             Said::Undone(failure) => self.undone(failure.into()),
             Said::Unknown(failure) => {
                 self.outcome = Some(Err(failure.into()));
@@ -154,6 +207,41 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Commits a merge, unless a worker is just opening the files that will go.
+    pub fn serves(&mut self, worker: Option<&Worker>) {
+        if self.merged && worker.is_none_or(|worker| worker.ready.is_some()) {
+            self.merged = false;
+            self.told = self.changer.as_ref().is_some_and(Changer::commit);
+        }
+    }
+
+    /// Gives the worker the merged layers anew. One that fails is replaced by one that reads the
+    /// descriptor.
+    fn reload(&mut self, dir: &impl AsFd, worker: Option<&Worker>, into: &str) {
+        let Some(worker) = worker else {
+            return;
+        };
+        let ordered = Chain::read(dir, &Source::Bundle).and_then(|chain| {
+            let names = chain
+                .layers
+                .iter()
+                .map(|l| l.name.to_string_lossy().into_owned());
+            let mut lower: Vec<String> = names.collect();
+            lower.pop();
+            if !lower.iter().any(|name| name == into) {
+                return Ok(false);
+            }
+            let file = beneath::open_file(dir, Path::new(into), Access::Read)?;
+            let merged = into.to_owned();
+            worker.order(&Order::Reload { lower, merged }, &[file.as_fd()])?;
+            Ok(true)
+        });
+        match ordered {
+            Ok(asked) => self.asked = asked,
+            Err(e) => tracing::warn!("the worker goes on with the files as they were: {e}"),
+        }
+    }
+
     /// The worker holds the guest: step 4.
     pub fn frozen(&mut self, worker: Option<&Worker>) {
         self.told = self.changer.as_ref().is_some_and(Changer::commit);
@@ -177,7 +265,7 @@ impl Snapshot {
     /// The worker died: nobody is held any more.
     pub fn lost_worker(&mut self) {
         self.asked = false;
-        if !self.told {
+        if self.freezes && !self.told {
             let why = "the worker died before the disk was frozen; try again";
             self.give_up(Error::new(Kind::Io, why));
         }
@@ -252,10 +340,24 @@ impl Snapshot {
         if self.changer.is_some() || self.asked {
             return None;
         }
-        let (uuid, stall) = (self.uuid.bare(), self.stall_us);
         let outcome = self.outcome.take()?;
-        Some(outcome.map(|()| json!({ "uuid": uuid, "stall_us": stall })))
+        let (uuid, stall) = (self.uuid.bare(), self.stall_us);
+        let (did, children) = match &self.made {
+            None | Some(Made::Top) => {
+                return Some(outcome.map(|()| json!({ "uuid": uuid, "stall_us": stall })));
+            }
+            Some(Made::Merged { .. }) => ("merged", 0),
+            Some(Made::Dropped) => ("dropped", 0),
+            Some(Made::Marked(n)) => ("temporary", *n),
+        };
+        Some(outcome.map(
+            |()| json!({ "uuid": uuid, "outcome": did, "children": children, "stall_us": stall }),
+        ))
     }
+}
+
+fn bare() -> Error {
+    Error::unsupported("a disk that is one file has no snapshots; see `ploopctl adopt`")
 }
 
 fn go(worker: Option<&Worker>, new: bool) {

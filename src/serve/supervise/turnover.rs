@@ -69,8 +69,12 @@ impl Turnover {
     /// Carries out orders until there are no more.
     pub async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Ordered>) -> Result<()> {
         while let Some((order, fds)) = orders.recv().await {
-            if let Order::Freeze { top, below } = order {
-                self.freeze(&top, below, fds, &mut orders).await?;
+            match order {
+                Order::Freeze { top, below } => {
+                    self.freeze(&top, below, fds, &mut orders).await?;
+                }
+                Order::Reload { lower, merged } => self.reload(&lower, &merged, fds).await?,
+                Order::Stop | Order::Go { .. } => {}
             }
         }
         Ok(())
@@ -132,15 +136,38 @@ impl Turnover {
         })
     }
 
+    /// Goes on with fewer lower layers. What a guest reads is the same through either stack, so
+    /// that who dies before this has lost nothing.
+    async fn reload(&self, lower: &[String], merged: &str, fds: Vec<OwnedFd>) -> Result<()> {
+        let stack = self.disk.stack();
+        let mut fds = fds.into_iter();
+        let mut layers = Vec::with_capacity(lower.len());
+        for name in lower {
+            let path = Path::new(name);
+            let known = stack.layers().iter().find(|l| l.store().path() == path);
+            let known = known.ok_or_else(|| Error::invalid(format!("{name}: not a layer")))?;
+            layers.push(match (name == merged, fds.len()) {
+                (true, 1..) => {
+                    let fd = fds.next().ok_or_else(|| Error::invalid("no descriptor"))?;
+                    let store = FileStore::new(fd, path, Cache::Writeback)?;
+                    Arc::new(open_lower(store, known).await?)
+                }
+                _ => Arc::clone(known),
+            });
+        }
+        let start = Instant::now();
+        let hold = self.disk.hold().await;
+        layers.extend(stack.layers().last().cloned());
+        hold.switch(Stack::new(layers)?)?;
+        let stall_us = start.elapsed().as_micros() as u64;
+        say(&self.control, &Event::Went { stall_us }).await
+    }
+
     /// Goes on with the new top, above the old one.
     async fn go(&mut self, hold: Hold<'_, FileStore>, next: Next) -> Result<()> {
         let stack = self.disk.stack();
         let old = FileStore::new(next.below, Path::new(&next.name), Cache::Writeback)?;
-        let old = match stack.top() {
-            AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_read(old).await?),
-            AnyLayer::Raw(_) => AnyLayer::Raw(Raw::open_read(old, stack.top().geometry().cluster)?),
-        };
-        let above = [old, next.top].map(Arc::new);
+        let above = [open_lower(old, stack.top()).await?, next.top].map(Arc::new);
         let layers = lower(&stack).into_iter().chain(above);
         hold.switch(Stack::new(layers)?)?;
         self.ledger = next.ledger;
@@ -164,6 +191,14 @@ impl Turnover {
         let layers = lower(&stack).into_iter().chain([Arc::new(top)]);
         hold.switch(Stack::new(layers)?)
     }
+}
+
+/// Opens a layer below the top for reading, of the kind that it was.
+async fn open_lower(store: FileStore, was: &AnyLayer<FileStore>) -> Result<AnyLayer<FileStore>> {
+    Ok(match was {
+        AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_read(store).await?),
+        AnyLayer::Raw(raw) => AnyLayer::Raw(Raw::open_read(store, raw.geometry().cluster)?),
+    })
 }
 
 /// All layers but the top.
