@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 
 /// How long a keeper may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to freeze a disk.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(600);
 /// Keepers asked at once: each costs a descriptor, of which there are 1024 by default.
 const TOGETHER: usize = 256;
 /// How long a keeper that hung up may take to be gone.
@@ -108,6 +110,14 @@ impl Remote {
     /// The counters and what the disk takes on the host, as they are now.
     pub fn stat(&mut self) -> Result<Figures> {
         self.ask(Ask::Stat).and_then(|v| parse(v, "figures"))
+    }
+
+    /// Freezes the top under a GUID, or a random one; what came of it. A busy disk may take a while
+    /// to make durable what it holds.
+    pub fn snapshot(&mut self, uuid: Option<String>) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let id = self.tell(Ask::Snapshot { uuid })?;
+        self.answer(id)
     }
 
     /// The counters, to be watched without asking again. `Invalid` or `Unsupported` when the
@@ -266,7 +276,7 @@ fn ask_some<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec
     let due = Instant::now() + patience;
     let tell = |run: &P| {
         let mut remote = Remote::dial(run.as_ref(), due)?;
-        let ids = asks.iter().map(|ask| remote.tell(*ask));
+        let ids = asks.iter().map(|ask| remote.tell(ask.clone()));
         let ids = ids.collect::<Result<_>>()?;
         Ok(Asked { remote, ids })
     };

@@ -20,6 +20,7 @@ use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::Notify;
 
 /// Clusters that one step of a long zero or discard has to itself.
@@ -34,6 +35,8 @@ pub struct Disk<S> {
     stack: ArcSwap<Stack<S>>,
     /// The same in every stack.
     cluster: ClusterSize,
+    /// That of the stack, for those who ask before they are admitted to it.
+    size: AtomicU64,
     flight: Flight,
     flush: Flush,
     /// Something may wait for a flush.
@@ -70,6 +73,7 @@ impl<S: Store> Disk<S> {
         let stack = Arc::new(Stack::new(layers)?);
         let disk = Self {
             cluster: stack.top().geometry().cluster,
+            size: AtomicU64::new(stack.top().geometry().size),
             stack: ArcSwap::new(Arc::clone(&stack)),
             flight: Flight::default(),
             flush: Flush::default(),
@@ -114,6 +118,8 @@ impl<S: Store> Disk<S> {
     pub(crate) fn replace(&self, stack: Stack<S>) {
         let stack = Arc::new(stack);
         self.stack.store(Arc::clone(&stack));
+        let size = stack.top().geometry().size;
+        self.size.store(size, Ordering::Release);
         self.announce(&stack);
     }
 
@@ -502,7 +508,7 @@ async fn all<F: Future<Output = Result<()>>>(work: impl IntoIterator<Item = F>) 
 
 impl<S: Store> Device for Disk<S> {
     fn size(&self) -> u64 {
-        self.stack.load().top().geometry().size
+        self.size.load(Ordering::Acquire)
     }
 
     fn read_only(&self) -> bool {

@@ -13,7 +13,7 @@ use crate::stack::Stack;
 use ploop_formats::layer::Layer;
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::Store;
-use ploop_formats::{Error, Result};
+use ploop_formats::{Error, Kind, Result};
 use tokio::sync::MutexGuard;
 
 /// A disk on which nothing runs. Dropping it lets those go who wait; without a seal before, and
@@ -43,15 +43,22 @@ impl<'a, S: Store> Hold<'a, S> {
     /// Makes everything answered durable, and closes the top: cut to its end, marked clean. A
     /// read-only disk has nothing to seal.
     ///
-    /// After success the top is a lower layer of the next stack, opened anew for reading. After an
-    /// error [`Hold::is_sealed`] says whether the disk can go on with the top as it is; if not, and
-    /// to undo a seal, the top is opened anew for writing and switched to, unless the disk has
-    /// failed.
+    /// After success the top is a lower layer of the next stack, opened anew for reading. To undo
+    /// that, it is opened anew for writing and switched to. So it is after an error of kind
+    /// `NoSpace`, unless [`Hold::is_sealed`] says that the disk goes on with the top as it is. After
+    /// any other error the disk has failed.
     pub async fn seal(&self) -> Result<()> {
         if planted::is(Bug::SwitchWithoutSeal) || self.disk.is_read_only() {
             return Ok(());
         }
-        self.disk.stack().seal().await
+        let stack = self.disk.stack();
+        let sealed = stack.seal().await;
+        // A half-written end must not be taken for one that can be tried again.
+        let is_final = |e: &&Error| e.kind() != Kind::NoSpace;
+        if sealed.as_ref().err().filter(is_final).is_some() {
+            stack.poison();
+        }
+        sealed
     }
 
     /// Whether the end of the top has begun, whatever came of it.
@@ -94,7 +101,7 @@ impl<'a, S: Store> Hold<'a, S> {
 
 impl<S: Store> Drop for Hold<'_, S> {
     fn drop(&mut self) {
-        if self.is_sealed() {
+        if self.disk.stack().is_poisoned() {
             self.disk.failed();
         }
     }

@@ -68,6 +68,8 @@ const SERVING: &[libc::c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
+    libc::SYS_statx,
+    libc::SYS_flock,
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
     libc::SYS_lseek,
@@ -103,8 +105,6 @@ const STARTING: &[libc::c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     libc::SYS_newfstatat,
-    libc::SYS_statx,
-    libc::SYS_flock,
     libc::SYS_fadvise64,
     libc::SYS_unlinkat,
     libc::SYS_fsync,

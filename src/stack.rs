@@ -69,6 +69,13 @@ impl<S: Store> AnyLayer<S> {
         each!(self, layer => layer.is_poisoned())
     }
 
+    /// Forbids further success. A raw image has nothing that could be half written but data.
+    fn poison(&self) {
+        if let AnyLayer::Ploop(layer) = self {
+            layer.poison();
+        }
+    }
+
     /// Whether answered changes wait for a flush to become durable.
     fn has_pending(&self) -> bool {
         match self {
@@ -280,6 +287,11 @@ impl<S: Store> Stack<S> {
         Ok(())
     }
 
+    /// Forbids further success, to this process and its successors.
+    pub fn poison(&self) {
+        self.top().poison();
+    }
+
     /// Whether another stack has the very same top.
     pub fn shares_top(&self, other: &Self) -> bool {
         match (self.layers.last(), other.layers.last()) {
@@ -296,7 +308,7 @@ impl<S: Store> Stack<S> {
 
     /// Makes everything durable, cuts the top to what is used of it, and marks it clean. The caller
     /// has the disk to itself. Nothing is written to the top from then on, whatever came of it, but
-    /// for a final pass that found no space: then all is as before.
+    /// for a final pass that found no space: then all is as before. Any error but `NoSpace` is final.
     pub async fn seal(&self) -> Result<()> {
         self.may_write()?;
         self.sealed.store(true, Ordering::Release);

@@ -103,7 +103,7 @@ impl Cuts {
         let max = if life == 0 { self.effort.per_point } else { 1 };
         let fates = session.sim().some_fates(session.top(), max, &mut self.rng);
         for fate in fates {
-            let files = session.sim().crash(session.top(), &fate);
+            let files = session.crash(&fate);
             let named = |e: String| format!("after {fate:?} in life {life}: {e}");
             self.examine(session, files.clone(), model).map_err(named)?;
             if life < self.effort.cycles && self.rng.one_in(self.effort.live_in >> (2 * life)) {
@@ -131,7 +131,7 @@ impl Cuts {
         }
         let sim = Sim::of(files, self.rng.next());
         sim.instant(true);
-        let chain = self.bench.chain(&sim, &words(self.slots));
+        let chain = self.bench.chain(&sim, session.top(), &words(self.slots));
         let device = now(S::open(chain)).map_err(|e| format!("does not open: {e}"))?;
         S::audit(&sim.stores()[session.top()].pages())?;
         let cluster = session.cluster();

@@ -7,7 +7,7 @@
 use super::crash::{Cuts, Effort};
 use super::report::{Report, Tally};
 use super::session::Session;
-use super::subject::{Bench, Subject, Wish, copy_words};
+use super::subject::{Bench, Setup, Subject, Wish, copy_words};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::testkit::workload::Shape;
@@ -28,10 +28,11 @@ const DEATH_IN: u64 = 4;
 const GENERATIONS: u32 = 3;
 
 /// A run of the campaign and its dice.
-struct Deaths {
+pub struct Deaths {
     rng: Rng,
     cuts: Cuts,
-    states: u64,
+    /// Deaths so far.
+    pub states: u64,
 }
 
 /// Tries `states` deaths or more.
@@ -49,12 +50,7 @@ pub fn run<S: Subject>(seed: u64, tally: &mut Tally, bench: &Bench) -> Result<()
     let shape = setup.shape(rng.range(6, 40) as usize, 30);
     let ops = shape.make(&mut rng);
     let depth = *rng.pick(&[1, 2, 4, 8, 16]);
-    let cuts = Cuts::new(&setup, rng.next(), EFFORT);
-    let mut deaths = Deaths {
-        rng: Rng::new(rng.next()),
-        cuts,
-        states: 0,
-    };
+    let mut deaths = Deaths::new(&setup, rng.next());
     let outcome = session.live(ops, depth, &mut |session: &Session<S>| {
         deaths.maybe(session, 0)
     });
@@ -64,7 +60,22 @@ pub fn run<S: Subject>(seed: u64, tally: &mut Tally, bench: &Bench) -> Result<()
 }
 
 impl Deaths {
-    fn maybe<S: Subject>(&mut self, session: &Session<S>, generation: u32) -> Result<(), String> {
+    /// Deaths of sessions over `setup`.
+    pub fn new(setup: &Setup, seed: u64) -> Self {
+        let mut rng = Rng::new(seed);
+        Self {
+            cuts: Cuts::new(setup, rng.next(), EFFORT),
+            rng,
+            states: 0,
+        }
+    }
+
+    /// Lets the process die now, if dice say so. `generation` counts deaths.
+    pub fn maybe<S: Subject>(
+        &mut self,
+        session: &Session<S>,
+        generation: u32,
+    ) -> Result<(), String> {
         if generation < GENERATIONS && self.rng.one_in(DEATH_IN << (4 * generation)) {
             return self
                 .die(session, generation + 1)
@@ -77,7 +88,7 @@ impl Deaths {
     fn die<S: Subject>(&mut self, dead: &Session<S>, generation: u32) -> Result<(), String> {
         self.states += 1;
         let seed = self.rng.next();
-        let (words, model) = (copy_words(dead.words()), dead.guest().model.clone());
+        let (words, model) = (copy_words(&dead.words()), dead.guest().model.clone());
         let mut heir = dead.heir(dead.sim().fork(seed), words, model, seed);
         let shape = Shape {
             sectors: heir.guest().model.len(),

@@ -22,9 +22,11 @@ pub mod mutate;
 pub mod report;
 pub mod session;
 pub mod subject;
+pub mod switches;
 pub mod toy;
 pub mod trees;
 
 pub use engine::Engine;
 pub use report::{Failure, Report};
 pub use subject::Subject;
+pub use switches::Stacked;

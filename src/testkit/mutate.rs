@@ -1,8 +1,8 @@
 //! The power of the campaigns, measured: every planted bug and every broken barrier must be caught.
 
 use super::report::Tally;
-use super::subject::{Bench, Subject};
-use super::{crash, death, faults, models};
+use super::subject::Bench;
+use super::{Stacked, crash, death, faults, models, switches};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::mutate::{Break, Covers, Mutation};
 use std::fmt;
@@ -18,6 +18,8 @@ pub enum Campaign {
     Model,
     /// [`faults`].
     Faults,
+    /// [`switches`].
+    Switch,
 }
 
 impl Campaign {
@@ -27,15 +29,17 @@ impl Campaign {
             Campaign::WorkerDeath => "worker-death",
             Campaign::Model => "model",
             Campaign::Faults => "faults",
+            Campaign::Switch => "switch",
         }
     }
 
-    fn run<S: Subject>(self, seed: u64, tally: &mut Tally, bench: &Bench) -> Result<(), String> {
+    fn run<S: Stacked>(self, seed: u64, tally: &mut Tally, bench: &Bench) -> Result<(), String> {
         match self {
             Campaign::Crash => crash::run::<S>(seed, tally, bench),
             Campaign::WorkerDeath => death::run::<S>(seed, tally, bench),
             Campaign::Model => models::run::<S>(seed, tally, bench),
             Campaign::Faults => faults::run::<S>(seed, tally),
+            Campaign::Switch => switches::run::<S>(seed, tally, bench),
         }
     }
 
@@ -49,6 +53,9 @@ impl Campaign {
             | Bug::CleanMarkBeforeSync
             | Bug::CutBeforeOverlay => Self::WorkerDeath,
             Bug::ReuseQuarantined => Self::Faults,
+            Bug::SwitchWithoutSeal | Bug::HoldWithoutFlushes | Bug::StackBeforeAdmission => {
+                Self::Switch
+            }
             _ => Self::Crash,
         }
     }
@@ -79,7 +86,7 @@ impl fmt::Display for Catch {
 }
 
 /// Runs campaigns in turn, each until it made `states` checks, until one fails.
-fn hunt<S: Subject>(
+fn hunt<S: Stacked>(
     wrong: String,
     seed: u64,
     states: u64,
@@ -114,7 +121,7 @@ fn hunt<S: Subject>(
 }
 
 /// Plants `bug` and looks for it with the campaign that is there for it, up to `states` checks.
-pub fn bug<S: Subject>(bug: Bug, seed: u64, states: u64) -> Catch {
+pub fn bug<S: Stacked>(bug: Bug, seed: u64, states: u64) -> Catch {
     let _planted = planted::plant(bug);
     hunt::<S>(
         format!("bug {bug:?}"),
@@ -155,7 +162,7 @@ fn is_harmless(mutation: &Mutation) -> bool {
 }
 
 /// Breaks a barrier and looks for it with the campaigns that cut power or kill.
-pub fn barrier<S: Subject>(mutation: Mutation, seed: u64, states: u64) -> Catch {
+pub fn barrier<S: Stacked>(mutation: Mutation, seed: u64, states: u64) -> Catch {
     let bench = Bench::default();
     bench.mutator.set(Some(mutation));
     let campaigns = [Campaign::Crash, Campaign::WorkerDeath];

@@ -9,7 +9,8 @@ use crate::device::{Device, Zero};
 use ploop_formats::ledger::LocalWords;
 use ploop_formats::store::Store;
 use ploop_formats::store::fault::Faults;
-use ploop_formats::store::sim::Sim;
+use ploop_formats::store::pages::Pages;
+use ploop_formats::store::sim::{Fate, Rules, Sim};
 use ploop_formats::testkit::exec::{Exec, Slot, Step, now};
 use ploop_formats::testkit::model::{Asked, Model, Outcome};
 use ploop_formats::testkit::stamp::{self, Value, ZERO};
@@ -56,6 +57,8 @@ pub struct Guest {
     pub excused: Vec<Kind>,
     /// Requests called so far.
     pub called: u64,
+    /// Requests answered so far.
+    pub answered: u64,
     queue: VecDeque<Op>,
     next_value: Value,
     violation: Option<String>,
@@ -95,6 +98,7 @@ impl Guest {
 
     /// The model hears the answer; what must not be is remembered.
     fn answer(&mut self, request: &Request, outcome: Result<Option<bytes::BytesMut>, Error>) {
+        self.answered += 1;
         self.unanswered.retain(|r| r.number != request.number);
         let error = outcome.as_ref().err().map(Error::kind);
         if let (Some(kind), Err(e)) = (error, &outcome) {
@@ -122,6 +126,14 @@ impl Guest {
                     self.violation(e);
                 }
             }
+        }
+    }
+
+    /// Whether what somebody beside the guest was told is no violation.
+    pub fn excuse(&self, outcome: Result<(), Error>) -> Result<(), String> {
+        match outcome {
+            Err(e) if !self.excused.contains(&e.kind()) => Err(format!("beside the guest: {e}")),
+            _ => Ok(()),
         }
     }
 
@@ -223,11 +235,37 @@ async fn work<D: Device>(device: Rc<D>, guest: Rc<RefCell<Guest>>) {
     }
 }
 
+/// What outlives a process: which files make the disk, and what the written one's guest was answered.
+#[derive(Debug, Clone)]
+pub struct Head {
+    /// The written file's place among the files.
+    pub top: usize,
+    /// The words of its ledger.
+    pub words: Arc<LocalWords>,
+    /// Its end has begun, so it need not say that it is in use.
+    pub ending: bool,
+}
+
+/// What somebody needs who works on a disk beside its guest.
+#[derive(Debug)]
+pub struct Ground<D> {
+    /// The disk.
+    pub device: Rc<D>,
+    /// The world.
+    pub sim: Sim,
+    /// What stands between the disk and its files.
+    pub bench: Bench,
+    /// What the guest knows.
+    pub guest: Rc<RefCell<Guest>>,
+    /// What outlives the process, to be changed.
+    pub head: Rc<RefCell<Head>>,
+}
+
 /// One process that serves a disk.
 pub struct Session<S: Subject> {
     exec: Exec,
     guest: Rc<RefCell<Guest>>,
-    words: Arc<LocalWords>,
+    head: Rc<RefCell<Head>>,
     bench: Bench,
     cluster: usize,
     device: Option<Rc<S::Device>>,
@@ -255,24 +293,24 @@ impl<S: Subject> Session<S> {
             ..bench.clone()
         };
         let model = Model::new(setup.values.iter().copied());
+        let head = Head {
+            top: setup.files.len() - 1,
+            words: words(setup.slots),
+            ending: false,
+        };
         Self::over(
             Sim::of(setup.files.clone(), seed),
             bench,
-            words(setup.slots),
+            head,
             model,
             setup.cluster,
             seed,
         )
     }
 
-    fn over(
-        sim: Sim,
-        bench: Bench,
-        words: Arc<LocalWords>,
-        model: Model,
-        cluster: usize,
-        seed: u64,
-    ) -> Self {
+    fn over(sim: Sim, bench: Bench, head: Head, model: Model, cluster: usize, seed: u64) -> Self {
+        // Whoever comes next writes it.
+        sim.seal(head.top, false);
         let clock = sim.clock();
         let guest = Guest {
             model,
@@ -280,6 +318,7 @@ impl<S: Subject> Session<S> {
             errors: Vec::new(),
             excused: vec![Kind::NoSpace],
             called: 0,
+            answered: 0,
             queue: VecDeque::new(),
             next_value: FIRST_VALUE,
             violation: None,
@@ -289,7 +328,7 @@ impl<S: Subject> Session<S> {
         Self {
             exec: Exec::new(sim, seed),
             guest,
-            words,
+            head: Rc::new(RefCell::new(head)),
             bench,
             cluster,
             device: None,
@@ -300,7 +339,12 @@ impl<S: Subject> Session<S> {
     /// Another process over the files of `sim`, with the same guest, whose words are `words`.
     /// Requests that are unanswered here can be sent again there ([`Session::resend`]).
     pub fn heir(&self, sim: Sim, words: Arc<LocalWords>, model: Model, seed: u64) -> Self {
-        let heir = Self::over(sim, self.bench.clone(), words, model, self.cluster, seed);
+        let head = Head {
+            top: self.top(),
+            words,
+            ending: false,
+        };
+        let heir = Self::over(sim, self.bench.clone(), head, model, self.cluster, seed);
         {
             let (old, mut new) = (self.guest(), heir.guest_mut());
             new.next_value = old.next_value;
@@ -323,8 +367,8 @@ impl<S: Subject> Session<S> {
     }
 
     /// The words of the ledger.
-    pub fn words(&self) -> &Arc<LocalWords> {
-        &self.words
+    pub fn words(&self) -> Arc<LocalWords> {
+        self.head.borrow().words.clone()
     }
 
     /// What stands between the subject and its files.
@@ -342,9 +386,9 @@ impl<S: Subject> Session<S> {
         self.guest.borrow_mut()
     }
 
-    /// Whether the disk was opened, and its close has not begun.
+    /// Whether the disk was opened, and neither its close nor its top's end has begun.
     pub fn is_open(&self) -> bool {
-        self.device.is_some()
+        self.device.is_some() && !self.head.borrow().ending
     }
 
     /// Sectors of a cluster.
@@ -354,7 +398,38 @@ impl<S: Subject> Session<S> {
 
     /// The written file's place among the files.
     pub fn top(&self) -> usize {
-        self.sim().stores().len() - 1
+        self.head.borrow().top
+    }
+
+    /// What a power cut leaves of the disk's files if the written one meets `fate`.
+    pub fn crash(&self, fate: &Fate) -> Vec<(Pages, Rules)> {
+        let top = self.top();
+        let mut files = self.sim().crash(top, fate);
+        files.truncate(top + 1);
+        // It may have been sealed, but is the one that is written again.
+        files[top].1.sealed = false;
+        files
+    }
+
+    /// Adds a task beside the guest's requests; an open disk.
+    pub fn beside<F: Future<Output = Result<(), String>> + 'static>(
+        &mut self,
+        task: impl FnOnce(Ground<S::Device>) -> F,
+    ) {
+        let ground = Ground {
+            device: self.device.clone().expect("an open disk"),
+            sim: self.sim().clone(),
+            bench: self.bench.clone(),
+            guest: self.guest.clone(),
+            head: self.head.clone(),
+        };
+        let guest = self.guest.clone();
+        let task = task(ground);
+        self.exec.spawn(async move {
+            if let Err(message) = task.await {
+                guest.borrow_mut().violation(message);
+            }
+        });
     }
 
     /// Steps until `done`, showing every change of the world to `hook`.
@@ -405,7 +480,7 @@ impl<S: Subject> Session<S> {
 
     /// Opens the disk; an error of the subject is the inner one.
     pub fn try_open(&mut self, hook: &mut Hook<'_, S>) -> Result<Result<(), Error>, String> {
-        let chain = self.bench.chain(self.sim(), &self.words);
+        let chain = self.bench.chain(self.sim(), self.top(), &self.words());
         let slot = self.exec.start(S::open(chain));
         Ok(self
             .finish(slot, hook)?

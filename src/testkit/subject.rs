@@ -108,23 +108,30 @@ pub struct Bench {
 }
 
 impl Bench {
-    /// The files of `sim`, to be opened. Faults and mutations concern the written one only.
-    pub fn chain(&self, sim: &Sim, words: &Arc<LocalWords>) -> Chain {
-        let mut stores = sim.stores();
-        let top = stores.pop().expect("a disk has a file");
-        let plain = |store: SimStore| {
-            MutateStore::new(FaultStore::new(store, Faults::new()), Mutator::new(), 0)
-        };
-        let metadata_end = top.rules().metadata_end;
-        let top = FaultStore::with_metadata(top, self.faults.clone(), metadata_end);
-        let mut stores: Vec<BenchStore> = stores.into_iter().map(plain).collect();
-        stores.push(MutateStore::new(top, self.mutator.clone(), metadata_end));
+    /// The files of `sim` up to number `top`, to be opened. Faults and mutations concern the written
+    /// one only.
+    pub fn chain(&self, sim: &Sim, top: usize, words: &Arc<LocalWords>) -> Chain {
+        let mut stores: Vec<BenchStore> = sim.stores().into_iter().take(top).map(plain).collect();
+        stores.push(self.written(sim, top));
         Chain {
             stores,
             raw_base: self.raw_base,
             ledger: Ledger::new(words.clone()),
         }
     }
+
+    /// A file of `sim` that is written.
+    pub fn written(&self, sim: &Sim, file: usize) -> BenchStore {
+        let store = sim.stores().swap_remove(file);
+        let metadata_end = store.rules().metadata_end;
+        let store = FaultStore::with_metadata(store, self.faults.clone(), metadata_end);
+        MutateStore::new(store, self.mutator.clone(), metadata_end)
+    }
+}
+
+/// A file that is only read.
+pub fn plain(store: SimStore) -> BenchStore {
+    MutateStore::new(FaultStore::new(store, Faults::new()), Mutator::new(), 0)
 }
 
 /// Words for a ledger of `slots` slots.

@@ -104,6 +104,11 @@ impl<S: Store> Ploop<S> {
         self.ledger.is_poisoned()
     }
 
+    /// Forbids further success, to this process and its successors.
+    pub fn poison(&self) {
+        self.ledger.poison();
+    }
+
     /// Whether answered changes wait for a sync to become durable.
     pub fn has_pending(&self) -> bool {
         lock(&self.index).has_pending()

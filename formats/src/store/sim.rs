@@ -284,15 +284,20 @@ impl Sim {
         })))
     }
 
-    /// What every file holds after a power cut in which `file` met `fate` and the others, which
-    /// nobody writes, met none.
+    /// From now on any change of `file` is a broken promise, or no longer.
+    pub fn seal(&self, file: usize, sealed: bool) {
+        self.lock().files[file].seal(sealed);
+    }
+
+    /// What every file holds after a power cut in which `file` met `fate` and the others kept what
+    /// was durable.
     pub fn crash(&self, file: usize, fate: &Fate) -> Vec<(Pages, Rules)> {
         let world = self.lock();
         let after = |(n, disk): (usize, &Disk)| {
             let pages = if n == file {
                 disk.crash(&world.flying(n), fate)
             } else {
-                disk.now().clone()
+                disk.crash(&[], &Fate::None)
             };
             (pages, disk.rules())
         };

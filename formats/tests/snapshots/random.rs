@@ -195,77 +195,103 @@ fn operation(rng: &mut Rng, disk: &Descriptor, model: &Disk) -> Op {
         Some(Mark::TemporaryZeroSwap),
     ]);
     match rng.below(20) {
-        0..8 => Op::Snapshot(new_name(rng, model), file),
-        8..12 => Op::Switch(chosen(rng, model), file),
-        12..14 => Op::Leaf(chosen(rng, model)),
-        14 => Op::Top,
+        0..7 => Op::Snapshot(new_name(rng, model), file),
+        7..11 => Op::Switch(chosen(rng, model), file),
+        11..13 => Op::Leaf(chosen(rng, model)),
+        13..15 => Op::Top,
         15..17 => Op::Dissolve(chosen(rng, model)),
         17..19 => Op::Mark(chosen(rng, model), mark),
         _ => Op::Clone(chosen(rng, model), file),
     }
 }
 
-/// A disk as some tool may have left it: any of the two generations, a raw base or none, a tree
-/// with branches or a deep chain, a foreign top, one that something stands on, or one without a
-/// shot.
-fn start(rng: &mut Rng) -> String {
-    let deep = rng.one_in(50);
-    let count = if deep { 126 } else { rng.range(1, 7) };
-    let mut guids: Vec<String> = (0..count).map(|_| fresh(rng).to_string()).collect();
-    let parents: Vec<Option<usize>> = (0..count)
-        .map(|n| n.checked_sub(1 + if deep { 0 } else { rng.below(n.max(1)) }))
-        .map(|parent| parent.map(|parent| parent as usize))
-        .collect();
-    let foreign = rng.one_in(4);
-    // The last is a leaf.
-    let top = if rng.one_in(8) {
-        rng.below(count)
-    } else {
-        count - 1
-    } as usize;
-    if !foreign {
-        guids[top] = TOP.into();
-    } else if rng.one_in(4) && count > 1 {
-        guids[(top + 1) % count as usize] = TOP.into();
-    }
-    let implied = !foreign && top as u64 == count - 1 && count > 1 && rng.one_in(4);
-    let kind = rng.pick(&["Compressed", "Plain"]);
-    let mut case = |guid: &str| {
-        if rng.one_in(3) {
-            guid.to_uppercase()
-        } else {
-            guid.into()
-        }
-    };
-    let parent = |n: usize| parents[n].map_or(NONE, |parent| &guids[parent]);
-    let (mut images, mut shots) = (String::new(), String::new());
-    for (n, guid) in guids.iter().enumerate() {
-        let (guid, again) = (case(guid), case(guid));
-        let file = if n == 0 {
-            "a &amp; b.hdd".into()
-        } else {
-            format!("f{n}.{{x}}")
+/// A tree to begin with; the parent of number 0 is none.
+struct Tree {
+    guids: Vec<String>,
+    parents: Vec<usize>,
+    top: usize,
+    /// The top's shot is left out.
+    implied: bool,
+}
+
+impl Tree {
+    /// A tree with branches or a deep chain; its top is the standard one or foreign, and one that
+    /// something stands on now and then.
+    fn any(rng: &mut Rng) -> Self {
+        let deep = rng.one_in(50);
+        let count = if deep { 126 } else { rng.range(1, 7) as usize };
+        let below = |rng: &mut Rng, n: usize| match n {
+            0 => 0,
+            n if deep => n - 1,
+            n => rng.below(n as u64) as usize,
         };
-        images += &format!(
-            "      <Image>\n        <GUID>{guid}</GUID>\n        <Type>{kind}</Type>\n        \
-             <File>{file}</File>\n      </Image>\n"
-        );
-        if !implied || n != top {
-            shots += &format!(
-                "    <Shot>\n      <GUID>{again}</GUID>\n      \
-                 <ParentGUID>{}</ParentGUID>\n    </Shot>\n",
-                case(parent(n))
-            );
+        let mut tree = Self {
+            guids: (0..count).map(|_| fresh(rng).to_string()).collect(),
+            parents: (0..count).map(|n| below(rng, n)).collect(),
+            top: count - 1,
+            implied: false,
+        };
+        if rng.one_in(8) {
+            tree.top = rng.below(count as u64) as usize;
+        }
+        if !rng.one_in(4) {
+            tree.guids[tree.top] = TOP.into();
+            tree.implied = count > 1 && tree.top == count - 1 && rng.one_in(4);
+        } else if rng.one_in(4) && count > 1 {
+            tree.guids[(tree.top + 1) % count] = TOP.into();
+        }
+        tree
+    }
+
+    fn parent(&self, n: usize) -> &str {
+        match n {
+            0 => NONE,
+            n => &self.guids[self.parents[n]],
         }
     }
-    let named = if implied { parent(top) } else { &guids[top] };
+
+    /// What `TopGUID` says.
+    fn named(&self) -> &str {
+        match self.implied {
+            true => self.parent(self.top),
+            false => &self.guids[self.top],
+        }
+    }
+
+    /// All images and all shots, as text.
+    fn write(&self, rng: &mut Rng) -> (String, String) {
+        let kind = *rng.pick(&["Compressed", "Plain"]);
+        let (mut images, mut shots) = (String::new(), String::new());
+        for (n, guid) in self.guids.iter().enumerate() {
+            let mut case = |guid: &str| match rng.one_in(3) {
+                true => guid.to_uppercase(),
+                false => guid.to_string(),
+            };
+            let (one, two, parent) = (case(guid), case(guid), case(self.parent(n)));
+            images += &format!(
+                "      <Image>\n        <GUID>{one}</GUID>\n        <Type>{kind}</Type>\n        \
+                 <File>a &amp; b.{{{n}}}</File>\n      </Image>\n"
+            );
+            if !self.implied || n != self.top {
+                shots += &format!(
+                    "    <Shot>\n      <GUID>{two}</GUID>\n      \
+                     <ParentGUID>{parent}</ParentGUID>\n    </Shot>\n"
+                );
+            }
+        }
+        (images, shots)
+    }
+}
+
+/// A disk as some tool of either generation may have left it.
+fn start(rng: &mut Rng) -> String {
+    let tree = Tree::any(rng);
+    let ((images, shots), named) = (tree.write(rng), tree.named());
+    let volume = "    <Volume>\n      <ReadOnly>0</ReadOnly>\n    </Volume>\n";
     let (root, volume) = *rng.pick(&[
         ("Parallels_disk_image", ""),
         ("Virtuozzo_disk_image", ""),
-        (
-            "Virtuozzo_disk_image",
-            "    <Volume>\n      <ReadOnly>0</ReadOnly>\n    </Volume>\n",
-        ),
+        ("Virtuozzo_disk_image", volume),
     ]);
     let text = format!(
         "<?xml version=\"1.0\"?>\n<{root} Version=\"1.0\">\n  <Disk_Parameters>\n    \
@@ -276,9 +302,8 @@ fn start(rng: &mut Rng) -> String {
          </{root}>\n"
     );
     // Some tools write no white space at all.
-    if rng.one_in(4) {
-        text.lines().map(str::trim).collect()
-    } else {
-        text
+    match rng.one_in(4) {
+        true => text.lines().map(str::trim).collect(),
+        false => text,
     }
 }

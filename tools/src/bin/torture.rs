@@ -4,7 +4,7 @@
 //! was done. Exits with 1 when a promise was broken or a planted bug was missed.
 
 use clap::{Parser, Subcommand};
-use ploop::testkit::{Engine, Report, crash, death, faults, models, mutate};
+use ploop::testkit::{Engine, Report, crash, death, faults, models, mutate, switches};
 use ploop_formats::planted::Bug;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -28,6 +28,8 @@ enum Campaign {
     Model(Effort),
     /// The n-th operation fails, for every n.
     Faults(Effort),
+    /// The disk gets layer upon layer while its guest writes, and the power goes or the process dies.
+    Switch(Effort),
     /// Every planted bug and broken barrier must be caught.
     Mutate(Effort),
 }
@@ -116,6 +118,7 @@ fn main() -> ExitCode {
         Campaign::WorkerDeath(effort) => timed(death::campaign::<Engine>, effort),
         Campaign::Model(effort) => timed(models::campaign::<Engine>, effort),
         Campaign::Faults(effort) => timed(faults::campaign::<Engine>, effort),
+        Campaign::Switch(effort) => timed(switches::campaign::<Engine>, effort),
         Campaign::Mutate(effort) => power(effort),
     };
     if good {

@@ -116,6 +116,11 @@ impl Disk {
         self.rules
     }
 
+    /// Sets whether any change is a broken promise.
+    pub fn seal(&mut self, sealed: bool) {
+        self.rules.sealed = sealed;
+    }
+
     /// Changes that are not durable yet, oldest first.
     pub fn records(&self) -> &[Record] {
         &self.records
