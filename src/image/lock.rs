@@ -47,7 +47,10 @@ impl DiskLocks {
         let chain = Chain::read(&dir, source)?;
         let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
         let (disk, base) = match source {
-            Source::Bundle => (Some(lock::lock_disk(&dir, base, Instant::now() + MOMENT)?), None),
+            Source::Bundle => (
+                Some(lock::lock_disk(&dir, base, Instant::now() + MOMENT)?),
+                None,
+            ),
             Source::Bare { .. } => {
                 lock::range(&base, lock::PLOOP_MOUNTED, Hold::Shared)?;
                 (None, Some(base))
