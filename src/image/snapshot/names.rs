@@ -67,7 +67,8 @@ impl Names {
         all.retain(|uuid, _| disk.shot(*uuid).is_some() && *uuid != disk.top());
         all.insert(uuid, name.to_string());
         let all: BTreeMap<String, String> = all.into_iter().map(|(u, n)| (u.bare(), n)).collect();
-        let text = serde_json::to_vec_pretty(&all).map_err(|e| Error::invalid(e.to_string()))?;
+        let mut text = serde_json::to_vec_pretty(&all).map_err(std::io::Error::from)?;
+        text.push(b'\n');
         folder.remove(ASIDE).await?;
         folder::save(folder, ASIDE, &text).await?;
         folder.rename(ASIDE, FILE).await?;

@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<Answer> {
     let point = since.as_deref().unwrap_or("the disk was made");
     Ok(Answer::new(
         format!(
-            "switched to {}; given up: {} that were written since {point}",
+            "switched to {}; given up: what was written since {point} ({} on the host)",
             args.uuid.bare(),
             size::show(lost)
         ),
