@@ -45,7 +45,13 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let running = attached::find(&source)?;
     let (target, uuid) = match &running {
         None => (resolve(&source)?, uuid),
-        Some(running) => (running.target.clone(), Some(frozen(running, uuid)?)),
+        Some(running) => {
+            let mut meter = Meter::new(global.progress, &cancel);
+            (
+                running.target.clone(),
+                Some(frozen(running, uuid, &mut meter)?),
+            )
+        }
     };
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;
@@ -138,12 +144,15 @@ async fn clone_of(from: &DirFolder, disk: &Descriptor, uuid: Guid, site: &mut Si
 }
 
 /// The snapshot of an attached disk that is meant: that of this moment where none is named.
-fn frozen(running: &Running, uuid: Option<Guid>) -> Result<Guid> {
+fn frozen(running: &Running, uuid: Option<Guid>, meter: &mut Meter<'_>) -> Result<Guid> {
     if let Some(uuid) = uuid {
         return Ok(uuid);
     }
     let uuid = random_guid();
-    running.freeze(uuid).map(|_| uuid)
+    running.freeze(uuid)?;
+    // What is temporary cannot be shared, and can go now that no running top stands on it.
+    running.remove_temporaries(meter)?;
+    Ok(uuid)
 }
 
 /// The disk as it is now, as a snapshot, and whether that was made for it.
