@@ -8,7 +8,7 @@
 use crate::counters::Watched;
 use crate::rundir::{Departure, State};
 use crate::serve::supervise::control::{
-    Answer, Ask, BACKLOG_MAX, Figures, Greeting, PROTO, Request, SOCKET,
+    Answer, Ask, BACKLOG_MAX, Far, Figures, Greeting, PROTO, Request, SOCKET,
 };
 use ploop_formats::{Error, Kind, Result};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 
 /// How long a keeper may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to freeze a disk.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(600);
 /// Keepers asked at once: each costs a descriptor, of which there are 1024 by default.
 const TOGETHER: usize = 256;
 /// How long a keeper that hung up may take to be gone.
@@ -48,6 +50,15 @@ pub struct Remote {
     /// When an answer is late; `None` waits for ever.
     due: Option<Instant>,
     next: u64,
+}
+
+/// What an answer to request `id` says.
+fn answered(answer: Answer, id: u64) -> Result<Value> {
+    match (answer.error, answer.result) {
+        (Some(failure), _) => Err(failure.into()),
+        (None, Some(result)) if answer.id == id => Ok(result),
+        _ => Err(Error::new(Kind::Io, "control socket: an answer to nothing")),
+    }
 }
 
 impl Remote {
@@ -110,6 +121,33 @@ impl Remote {
         self.ask(Ask::Stat).and_then(|v| parse(v, "figures"))
     }
 
+    /// Freezes the top under a GUID, or a random one; what came of it. A busy disk may take a while
+    /// to make durable what it holds.
+    pub fn snapshot(&mut self, uuid: Option<String>) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let id = self.tell(Ask::Snapshot { uuid })?;
+        self.answer(id)
+    }
+
+    /// Takes a frozen point away, and tells how far that is; what came of it. An error of `far` ends
+    /// it.
+    pub fn remove(
+        &mut self,
+        uuid: String,
+        rate: Option<u64>,
+        far: &mut dyn FnMut(Far) -> Result<()>,
+    ) -> Result<Value> {
+        let id = self.tell(Ask::Remove { uuid, rate })?;
+        loop {
+            self.due = Some(Instant::now() + FREEZE_PATIENCE);
+            let answer: Answer = self.hear()?;
+            match answer.progress {
+                Some(progress) => far(progress)?,
+                None => return answered(answer, id),
+            }
+        }
+    }
+
     /// The counters, to be watched without asking again. `Invalid` or `Unsupported` when the
     /// keeper is of a release that does not pass them, or counts otherwise.
     pub fn watch(&mut self) -> Result<Watched> {
@@ -168,12 +206,7 @@ impl Remote {
     }
 
     fn answer(&mut self, id: u64) -> Result<Value> {
-        let answer: Answer = self.hear()?;
-        match (answer.error, answer.result) {
-            (Some(failure), _) => Err(failure.into()),
-            (None, Some(result)) if answer.id == id => Ok(result),
-            _ => Err(Error::new(Kind::Io, "control socket: an answer to nothing")),
-        }
+        answered(self.hear()?, id)
     }
 
     /// The next line.
@@ -266,7 +299,7 @@ fn ask_some<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec
     let due = Instant::now() + patience;
     let tell = |run: &P| {
         let mut remote = Remote::dial(run.as_ref(), due)?;
-        let ids = asks.iter().map(|ask| remote.tell(*ask));
+        let ids = asks.iter().map(|ask| remote.tell(ask.clone()));
         let ids = ids.collect::<Result<_>>()?;
         Ok(Asked { remote, ids })
     };

@@ -8,8 +8,8 @@
 //! executor uses, and a narrowed thread makes no new one.
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetStatus, Scope,
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, PathBeneath, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use ploop_formats::{Error, Kind, Result};
 use seccompiler::{
@@ -17,7 +17,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 /// What may be done with the files of the one directory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,19 @@ pub enum Files {
     Read,
     /// They are read, written, made and removed.
     Write,
+    /// They are given other names and modes besides.
+    Change,
+    /// Of them nothing but empty directories that are removed.
+    Directories,
+}
+
+/// A directory and what may be done in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Place<'a> {
+    /// It, open.
+    pub dir: BorrowedFd<'a>,
+    /// What for.
+    pub files: Files,
 }
 
 /// The newest Landlock that is asked for; an older kernel does what it can.
@@ -55,6 +68,8 @@ const SERVING: &[libc::c_long] = &[
     libc::SYS_fdatasync,
     libc::SYS_fstat,
     libc::SYS_fstatfs,
+    libc::SYS_statx,
+    libc::SYS_flock,
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
     libc::SYS_lseek,
@@ -90,8 +105,6 @@ const STARTING: &[libc::c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
     libc::SYS_newfstatat,
-    libc::SYS_statx,
-    libc::SYS_flock,
     libc::SYS_fadvise64,
     libc::SYS_unlinkat,
     libc::SYS_fsync,
@@ -107,15 +120,37 @@ const STARTING: &[libc::c_long] = &[
     libc::SYS_seccomp,
 ];
 
+/// What a change of a disk's tree needs besides.
+const CHANGING: &[libc::c_long] = &[
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rename,
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_linkat,
+    libc::SYS_fchmod,
+];
+
 /// Confines this thread and all that it starts from now on: of all files only those beneath `dir`
 /// can be opened.
 ///
 /// Says what this kernel could not enforce. `Unsupported` when it enforces nothing at all.
 pub fn enter(dir: impl AsFd, files: Files) -> Result<Option<String>> {
+    enter_all(&[Place {
+        dir: dir.as_fd(),
+        files,
+    }])
+}
+
+/// The same for several directories.
+pub fn enter_all(places: &[Place<'_>]) -> Result<Option<String>> {
     rustix::thread::set_no_new_privs(true)
         .map_err(|e| Error::from(std::io::Error::from(e)).at("the sandbox"))?;
-    let landlock = confine_files(dir, files);
-    let seccomp = filter(&[SERVING, STARTING]);
+    let landlock = confine_files(places);
+    let seccomp = match places.iter().any(|place| place.files == Files::Change) {
+        true => filter(&[SERVING, STARTING, CHANGING]),
+        false => filter(&[SERVING, STARTING]),
+    };
     match (landlock, seccomp) {
         (Err(a), Err(b)) => Err(Error::new(
             Kind::Unsupported,
@@ -131,9 +166,9 @@ pub fn narrow() -> Result<()> {
     filter(&[SERVING]).map_err(|e| Error::new(Kind::Unsupported, format!("the sandbox: {e}")))
 }
 
-/// Says what the kernel's Landlock does not know.
-fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<Option<String>, String> {
-    let within = match files {
+/// What Landlock leaves of a directory.
+fn within(files: Files) -> BitFlags<AccessFs> {
+    match files {
         Files::Read => AccessFs::ReadFile | AccessFs::ReadDir,
         Files::Write => {
             AccessFs::from_read(LANDLOCK) & !AccessFs::Execute
@@ -142,15 +177,25 @@ fn confine_files(dir: impl AsFd, files: Files) -> std::result::Result<Option<Str
                 | AccessFs::MakeReg
                 | AccessFs::RemoveFile
         }
-    };
+        Files::Change => within(Files::Write) | AccessFs::Refer,
+        Files::Directories => AccessFs::RemoveDir.into(),
+    }
+}
+
+/// Says what the kernel's Landlock does not know.
+fn confine_files(places: &[Place<'_>]) -> std::result::Result<Option<String>, String> {
     let confined = || {
+        let rules = places
+            .iter()
+            .map(|place| PathBeneath::new(place.dir, within(place.files)))
+            .map(Ok::<_, landlock::RulesetError>);
         Ruleset::default()
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::from_all(LANDLOCK))?
             .handle_access(AccessNet::from_all(LANDLOCK))?
             .scope(Scope::from_all(LANDLOCK))?
             .create()?
-            .add_rule(PathBeneath::new(dir, within))?
+            .add_rules(rules)?
             .restrict_self()
     };
     let status = confined().map_err(|e: landlock::RulesetError| format!("Landlock: {e}"))?;

@@ -12,6 +12,7 @@ use common::attach::{
     kill,
 };
 use common::files::{assert_tree, copy_system_tree, space_of};
+use common::load::{SetOnDrop, verified_load};
 use common::process::{eventually, fails, ok, ok_within};
 use common::programs::{ploopctl, tool};
 use common::serve::Disk;
@@ -97,30 +98,6 @@ fn btrfs_holds_a_real_tree_and_gives_space_back() {
     );
 }
 
-/// fio writes fresh files and verifies them; trims and removals go on beside it; flushes are few.
-fn verified_load(folder: &Path, round: u64) {
-    let file = folder.join(format!("load-{}", round % 4));
-    let _ = fs::remove_file(&file);
-    let mut fio = tool("fio");
-    fio.args([
-        "--name=load",
-        "--rw=randwrite",
-        "--bs=4k",
-        "--size=24M",
-        "--direct=1",
-    ]);
-    fio.args([
-        "--ioengine=libaio",
-        "--iodepth=16",
-        "--verify=crc32c",
-        "--verify_fatal=1",
-    ]);
-    fio.args(["--fallocate=none", "--fsync=1000", "--output-format=terse"]);
-    fio.arg(format!("--filename={}", file.display()))
-        .arg(format!("--randseed={round}"));
-    ok_within(&mut fio, PATIENCE);
-}
-
 #[test]
 fn workers_killed_under_load_cost_a_pause_and_nothing_else() {
     let test = "workers_killed_under_load_cost_a_pause_and_nothing_else";
@@ -168,15 +145,6 @@ fn workers_killed_under_load_cost_a_pause_and_nothing_else() {
     let complaints = kernel_complaints(&attached.device, &mark);
     attached.detach();
     assert_eq!(complaints, [""; 0], "the kernel's log");
-}
-
-/// Ends the other threads of a test when one of them ends, also by a panic.
-struct SetOnDrop<'a>(&'a AtomicBool);
-
-impl Drop for SetOnDrop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 #[test]

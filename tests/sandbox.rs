@@ -12,13 +12,14 @@ use common::process::eventually;
 use common::serve::Disk;
 use ploop::device::{Device, GuestExtent, Zero};
 use ploop::io::exec::{self, Engine};
-use ploop::sandbox::{self, Files};
+use ploop::sandbox::{self, Files, Place};
 use ploop::serve::nbd::{Options, Server};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType};
 use std::fs::{self, File};
 use std::io;
 use std::net::{Ipv4Addr, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -186,6 +187,58 @@ fn a_process_that_only_reads_cannot_write_its_own_files() {
         number(open_own(folder.path()))
     });
     assert!(opened.is_none_or(refused));
+}
+
+#[test]
+fn a_process_that_changes_two_disks_reaches_those_and_nothing_else() {
+    let [one, two, other] = [folder(), folder(), folder()];
+    let parent = two.path().parent().unwrap();
+    let open = |path: &Path| File::open(path).unwrap();
+    let (first, second, above) = (open(one.path()), open(two.path()), open(parent));
+    let places = [
+        (first.as_fd(), Files::Change),
+        (second.as_fd(), Files::Change),
+        (above.as_fd(), Files::Directories),
+    ];
+    let places = places.map(|(dir, files)| Place { dir, files });
+    let outcome = thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            match sandbox::enter_all(&places) {
+                Ok(None) => {}
+                Ok(Some(missing)) => return Err(missing),
+                Err(e) => return Err(e.to_string()),
+            }
+            let link = |to: &TempDir| {
+                let done = rustix::fs::linkat(
+                    &first,
+                    "own",
+                    rustix::fs::CWD,
+                    to.path().join("linked"),
+                    rustix::fs::AtFlags::empty(),
+                );
+                number(done.map_err(io::Error::from))
+            };
+            let rename =
+                |to: &TempDir| number(fs::rename(one.path().join("own"), to.path().join("moved")));
+            // Landlock says of a place where one may not that it is on another file system.
+            let elsewhere =
+                |number| refused(number) || i32::from(number) == Errno::XDEV.raw_os_error();
+            assert!(elsewhere(link(&other)) && elsewhere(rename(&other)));
+            assert_eq!((link(&two), rename(&one)), (0, 0));
+            for (what, probe) in NEVER {
+                let number = number(probe(one.path()));
+                assert!(refused(number), "{what}: {number}");
+            }
+            Ok(())
+        });
+        thread.join().unwrap()
+    });
+    if let Err(missing) = outcome {
+        common::skip("the sandbox", &missing);
+        return;
+    }
+    assert!(two.path().join("linked").exists() && other.path().join("own").exists());
+    assert!(!other.path().join("moved").exists() && !other.path().join("linked").exists());
 }
 
 #[test]

@@ -53,7 +53,8 @@ impl Chain {
         match source {
             Source::Bundle => {
                 let descriptor = read_descriptor(&dir)?;
-                Self::of(descriptor).map_err(|e| e.at(DESCRIPTOR))
+                let top = descriptor.top();
+                Self::of(descriptor, top).map_err(|e| e.at(DESCRIPTOR))
             }
             Source::Bare { name, format } => {
                 refuse_member(&dir, name)?;
@@ -72,9 +73,10 @@ impl Chain {
         }
     }
 
-    fn of(descriptor: Descriptor) -> Result<Self> {
+    /// The files that make up the content of a shot; it is the top of this chain.
+    pub fn of(descriptor: Descriptor, shot: Guid) -> Result<Self> {
         let mut layers = Vec::new();
-        for image in descriptor.chain(descriptor.top())? {
+        for image in descriptor.chain(shot)? {
             policy::allow(&image.file)?;
             let format = match image.format {
                 LayerFormat::Ploop => Format::Ploop,

@@ -11,9 +11,12 @@ use super::change::{self, new_delta};
 use super::members::ASIDE;
 use super::snapshot::layers;
 use super::target::DESCRIPTOR;
+use crate::stack::AnyLayer;
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::folder::{self, Folder};
 use ploop_formats::guid::Guid;
+use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::ploop::header::IN_USE;
 use ploop_formats::{Error, Kind, Result};
 
 /// Makes a disk in `to`, an empty folder of the same file system, over snapshot `uuid` of `from`.
@@ -34,6 +37,34 @@ pub async fn clone<F: Folder>(from: &F, uuid: Guid, to: &F, random: Guid) -> Res
     to.rename(ASIDE, DESCRIPTOR).await?;
     to.sync().await?;
     Ok(disk)
+}
+
+/// The files that a clone of snapshot `uuid` gets, when it is made with the same `random`.
+pub fn files(source: &Descriptor, uuid: Guid, random: Guid) -> Result<Vec<String>> {
+    let chain = source.chain(uuid)?.into_iter();
+    let files = chain.map(|image| image.file);
+    Ok(files.chain([source.new_file_name(random)]).collect())
+}
+
+/// The snapshot that is the disk as it is now: the top was closed, holds nothing and stands on one.
+pub async fn as_it_is<F: Folder>(folder: &F, disk: &Descriptor) -> Result<Option<Guid>> {
+    let top = layers::image(disk, disk.top())?;
+    let parent = disk.shot(top.guid).map(|shot| shot.parent);
+    let Some(parent) = parent.filter(|parent| !parent.is_none()) else {
+        return Ok(None);
+    };
+    let layer = layers::open_read(folder, disk, &top).await?;
+    if matches!(&layer, AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE) {
+        return Ok(None);
+    }
+    let (size, mut at) = (layer.geometry().size, 0);
+    while at < size {
+        match layer.map(at, size - at).await? {
+            Extent::Absent { len } => at += len,
+            _ => return Ok(None),
+        }
+    }
+    Ok(Some(parent))
 }
 
 fn explain(e: Error, file: &str) -> Error {

@@ -9,6 +9,7 @@
 use super::chain::read_descriptor_at;
 use super::lock::{Access, DiskLocks};
 use super::members::{self, DELETED, Member, Members};
+use super::snapshot::names;
 use super::target::{DESCRIPTOR, Source, Target};
 use crate::io::beneath::{self, Access as Open};
 use crate::io::lock::{self, DISK_LOCK, Held, Hold};
@@ -101,7 +102,7 @@ fn bundle(path: &Path) -> Result<Deleted> {
         remove(&dir, draft)?;
     }
     sync(&dir)?;
-    for name in [DISK_LOCK, DELETED] {
+    for name in [names::FILE, DISK_LOCK, DELETED] {
         remove(&dir, OsStr::new(name))?;
     }
     remove_directory(path, &dir)?;

@@ -9,9 +9,12 @@ use super::target::Source;
 use crate::io::beneath::{self, Access as Open};
 use crate::io::lock::{self, DISK_LOCK, Held, Hold};
 use ploop_formats::{Error, Kind, Result};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long the lock of a disk may take: what a keeper that died was changing in it is being undone.
+const MOMENT: Duration = Duration::from_secs(1);
 
 /// What the disk is opened for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,13 +29,13 @@ pub enum Access {
 #[derive(Debug)]
 pub struct DiskLocks {
     _directory: Option<OwnedFd>,
-    _disk: Option<lock::DiskLock>,
+    disk: Option<lock::DiskLock>,
     _base: Option<OwnedFd>,
     top: Held,
 }
 
 impl DiskLocks {
-    /// Takes every lock, or says `Busy` and whose lock is in the way. Never waits.
+    /// Takes every lock, or says `Busy` and whose lock is in the way. Waits for a moment at most.
     pub fn take(dir: impl AsFd, source: &Source, access: Access) -> Result<Self> {
         match access {
             Access::Read => Self::to_read(dir, source),
@@ -44,7 +47,10 @@ impl DiskLocks {
         let chain = Chain::read(&dir, source)?;
         let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
         let (disk, base) = match source {
-            Source::Bundle => (Some(lock::lock_disk(&dir, base, Instant::now())?), None),
+            Source::Bundle => (
+                Some(lock::lock_disk(&dir, base, Instant::now() + MOMENT)?),
+                None,
+            ),
             Source::Bare { .. } => {
                 lock::range(&base, lock::PLOOP_MOUNTED, Hold::Shared)?;
                 (None, Some(base))
@@ -56,7 +62,7 @@ impl DiskLocks {
         let top = lock::own_top(top)?;
         Ok(Self {
             _directory: None,
-            _disk: disk,
+            disk,
             _base: base,
             top,
         })
@@ -65,6 +71,22 @@ impl DiskLocks {
     /// The top, on a description of its own, opened before anything of it was written.
     pub fn top(&self) -> impl AsFd + '_ {
         &self.top
+    }
+
+    /// What keeps other commands off a disk that is a directory: it is locked as long as anybody has
+    /// this description.
+    pub fn disk(&self) -> Option<BorrowedFd<'_>> {
+        self.disk.as_ref().map(|disk| disk.descriptor.as_fd())
+    }
+
+    /// Locks a delta that is to be the top, which nobody knows yet.
+    pub fn lock_next(dir: impl AsFd, name: &str) -> Result<Held> {
+        lock::own_top(beneath::open_file(&dir, Path::new(name), Open::Write)?)
+    }
+
+    /// From now on this is the top.
+    pub fn set_top(&mut self, top: Held) {
+        self.top = top;
     }
 
     fn to_read(dir: impl AsFd, source: &Source) -> Result<Self> {
@@ -79,7 +101,7 @@ impl DiskLocks {
         let top = lock::share_top(top)?;
         Ok(Self {
             _directory: directory,
-            _disk: None,
+            disk: None,
             _base: Some(base),
             top,
         })

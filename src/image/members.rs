@@ -2,8 +2,12 @@
 //!
 //! Looks at names and never through a link. What it does not know is foreign, and stays.
 
-use super::chain::read_descriptor;
+use super::chain::{read_descriptor, read_descriptor_at};
+use super::change::{self, LAST, NEXT};
+use super::snapshot::names;
 use super::target::DESCRIPTOR;
+use crate::io::exec::{self, Engine};
+use crate::io::folder::DirFolder;
 use crate::io::lock::{self, DISK_LOCK};
 use crate::policy;
 use ploop_formats::descriptor::Descriptor;
@@ -38,7 +42,8 @@ pub struct Member {
 pub struct Members {
     /// The layers that the descriptor names and that are there, in its order.
     pub layers: Vec<Member>,
-    /// What an interrupted command of ours left; worth nothing.
+    /// What an interrupted command of ours left; worth nothing. Files come before the record of
+    /// a change that knows them.
     pub drafts: Vec<OsString>,
     /// Everything that no descriptor names.
     pub foreign: Vec<OsString>,
@@ -52,30 +57,58 @@ impl Members {
             policy::allow(&image.file)?;
             found.layers.extend(layer(&dir, OsStr::new(&image.file))?);
         }
+        let changed = changed(&dir, descriptor);
         for name in names(&dir)? {
-            let known = [DESCRIPTOR, DELETED, DISK_LOCK];
+            let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE];
             let own = known.iter().any(|k| name == OsStr::new(k))
                 || found.layers.iter().any(|l| l.name == name);
             if own {
                 continue;
             }
-            match name == OsStr::new(ASIDE) {
+            let aside = [ASIDE, names::ASIDE].iter().any(|k| name == OsStr::new(k));
+            match aside || is_record(&name) || changed.contains(&name) {
                 true => found.drafts.push(name),
                 false => found.foreign.push(name),
             }
         }
         found.foreign.sort();
+        found.drafts.sort_by_key(|name| is_record(name));
         Ok(found)
     }
+}
+
+/// Whether a file of this name says which files an interrupted change leaves.
+fn is_record(name: &OsStr) -> bool {
+    [NEXT, LAST].iter().any(|record| name == OsStr::new(record))
+}
+
+/// Files that an interrupted change made, or was about to remove.
+fn changed(dir: impl AsFd, descriptor: &Descriptor) -> Vec<OsString> {
+    let records = [NEXT, LAST].into_iter();
+    let records = records.filter_map(|record| read_descriptor_at(&dir, record).ok());
+    let files = records.flat_map(|record| {
+        let gone = record
+            .files_not_in(descriptor)
+            .filter(|f| policy::allow(f).is_ok());
+        gone.map(OsString::from).collect::<Vec<_>>()
+    });
+    files.collect()
 }
 
 /// Removes the drafts of a disk that nobody works on, and says which; `Busy` when somebody does.
 pub fn remove_drafts(dir: impl AsFd) -> Result<Vec<OsString>> {
     let _disk = lock::lock_descriptor(&dir, Instant::now())?;
     let drafts = Members::of(&dir, &read_descriptor(&dir)?)?.drafts;
+    if drafts.iter().any(|name| is_record(name)) {
+        let folder = DirFolder::new(dir.as_fd().try_clone_to_owned()?);
+        exec::run(Engine::Poll, change::settle(&folder))??;
+    }
     for name in &drafts {
-        let place = |e| Error::from(io::Error::from(e)).at(Path::new(name).display());
-        unlinkat(&dir, name, AtFlags::empty()).map_err(place)?;
+        match unlinkat(&dir, name, AtFlags::empty()) {
+            // A change that was settled takes its own along.
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(Error::from(io::Error::from(e)).at(Path::new(name).display())),
+        }
     }
     Ok(drafts)
 }

@@ -8,6 +8,7 @@
 
 pub mod attach;
 pub mod files;
+pub mod load;
 pub mod nbd;
 pub mod process;
 pub mod programs;

@@ -13,6 +13,7 @@ mod global;
 mod holders;
 mod meter;
 mod nbd;
+mod rate;
 mod report;
 mod screen;
 mod settings;

@@ -32,6 +32,9 @@ struct Cli {
     /// Attach or detach a block device for a keeper
     #[arg(long, value_name = "JSON", hide = true, group = "what")]
     errand: Option<String>,
+    /// Change the disk's directory for a keeper that waits on descriptor 3
+    #[arg(long, value_name = "JSON", hide = true, group = "what")]
+    change: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -50,6 +53,10 @@ fn main() -> ExitCode {
         Cli {
             errand: Some(task), ..
         } => errand(&task),
+        Cli {
+            change: Some(wanted),
+            ..
+        } => change(&wanted),
         Cli {
             config: Some(config),
             ..
@@ -175,6 +182,13 @@ fn worker(captured: bool) -> ExitCode {
             tracing::error!("{e}");
             ExitCode::from(e.kind().exit_code())
         }
+    }
+}
+
+fn change(wanted: &str) -> ExitCode {
+    match supervise::run_changer(wanted) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => report::error(&e, Output::Text),
     }
 }
 

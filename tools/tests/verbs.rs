@@ -547,9 +547,15 @@ fn an_adoption_that_fails_half_way_gives_the_image_back() {
     assert!(!dir.exists());
 }
 
-/// The verbs that `--help` shows.
+/// The verbs that `--help` shows, and those beneath `snapshot`.
 fn verbs() -> Vec<String> {
-    let help = ok(&["--help"]);
+    let beneath = shown(&["snapshot", "--help"]).into_iter();
+    let beneath = beneath.map(|verb| format!("snapshot {verb}"));
+    shown(&["--help"]).into_iter().chain(beneath).collect()
+}
+
+fn shown(help: &[&str]) -> Vec<String> {
+    let help = ok(help);
     let commands = help.lines().skip_while(|l| *l != "Commands:").skip(1);
     let verbs = commands.take_while(|l| !l.is_empty());
     let first = |line: &str| line.split_whitespace().next().map(str::to_string);
@@ -565,7 +571,7 @@ fn every_verb_has_a_man_page_with_an_example() {
     let verbs = verbs();
     assert!(verbs.len() >= 12, "{verbs:?}");
     for verb in &verbs {
-        let page = fs::read_to_string(dir.join(format!("ploopctl-{verb}.1")));
+        let page = fs::read_to_string(dir.join(format!("ploopctl-{}.1", verb.replace(' ', "-"))));
         let page = page
             .unwrap_or_else(|e| panic!("{verb}: {e}"))
             .replace('\\', "");
@@ -585,7 +591,8 @@ fn every_verb_can_be_completed_in_every_shell() {
     for shell in ["bash", "zsh", "fish"] {
         let script = ok(&["generate", "completions", shell]);
         for verb in verbs() {
-            assert!(script.contains(&verb), "{shell}: {verb}");
+            let last = verb.split(' ').next_back().expect("a word");
+            assert!(script.contains(last), "{shell}: {verb}");
         }
     }
     fails(2, &["generate", "completions", "tcsh"]);

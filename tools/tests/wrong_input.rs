@@ -140,6 +140,25 @@ const USAGE: &[Case] = &[
     ("top -n 0", 2, &["0"]),
     ("top -d 0", 2, &["0.1 to 3600 seconds"]),
     ("generate completions tcsh", 2, &["bash"]),
+    (
+        "snapshot good",
+        2,
+        &["create, list, delete, merge, switch, diff"],
+    ),
+    ("snapshot delete good", 2, &["<UUID>"]),
+    (
+        "snapshot switch good first",
+        2,
+        &["\"first\" is not a GUID"],
+    ),
+    ("snapshot create good --uuid 1", 2, &["is not a GUID"]),
+    (
+        "snapshot merge good 00000000-1111-4222-8333-444444444444 --rate 0",
+        2,
+        &["nothing would ever be copied"],
+    ),
+    ("snapshot diff good top", 2, &["<B>"]),
+    ("clone good", 2, &["<DST>"]),
 ];
 
 const MISSING: &[Case] = &[
@@ -184,6 +203,20 @@ const MISSING: &[Case] = &[
     ("stat good", 11, &["no attached disk"]),
     ("events good", 11, &["no attached disk"]),
     ("recover good", 11, &["no attached disk"]),
+    ("snapshot create nothing", 11, &["nothing: No such file"]),
+    ("snapshot list empty", 11, &["so this is not a disk"]),
+    (
+        "snapshot delete good 00000000-1111-4222-8333-444444444444",
+        11,
+        &["good: there is no snapshot 00000000-1111-4222-8333-444444444444"],
+    ),
+    ("clone nothing new", 11, &["nothing: No such file"]),
+    (
+        "clone good@00000000-1111-4222-8333-444444444444 new",
+        11,
+        &["there is no snapshot 00000000-1111-4222-8333-444444444444"],
+    ),
+    ("clone good no/such/new", 11, &["no/such/new: No such file"]),
 ];
 
 const REFUSED: &[Case] = &[
@@ -243,6 +276,32 @@ const REFUSED: &[Case] = &[
         &["badxml: DiskDescriptor.xml: line 1", "mend that file"],
     ),
     ("delete badxml", 6, &["badxml: DiskDescriptor.xml: line 1"]),
+    (
+        "snapshot create badxml",
+        6,
+        &["badxml: DiskDescriptor.xml: line 1"],
+    ),
+    (
+        "snapshot list x.raw",
+        7,
+        &["x.raw: a bare image", "ploopctl adopt"],
+    ),
+    (
+        "clone x.raw new",
+        7,
+        &["x.raw: a bare image", "ploopctl adopt"],
+    ),
+    ("clone good full", 1, &["full: not empty"]),
+    (
+        "clone good x.raw",
+        1,
+        &["x.raw: exists and is not a directory"],
+    ),
+    (
+        "snapshot switch good 5fbaabe3-6958-40ff-92a7-860e329aab41",
+        1,
+        &["is the top already"],
+    ),
 ];
 
 #[test]
@@ -318,6 +377,8 @@ fn who_mounts_what_cannot_be_mounted_is_told_why() {
         ("check good", 4, &["umount it first"]),
         ("map good", 4, &["umount it first"]),
         ("delete good", 4, &["umount it first"]),
+        ("snapshot create good", 4, &["attached", "umount it first"]),
+        ("clone good new", 4, &["attached", "umount it first"]),
         ("recover good", 1, &["has not failed"]),
     ];
     let wrong = judge(&place.dir(), cases, || Command::new(PLOOPCTL));
@@ -401,6 +462,11 @@ fn who_may_not_is_told_what_is_missing_and_what_works_without() {
         "check own/d",
         "info own/d",
         "map own/d",
+        "snapshot create own/d",
+        "snapshot list own/d",
+        "clone own/d own/c",
+        "snapshot merge own/c 5fbaabe3-6958-40ff-92a7-860e329aab41",
+        "delete own/c",
         "list",
         "delete own/d",
     ] {

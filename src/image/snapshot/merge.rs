@@ -30,32 +30,45 @@ pub async fn offline<F: Folder>(
     work: &mut copy::Work<'_>,
 ) -> Result<Descriptor> {
     let old = change::settle(folder).await?;
-    let new = old.dissolved(lower)?;
-    let below = layers::image(&old, lower)?;
-    let above = only_child(&old, lower)?;
-    refuse_shared(folder, &below.file).await?;
-    if above == old.top() {
+    if only_child(&old, lower)? == old.top() {
         layers::seal(folder, &old).await?;
     }
-    let child = layers::open_read(folder, &old, &layers::image(&old, above)?).await?;
-    let judged = layers::open_read(folder, &old, &below).await?;
+    Ok(prepare(folder, &old, lower, work).await?.commit().await?)
+}
+
+/// Steps 1 and 2, and all of step 3 but its commit. What stands on `lower` is closed. `old` is what
+/// [`change::settle`] gave.
+pub async fn prepare<'f, F: Folder>(
+    folder: &'f F,
+    old: &Descriptor,
+    lower: Guid,
+    work: &mut copy::Work<'_>,
+) -> Result<Change<'f, F>> {
+    let below = layers::image(old, lower)?;
+    let above = layers::image(old, only_child(old, lower)?)?;
+    refuse_shared(folder, &below.file).await?;
+    let child = layers::open_read(folder, old, &above).await?;
+    let judged = layers::open_read(folder, old, &below).await?;
     layers::refuse_unclosed(&judged, &below)?;
+    layers::refuse_unclosed(&child, &above)?;
     refuse_smaller(&judged, &child, &below)?;
-    let (old, new) = match old.shot(lower).and_then(|shot| shot.mark) {
-        Some(_) => (old, new),
+    drop(judged);
+    let marked = match old.shot(lower).and_then(|shot| shot.mark) {
+        Some(_) => old.clone(),
         None => {
             let marked = old.marked(lower, Some(Mark::Temporary))?;
-            let change = Change::announce(folder, &old, marked).await?;
-            let marked = change.commit().await?;
-            let new = marked.dissolved(lower)?;
-            (marked, new)
+            Change::announce(folder, old, marked)
+                .await?
+                .commit()
+                .await?
         }
     };
-    let target = open_target(folder, &old, &below).await?;
+    let new = marked.dissolved(lower)?;
+    let target = open_target(folder, &marked, &below).await?;
     copy::copy(&child, &target, work).await?;
     target.close().await.map_err(|e| e.at(&below.file))?;
     drop(target);
-    Ok(Change::announce(folder, &old, new).await?.commit().await?)
+    Change::announce(folder, &marked, new).await
 }
 
 /// The delta that stands on `lower`, if it is one.

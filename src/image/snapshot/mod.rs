@@ -3,11 +3,15 @@
 //! [`create`] freezes the top under a new one, [`switch`] goes back to a frozen point, [`remove`]
 //! takes one away, [`merge`] copies a delta into the one below it, which [`copy`] does. The order in
 //! which a change becomes true is in [`super::change`]. Nothing here knows who serves the disk: what
-//! has to be asked of whoever writes the top comes as a closure.
+//! has to be asked of whoever writes the top comes as a closure. [`listing`] shows the tree, [`names`]
+//! what people call its points, [`diff`] where two of them differ.
 
 pub mod copy;
 pub mod create;
+pub mod diff;
 pub mod layers;
+pub mod listing;
 pub mod merge;
+pub mod names;
 pub mod remove;
 pub mod switch;

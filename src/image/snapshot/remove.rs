@@ -56,6 +56,8 @@ async fn drop_top<F: Folder>(folder: &F, old: &Descriptor) -> Result<Removed> {
     let new = old.without_top()?;
     let parent = layers::image(&new, new.top())?;
     merge::refuse_shared(folder, &parent.file).await?;
+    // It may have been shared with a clone that is gone.
+    folder.set_shared(&parent.file, false).await?;
     Change::announce(folder, old, new).await?.commit().await?;
     Ok(Removed::Dropped)
 }

@@ -5,10 +5,11 @@
 //! its parent dies, and the end of the socket pair tells it the same.
 
 use super::message::{Event, Order, WorkerConfig};
+use super::packet;
 use command_fds::{CommandFdExt, FdMapping};
 use ploop_formats::{Error, Result};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -112,10 +113,16 @@ impl Worker {
     }
 
     fn send(&self, message: &impl serde::Serialize) -> Result<()> {
-        let text = serde_json::to_vec(message).map_err(io::Error::from)?;
-        let sent = rustix::net::send(&self.control, &text, SendFlags::NOSIGNAL);
-        sent.map_err(|e| Error::from(io::Error::from(e)).at("telling the worker"))?;
-        Ok(())
+        self.pass(message, &[])
+    }
+
+    fn pass(&self, message: &impl serde::Serialize, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        packet::send(&self.control, message, fds).map_err(|e| e.at("telling the worker"))
+    }
+
+    /// Gives it an order and what belongs to that.
+    pub fn order(&self, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.pass(order, fds)
     }
 
     /// Tells it, once, to close the image and go. A worker that is dead already is no error: its

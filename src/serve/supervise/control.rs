@@ -57,7 +57,7 @@ pub struct Request {
 }
 
 /// What can be asked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "method", rename_all = "lowercase")]
 pub enum Ask {
     /// What `list` shows.
@@ -73,6 +73,23 @@ pub enum Ask {
     Stop,
     /// Use a failed disk again; the answer only says that it is tried.
     Recover,
+    /// Freeze the top and go on with a new one. Answered when that is done, with `uuid` and
+    /// `stall_us`, the time that requests waited (null when it took a new worker).
+    Snapshot {
+        /// Its GUID; a random one when none is given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        uuid: Option<String>,
+    },
+    /// Take a frozen point away. Answered when that is done, with `uuid`, `outcome` and
+    /// `children`; before, answers that have `progress` and neither result nor error tell how far it
+    /// is. Who hangs up before ends it.
+    Remove {
+        /// Its GUID.
+        uuid: String,
+        /// Bytes a second to copy at most.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
 }
 
 /// An answer.
@@ -86,6 +103,18 @@ pub struct Answer {
     /// Why not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
+    /// How far it is: an answer of its own, before the one that ends it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Far>,
+}
+
+/// How far something is that takes time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Far {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes to do.
+    pub total: u64,
 }
 
 /// What `stat` is answered with.
@@ -116,6 +145,8 @@ pub(super) struct Control {
     control: UnixListener,
     metrics: UnixListener,
     clients: Vec<Client>,
+    /// Clients so far.
+    count: u64,
     /// What clients ordered since this was last taken.
     pub(super) orders: Orders,
 }
@@ -127,12 +158,25 @@ pub(crate) struct Orders {
     pub(super) stop: bool,
     /// Use it again although it failed.
     pub(super) recover: bool,
+    /// Freeze its top under this GUID, or a random one.
+    pub(super) snapshots: Vec<(Asker, Option<String>)>,
+    /// Take this point away, copying so many bytes a second at most.
+    pub(super) removals: Vec<(Asker, String, Option<u64>)>,
+}
+
+/// Whom an answer belongs to that takes time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Asker {
+    client: u64,
+    request: u64,
 }
 
 /// Somebody who is connected.
 #[derive(Debug)]
 pub(crate) struct Client {
     stream: UnixStream,
+    /// Tells it from others, for answers that take time.
+    number: u64,
     input: Vec<u8>,
     output: Vec<u8>,
     /// How far in `output` the answers begin that the counters' descriptor goes with.
@@ -150,6 +194,7 @@ impl Control {
             control: listen(&run.join(SOCKET))?,
             metrics: listen(&run.join(METRICS))?,
             clients: Vec::new(),
+            count: 0,
             orders: Orders::default(),
         })
     }
@@ -179,6 +224,8 @@ impl Control {
                 let Some(mut client) = Client::welcome(stream, speaks_http) else {
                     continue;
                 };
+                self.count += 1;
+                client.number = self.count;
                 if !client.turn(oracle, orders) {
                     continue;
                 }
@@ -188,6 +235,32 @@ impl Control {
                 self.clients.push(client);
             }
         }
+    }
+
+    /// Answers what was asked a while ago, if whoever asked is still there.
+    pub(super) fn answer(&mut self, asker: Asker, outcome: Result<Value>) {
+        let client = self.clients.iter_mut().find(|c| c.number == asker.client);
+        if let Some(client) = client {
+            match outcome {
+                Ok(result) => client.accept(asker.request, result),
+                Err(e) => client.refuse(asker.request, &e),
+            }
+        }
+    }
+
+    /// Tells who asked how far it is. Whether anybody is there to hear it.
+    pub(super) fn progress(&mut self, asker: Asker, far: Far) -> bool {
+        let client = self.clients.iter_mut().find(|c| c.number == asker.client);
+        let Some(client) = client else {
+            return false;
+        };
+        client.say(&json!(Answer {
+            id: asker.request,
+            result: None,
+            error: None,
+            progress: Some(far),
+        }));
+        true
     }
 
     /// Tells those who want to know, and hangs up on who does not listen.
@@ -227,6 +300,7 @@ impl Client {
         stream.set_nonblocking(true).ok()?;
         let mut client = Self {
             stream,
+            number: 0,
             input: Vec::new(),
             output: Vec::new(),
             passing: VecDeque::new(),
@@ -339,12 +413,30 @@ impl Client {
                 let error = Error::invalid("the disk has not failed");
                 return self.refuse(request.id, &error);
             }
+            Ask::Snapshot { uuid } => {
+                let asker = Asker {
+                    client: self.number,
+                    request: request.id,
+                };
+                return orders.snapshots.push((asker, uuid));
+            }
+            Ask::Remove { uuid, rate } => {
+                let asker = Asker {
+                    client: self.number,
+                    request: request.id,
+                };
+                return orders.removals.push((asker, uuid, rate));
+            }
         };
-        let (id, error) = (request.id, None);
+        self.accept(request.id, result);
+    }
+
+    fn accept(&mut self, id: u64, result: Value) {
         self.say(&json!(Answer {
             id,
             result: Some(result),
-            error,
+            error: None,
+            progress: None,
         }));
     }
 
@@ -353,6 +445,7 @@ impl Client {
             id,
             result: None,
             error: Some(Failure::from(error)),
+            progress: None,
         }));
     }
 

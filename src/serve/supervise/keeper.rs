@@ -6,7 +6,7 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
-use super::control::{Control, Figures, Oracle};
+use super::control::{Asker, Control, Far, Figures, Oracle};
 use super::errand::{Errand, Task};
 use super::host::{self, Footprint};
 use super::listen::Sockets;
@@ -15,6 +15,7 @@ use super::message::{
     Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, WorkerTls, kind_name,
 };
 use super::restart::Restarts;
+use super::snapshot::{self, Next, Place, Snapshot, Turn};
 use super::space::Space;
 use super::{inherit, leftover};
 use crate::counters::Counters;
@@ -87,6 +88,8 @@ struct Keeper {
     control: Control,
     worker: Option<Worker>,
     errand: Option<Errand>,
+    /// A snapshot under way, and who asked for it.
+    snapshot: Option<(Snapshot, Asker)>,
     restarts: Restarts,
     space: Space,
     health: Health,
@@ -96,6 +99,8 @@ struct Keeper {
     next_start: Option<Instant>,
     /// When to try to detach the device again.
     next_detach: Option<Instant>,
+    /// Format version of a delta that would stand on the top.
+    version: u8,
     /// A worker has served: from now on a death is survived.
     served: bool,
     stopping: bool,
@@ -155,6 +160,8 @@ struct Ready {
     spoke: bool,
     ended: bool,
     errand: bool,
+    changer: bool,
+    changed: bool,
     control: bool,
 }
 
@@ -199,12 +206,14 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         control,
         worker: None,
         errand: None,
+        snapshot: None,
         restarts: Restarts::default(),
         space: Space::default(),
         health: Health::Sound,
         unmended: Health::Sound,
         next_start: Some(Instant::now()),
         next_detach: None,
+        version: 2,
         served: false,
         stopping: false,
         settled: false,
@@ -455,12 +464,16 @@ impl Keeper {
             tv_nsec: (i64::from(d.subsec_micros()) + 1) * 1000 % 1_000_000_000,
         });
         let worker = self.worker.as_ref();
+        let snapshot = self.snapshot.as_ref();
+        let [changer, changed] = snapshot.map_or([None; 2], |(s, _)| s.polled());
         let sources = [
             Some(self.signals.as_fd()),
             worker.and_then(|w| w.output.as_ref()).map(AsFd::as_fd),
             worker.and_then(Worker::spoke),
             worker.map(Worker::ended),
             self.errand.as_ref().map(Errand::back),
+            changer,
+            changed,
         ];
         let own = sources.iter().flatten();
         let mut polled: Vec<PollFd<'_>> = own
@@ -472,7 +485,7 @@ impl Keeper {
             Err(e) => return Err(Error::from(io::Error::from(e)).at("poll")),
         }
         let mut hit = polled.iter().map(|p| !p.revents().is_empty());
-        let [signal, output, spoke, ended, errand] =
+        let [signal, output, spoke, ended, errand, changer, changed] =
             sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
         let control = hit.any(|hit| hit);
         Ok(Ready {
@@ -482,6 +495,8 @@ impl Keeper {
             spoke,
             ended,
             errand,
+            changer,
+            changed,
         })
     }
 
@@ -505,6 +520,9 @@ impl Keeper {
         if ready.errand {
             self.on_errand();
         }
+        if ready.changer || ready.changed {
+            self.on_changer(ready.changed);
+        }
         if ready.control {
             self.on_control();
         }
@@ -527,6 +545,116 @@ impl Keeper {
         if orders.recover {
             self.recover();
         }
+        for (asker, uuid) in orders.snapshots {
+            if let Err(e) = self.begin_snapshot(asker, uuid.as_deref()) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, uuid, rate) in orders.removals {
+            if let Err(e) = self.begin_removal(asker, &uuid, rate) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+    }
+
+    /// Refuses a change of the tree that cannot be begun now.
+    fn may_change(&self) -> Result<()> {
+        if self.snapshot.is_some() {
+            return Err(Error::new(Kind::Busy, "its snapshots are being changed"));
+        }
+        if self.config.read_only {
+            return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
+        }
+        if self.state.state != Phase::Serving || self.worker.is_none() || self.stopping {
+            let what = "only a disk that serves can be changed; try again, or see `ploopctl list`";
+            return Err(Error::new(Kind::Busy, what));
+        }
+        Ok(())
+    }
+
+    fn place(&self) -> Place<'_> {
+        Place {
+            dir: self.held.dir.as_fd(),
+            locks: &self.held.locks,
+            sandbox: self.config.sandbox,
+        }
+    }
+
+    fn begin_removal(&mut self, asker: Asker, uuid: &str, rate: Option<u64>) -> Result<()> {
+        let uuid = uuid.parse()?;
+        self.may_change()?;
+        let begun = Snapshot::begin_removal(&self.place(), uuid, rate)?;
+        tracing::info!("taking snapshot {} away", uuid.bare());
+        self.snapshot = Some((begun, asker));
+        Ok(())
+    }
+
+    fn begin_snapshot(&mut self, asker: Asker, uuid: Option<&str>) -> Result<()> {
+        let uuid = uuid.map_or_else(|| Ok(snapshot::random()), str::parse)?;
+        self.may_change()?;
+        let begun = Snapshot::begin(&self.place(), uuid, self.state.size, self.version)?;
+        tracing::info!("freezing the top as snapshot {}", uuid.bare());
+        self.snapshot = Some((begun, asker));
+        Ok(())
+    }
+
+    fn on_changer(&mut self, ended: bool) {
+        let Some((snapshot, asker)) = self.snapshot.as_mut() else {
+            return;
+        };
+        let mut turn = snapshot.hear(&self.held.dir, self.worker.as_ref());
+        if ended && matches!(turn, Turn::Wait) {
+            // Whatever it said is heard first.
+            turn = match snapshot.hear(&self.held.dir, self.worker.as_ref()) {
+                Turn::Wait => snapshot.changer_ended(&self.held.dir),
+                turn => turn,
+            };
+        }
+        match turn {
+            Turn::Wait => {}
+            Turn::Keep => snapshot.let_go(self.worker.as_ref(), false),
+            Turn::Progress(done, total) => {
+                if !self.control.progress(*asker, Far { done, total }) {
+                    snapshot.hurry();
+                }
+            }
+            Turn::Take(next, unknown) => self.take_top(next, unknown),
+        }
+        self.end_snapshot();
+    }
+
+    /// The disk has a new top.
+    fn take_top(&mut self, next: Next, unknown: bool) {
+        let Next { top, ledger, .. } = next;
+        self.held.locks.set_top(top);
+        self.held.host = host::footprint(&self.held.dir, self.held.locks.top()).ok();
+        if unknown {
+            let same = ledger.as_fd().try_clone_to_owned();
+            if let Ok(same) = same.map_err(Error::from).and_then(SharedWords::from_fd) {
+                Ledger::new(Arc::new(same)).poison();
+            }
+        }
+        self.held.ledger = Some(ledger);
+        if let Some((snapshot, _)) = &self.snapshot {
+            snapshot.let_go(self.worker.as_ref(), true);
+        }
+    }
+
+    /// Answers who asked for a snapshot, once nothing of it is under way.
+    fn end_snapshot(&mut self) {
+        let Some((snapshot, asker)) = self.snapshot.as_mut() else {
+            return;
+        };
+        let Some(answer) = snapshot.answer() else {
+            return;
+        };
+        match &answer {
+            Ok(made) => tracing::info!("its snapshots are changed: {made}"),
+            Err(e) => tracing::warn!("its snapshots are not changed: {e}"),
+        }
+        let asker = *asker;
+        self.snapshot = None;
+        self.control.answer(asker, answer);
     }
 
     /// Uses a failed disk again: what it lost is lost, and what is there is looked at anew.
@@ -587,11 +715,16 @@ impl Keeper {
 
     fn step(&mut self) {
         let due = |t: Option<Instant>| t.is_some_and(|t| t <= Instant::now());
-        if due(self.next_start) && self.worker.is_none() {
+        // A descriptor that may change is not read.
+        let changing = self
+            .snapshot
+            .as_ref()
+            .is_some_and(|(s, _)| s.bars_workers());
+        if due(self.next_start) && self.worker.is_none() && !changing {
             self.next_start = None;
             self.start_worker();
         }
-        if self.errand.is_some() {
+        if self.errand.is_some() || self.snapshot.is_some() {
             return;
         }
         match (self.stopping, self.is_device(), &self.state.device) {
@@ -626,6 +759,9 @@ impl Keeper {
 
     fn stop(&mut self) {
         self.stopping = true;
+        if let Some((snapshot, _)) = self.snapshot.as_mut() {
+            snapshot.hurry();
+        }
         if self.state.state != Phase::Failed {
             self.state.state = Phase::Stopping;
         }
@@ -766,6 +902,7 @@ impl Keeper {
                     engine,
                     cache,
                     poisoned,
+                    version,
                 } => {
                     if let Some(worker) = self.worker.as_mut() {
                         worker.ready = Some(Instant::now());
@@ -776,6 +913,7 @@ impl Keeper {
                     }
                     self.health = Health::Sound;
                     self.state.size = size;
+                    self.version = version;
                     self.state.engine = Some(engine);
                     self.state.cache = cache.name().into();
                     if poisoned {
@@ -786,13 +924,30 @@ impl Keeper {
                     if !self.stopping {
                         self.state.state = Phase::Serving;
                     }
+                    if let Some((snapshot, _)) = self.snapshot.as_mut() {
+                        snapshot.serves(self.worker.as_ref());
+                    }
                     self.publish();
                 }
                 Event::Low => self.on_low(),
                 Event::Poisoned => self.on_poison(),
+                Event::Frozen | Event::NotFrozen(_) | Event::Went { .. } => self.on_turnover(event),
                 words => self.last_words = Some(words),
             }
         }
+    }
+
+    fn on_turnover(&mut self, event: Event) {
+        let Some((snapshot, _)) = self.snapshot.as_mut() else {
+            return;
+        };
+        match event {
+            Event::Frozen => snapshot.frozen(self.worker.as_ref()),
+            Event::NotFrozen(why) => snapshot.not_frozen(why),
+            Event::Went { stall_us } => snapshot.went(stall_us),
+            _ => {}
+        }
+        self.end_snapshot();
     }
 
     /// The worker goes on and lets what is there be read; nobody is told a success any more.
@@ -817,6 +972,10 @@ impl Keeper {
             .reap()
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
+        if let Some((snapshot, _)) = self.snapshot.as_mut() {
+            snapshot.lost_worker();
+            self.end_snapshot();
+        }
         match self.last_words.take() {
             _ if worker.condemned => self.next_start = Some(Instant::now()),
             Some(Event::Closed) => {

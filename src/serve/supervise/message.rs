@@ -295,10 +295,30 @@ pub struct WorkerConfig {
 }
 
 /// Later messages to a worker.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Order {
     /// Answer what was asked, close the image, go.
     Stop,
+    /// Close the top and let nobody in until told to go on. Brings three descriptors: the new top to
+    /// be written, the memfd of its ledger, and the old top to be read.
+    Freeze {
+        /// Name of the new top, for messages.
+        top: String,
+        /// Name of the old one.
+        below: String,
+    },
+    /// Two of the lower layers have become one. Brings that one's file, to be read.
+    Reload {
+        /// Names of the lower layers, base first.
+        lower: Vec<String>,
+        /// The one that is new under its name.
+        merged: String,
+    },
+    /// Go on after `Frozen`.
+    Go {
+        /// With the new top, or with the old one.
+        new: bool,
+    },
 }
 
 /// What a worker says.
@@ -314,6 +334,17 @@ pub enum Event {
         cache: Cache,
         /// Whether it has failed: what it can read is read, and nothing is written.
         poisoned: bool,
+        /// Format version of a delta that would stand on the top.
+        version: u8,
+    },
+    /// The top is closed, and the guest waits.
+    Frozen,
+    /// It could not be closed, and the disk goes on.
+    NotFrozen(Failure),
+    /// The guest goes on.
+    Went {
+        /// How long it waited, in microseconds.
+        stall_us: u64,
     },
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
     /// more than four times a second.

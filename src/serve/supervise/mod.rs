@@ -9,11 +9,13 @@
 //! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
 //! [`control`] what others may ask, [`metrics`] what Prometheus reads, [`host`] what a disk takes on
-//! the host, [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what is done while
+//! the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a top
+//! under a running guest, [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what is done while
 //! the host is nearly full.
 
 mod announce;
 mod brake;
+mod changer;
 mod child;
 pub mod control;
 mod errand;
@@ -26,8 +28,12 @@ pub mod log;
 pub mod message;
 pub mod metrics;
 pub mod mounts;
+mod packet;
 mod restart;
+mod snapshot;
 mod space;
+mod turnover;
 pub mod worker;
 
+pub use changer::run as run_changer;
 pub use errand::{Task, run as run_errand};

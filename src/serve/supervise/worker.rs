@@ -8,6 +8,8 @@
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;
 use super::message::{Cache, Event, Failure, Order, WorkerConfig, WorkerMode, WorkerTls};
+use super::packet;
+use super::turnover::{self, Ordered, Turnover};
 use crate::counters::{Counted, Counters};
 use crate::device::Device;
 use crate::disk::Disk;
@@ -20,10 +22,12 @@ use crate::sandbox;
 use crate::serve::broken::Broken;
 use crate::serve::nbd::credentials::Credentials;
 use crate::serve::{fuse, nbd};
-use bytes::{Bytes, BytesMut};
+use crate::stack::AnyLayer;
+use bytes::Bytes;
 use futures_util::future::{Either, select};
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::header::Version;
 use ploop_formats::{Error, Result};
 use rustix::net::RecvFlags;
 use rustix::process::Signal;
@@ -32,7 +36,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// How long changes that nobody flushes wait for it.
 const WRITE_BACK: Duration = Duration::from_secs(5);
@@ -101,7 +105,7 @@ fn keep_out_of_reclaim() {
     }
 }
 
-async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
+pub(super) async fn say(control: &Arc<OwnedFd>, event: &Event) -> Result<()> {
     let text = serde_json::to_vec(event).map_err(io::Error::from)?;
     Ok(exec::send_all(control, vec![Bytes::from(text)]).await?)
 }
@@ -121,11 +125,11 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ledger = ledger(&config)?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
-    let disk = match ledger {
-        Some(ledger) => open_write(&config, &dir, &chain, witness, ledger).await?,
+    let disk = match &ledger {
+        Some(ledger) => open_write(&config, &dir, &chain, witness, ledger.clone()).await?,
         None => open::open_read(&dir, &chain, config.cache.into()).await?,
     };
-    let store = disk.stack().top().store().clone();
+    let (top, watched) = watch::channel(disk.stack().top().store().clone());
     let disk = Arc::new(disk);
     // What a predecessor had not answered is asked again, of this one.
     counters.forget_unanswered();
@@ -141,13 +145,27 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ready = Event::Ready {
         size: disk.size(),
         engine: name(engine).into(),
-        cache: store.cache().into(),
+        cache: watched.borrow().cache().into(),
         poisoned: disk.stack().is_poisoned(),
+        version: version(disk.stack().top()),
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
-    exec::spawn(hear(Arc::clone(control), stop));
-    exec::spawn(report_low(Arc::clone(control), store));
+    let (orders, ordered) = mpsc::unbounded_channel();
+    exec::spawn(hear(Arc::clone(control), stop, orders));
+    exec::spawn(change(
+        ledger.map(|ledger| Turnover {
+            disk: Arc::clone(&disk),
+            control: Arc::clone(control),
+            top,
+            ledger,
+            cache: config.cache.into(),
+            keep_free: config.keep_free,
+        }),
+        Arc::clone(control),
+        ordered,
+    ));
+    exec::spawn(report_low(Arc::clone(control), watched));
     exec::spawn(report_poison(Arc::clone(control), Arc::clone(&disk)));
     let (quit, quitted) = watch::channel(false);
     let (last, ended) = oneshot::channel();
@@ -214,10 +232,12 @@ async fn serve_errors(
         engine: name(engine).into(),
         cache: Cache::None,
         poisoned: true,
+        version: 2,
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
-    exec::spawn(hear(Arc::clone(control), stop));
+    let (orders, _) = mpsc::unbounded_channel();
+    exec::spawn(hear(Arc::clone(control), stop, orders));
     let served = fuse::serve(fd, session, Arc::new(device), wait(stopped)).await;
     served.map(|_| ())
 }
@@ -244,25 +264,70 @@ fn ledger(config: &WorkerConfig) -> Result<Option<Ledger>> {
     }
 }
 
-/// Waits for the order to stop. A keeper that is gone ends everything at once: nobody could
-/// replace us, and nobody holds the locks.
-async fn hear(control: Arc<OwnedFd>, stop: watch::Sender<bool>) {
+/// Waits for orders. A keeper that is gone ends everything at once: nobody could replace us, and
+/// nobody holds the locks.
+async fn hear(
+    control: Arc<OwnedFd>,
+    stop: watch::Sender<bool>,
+    orders: mpsc::UnboundedSender<Ordered>,
+) {
     loop {
-        let (buf, got) = exec::recv(&control, BytesMut::zeroed(1024)).await;
-        let len = match got {
-            Ok(0) | Err(_) => std::process::exit(1),
-            Ok(len) => len,
-        };
-        if let Ok(Order::Stop) = serde_json::from_slice(buf.get(..len).unwrap_or_default()) {
-            stop.send_replace(true);
+        if exec::readable(&control).await.is_err() {
+            std::process::exit(1);
+        }
+        match packet::receive(&control) {
+            Ok(None) => {}
+            Ok(Some((Order::Stop, _))) => {
+                stop.send_replace(true);
+            }
+            // Who changes nothing hears nothing.
+            Ok(Some(ordered)) => drop(orders.send(ordered)),
+            Err(_) => std::process::exit(1),
         }
     }
 }
 
-/// Tells the keeper when the host has little space.
-async fn report_low(control: Arc<OwnedFd>, store: FileStore) {
+/// Changes the disk's stack when the keeper says so. What fails half-way would leave the guest
+/// waiting: the next worker reads the descriptor and goes on.
+async fn change(
+    turnover: Option<Turnover>,
+    control: Arc<OwnedFd>,
+    mut orders: mpsc::UnboundedReceiver<Ordered>,
+) {
+    let Some(turnover) = turnover else {
+        while orders.recv().await.is_some() {
+            let _ = turnover::refuse(&control).await;
+        }
+        return;
+    };
+    if let Err(e) = turnover.run(orders).await {
+        tracing::error!("changing the stack: {e}");
+        std::process::abort();
+    }
+}
+
+/// Format version of a delta that would stand on this layer.
+fn version(layer: &AnyLayer<FileStore>) -> u8 {
+    match layer {
+        AnyLayer::Ploop(ploop) if ploop.header().version == Version::V1 => 1,
+        _ => 2,
+    }
+}
+
+/// Tells the keeper when the host has little space for the top, whichever that is.
+async fn report_low(control: Arc<OwnedFd>, mut top: watch::Receiver<FileStore>) {
     loop {
-        store.low().await;
+        let store = top.borrow_and_update().clone();
+        let replaced = {
+            let (low, changed) = (pin!(store.low()), pin!(top.changed()));
+            matches!(select(low, changed).await, Either::Right(_))
+        };
+        if replaced {
+            if top.has_changed().is_err() {
+                return;
+            }
+            continue;
+        }
         if let Err(e) = say(&control, &Event::Low).await {
             return tracing::warn!("{e}");
         }

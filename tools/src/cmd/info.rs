@@ -43,6 +43,8 @@ pub fn run(args: &Args) -> Result<Answer> {
         of.map(|l| l.allocated).sum()
     };
     let (exclusive, shared) = (allocated(false), allocated(true));
+    let snapshots = chain.descriptor.as_ref().map(|d| d.shots().len() - 1);
+    let base_shared = layers.first().is_some_and(|base| base.links > 1);
     let json = json!({
         "path": target.path().display().to_string(),
         "uuid": identity.uuid(),
@@ -50,6 +52,8 @@ pub fn run(args: &Args) -> Result<Answer> {
         "cluster": chain.cluster.bytes(),
         "allocated": exclusive + shared,
         "sizes": { "virtual": size, "used": used, "exclusive": exclusive, "shared": shared },
+        "snapshots": snapshots,
+        "shared": base_shared,
         "layers": layers.iter().map(layer_json).collect::<Vec<_>>(),
         "attached": attached,
     });
@@ -73,6 +77,14 @@ pub fn run(args: &Args) -> Result<Answer> {
         "shared     {} (on the host, with other disks)\n",
         size::show(shared)
     );
+    if let Some(snapshots) = snapshots {
+        let with = if base_shared {
+            " (the base is shared)"
+        } else {
+            ""
+        };
+        text += &format!("snapshots  {snapshots}{with}\n");
+    }
     if let Some(state) = &attached {
         let at = state
             .device

@@ -2,6 +2,7 @@
 
 mod adopt;
 mod check;
+mod clone;
 mod delete;
 mod doctor;
 mod events;
@@ -14,6 +15,7 @@ mod mount;
 mod orphans;
 mod recover;
 mod serve;
+mod snapshot;
 mod stat;
 mod top;
 mod tour;
@@ -55,6 +57,10 @@ pub enum Command {
     Check(check::Args),
     #[command(after_help = "Example: ploopctl adopt 100.raw --format raw /var/lib/ct/100")]
     Adopt(adopt::Args),
+    #[command(after_help = "Example: ploopctl snapshot create /var/lib/ct/100")]
+    Snapshot(snapshot::Args),
+    #[command(after_help = "Example: ploopctl clone /var/lib/ct/template /var/lib/ct/101")]
+    Clone(clone::Args),
     #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
     Delete(delete::Args),
     #[command(after_help = "Example: ploopctl recover /mnt/100")]
@@ -83,6 +89,8 @@ pub fn run(command: Command, global: &Global) -> Result<Answer> {
         Command::Map(args) => map::run(&args),
         Command::Check(args) => check::run(&args, global),
         Command::Adopt(args) => adopt::run(&args, global),
+        Command::Snapshot(args) => snapshot::run(&args, global),
+        Command::Clone(args) => clone::run(&args, global),
         Command::Delete(args) => delete::run(&args),
         Command::Recover(args) => recover::run(&args, global),
         Command::Doctor(args) => doctor::run(&args, global),

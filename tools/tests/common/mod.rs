@@ -1,6 +1,8 @@
 //! Drives the binaries as a user does, and cleans up whatever a failed test leaves attached.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod tree;
+
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

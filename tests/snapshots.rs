@@ -1,0 +1,261 @@
+//! Snapshots of attached disks: the top is frozen while its guest works, and nothing but a short
+//! wait is noticed. QEMU is asked what each frozen point holds.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod common;
+
+use common::attach::{
+    Attached, KernelMark, assert_fsck_clean, assert_nothing_left, can_mount, kernel_complaints,
+    kill, run_directory,
+};
+use common::files::Random;
+use common::load::{SetOnDrop, verified_load};
+use common::process::{ok, ok_within};
+use common::programs::{ploopctl, tool};
+use common::serve::Disk;
+use common::{count, have};
+use ploop::client::Remote;
+use ploop_formats::descriptor::{Descriptor, LayerFormat};
+use ploop_formats::guid::Guid;
+use serde_json::json;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// A frozen point and what was synced before it.
+struct Point {
+    uuid: Guid,
+    mark: u64,
+}
+
+/// Writes a file of a number, durably.
+fn mark(folder: &Path, number: u64) {
+    let mut file = File::create(folder.join("mark")).unwrap();
+    file.write_all(number.to_string().as_bytes()).unwrap();
+    file.sync_all().unwrap();
+    File::open(folder).unwrap().sync_all().unwrap();
+}
+
+fn descriptor(disk: &Disk) -> Descriptor {
+    Descriptor::parse(&fs::read(disk.path().join("DiskDescriptor.xml")).unwrap()).unwrap()
+}
+
+/// Freezes the top of an attached disk: the point, and how long requests waited, in microseconds.
+fn freeze(disk: &Disk, number: u64) -> Result<(Point, Option<u64>), String> {
+    let mut remote = Remote::connect(&run_directory(&disk.path())).map_err(|e| e.to_string())?;
+    let made = remote.snapshot(None).map_err(|e| e.to_string())?;
+    let point = Point {
+        uuid: made["uuid"].as_str().unwrap().parse().unwrap(),
+        mark: number,
+    };
+    Ok((point, made["stall_us"].as_u64()))
+}
+
+/// How QEMU opens a point: each layer by its stated format, in a chain that we tell it.
+fn qemu_chain(disk: &Disk, point: Guid) -> String {
+    let mut node = None;
+    for image in descriptor(disk).chain(point).unwrap() {
+        let driver = match image.format {
+            LayerFormat::Raw => "raw",
+            _ => "parallels",
+        };
+        let file = disk.path().join(&image.file);
+        let mut next = json!({
+            "driver": driver,
+            "file": { "driver": "file", "filename": file },
+        });
+        if let Some(below) = node {
+            next["backing"] = below;
+        }
+        node = Some(next);
+    }
+    format!("json:{}", node.unwrap())
+}
+
+/// What QEMU reads at a point, as a raw file.
+fn read_by_qemu(disk: &Disk, point: Guid) -> PathBuf {
+    let raw = disk.beside("point.raw");
+    let _ = fs::remove_file(&raw);
+    let mut convert = tool("qemu-img");
+    convert.args(["convert", "-O", "raw"]);
+    convert.arg(qemu_chain(disk, point)).arg(&raw);
+    ok_within(&mut convert, PATIENCE);
+    raw
+}
+
+/// A point is a file system that mounts, and holds the mark that was synced before it was frozen.
+fn assert_holds_its_mark(disk: &Disk, point: &Point) {
+    let raw = read_by_qemu(disk, point.uuid);
+    let folder = disk.beside("view");
+    fs::create_dir_all(&folder).unwrap();
+    ok(tool("mount")
+        .args(["-o", "loop,nouuid"])
+        .arg(&raw)
+        .arg(&folder));
+    let found = fs::read_to_string(folder.join("mark"));
+    ok(tool("umount").arg(&folder));
+    assert_eq!(found.unwrap(), point.mark.to_string());
+}
+
+fn percentile(sorted: &[u64], percent: usize) -> u64 {
+    sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
+}
+
+#[test]
+fn tops_are_frozen_under_verified_load_and_each_point_holds_what_was_synced() {
+    let test = "tops_are_frozen_under_verified_load_and_each_point_holds_what_was_synced";
+    if !can_mount(test) || !have(test, &["fio", "mkfs.xfs", "qemu-img"]) {
+        return;
+    }
+    let disk = Disk::with_fs("512M", "xfs", &[]);
+    let log = KernelMark::new(test);
+    let attached = Attached::mounted(&disk, &[]);
+    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (mut points, mut stalls) = (Vec::new(), Vec::new());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                verified_load(attached.folder(), rounds.fetch_add(1, Ordering::Relaxed));
+            }
+        });
+        let _end = SetOnDrop(&done);
+        for number in 0..count("PLOOP_SNAPSHOTS", 20) {
+            mark(attached.folder(), number);
+            let (point, stall) = freeze(&disk, number).unwrap();
+            points.push(point);
+            stalls.push(stall.expect("no worker died"));
+            thread::sleep(Duration::from_millis(30 + 17 * (number % 5)));
+        }
+    });
+    attached.detach();
+    stalls.sort_unstable();
+    println!(
+        "COUNT: {test}: {} points, {rounds:?} verified rounds, stall p50 {} us, p99 {} us",
+        points.len(),
+        percentile(&stalls, 50),
+        percentile(&stalls, 99)
+    );
+    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
+    assert_fsck_clean("xfs", &disk);
+    for point in points.iter().step_by(points.len() / 5) {
+        assert_holds_its_mark(&disk, point);
+    }
+    let attached = Attached::mounted(&disk, &["--read-only"]);
+    let complaints = kernel_complaints(&attached.device, &log);
+    attached.detach();
+    assert_eq!(complaints, [""; 0], "the kernel's log");
+}
+
+/// The process that changes names for this keeper, while there is one.
+fn changer_of(keeper: u32) -> Option<u32> {
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let pid: Option<u32> = entry.file_name().to_string_lossy().parse().ok();
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let parent = stat
+            .rsplit(')')
+            .next()
+            .and_then(|s| s.split_whitespace().nth(1));
+        if parent == Some(&keeper.to_string()) && words.windows(8).any(|w| w == b"--change") {
+            return pid;
+        }
+    }
+    None
+}
+
+#[test]
+fn workers_and_changers_killed_while_a_top_is_frozen_cost_a_pause_and_nothing_else() {
+    let test = "workers_and_changers_killed_while_a_top_is_frozen_cost_a_pause_and_nothing_else";
+    if !can_mount(test) || !have(test, &["fio", "mkfs.xfs", "qemu-img"]) {
+        return;
+    }
+    let disk = Disk::with_fs("512M", "xfs", &[]);
+    let attached = Attached::mounted(&disk, &[]);
+    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    let (mut points, mut refused) = (Vec::new(), Vec::new());
+    let mut random = Random::new(11);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                verified_load(attached.folder(), rounds.fetch_add(1, Ordering::Relaxed));
+            }
+        });
+        let _end = SetOnDrop(&done);
+        for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
+            mark(attached.folder(), number);
+            let wait = Duration::from_micros(random.below(12_000));
+            let frozen = thread::scope(|scope| {
+                let asked = scope.spawn(|| freeze(&disk, number));
+                thread::sleep(wait);
+                match number % 2 {
+                    0 => attached.kill_worker(),
+                    _ => changer_of(attached.keeper).into_iter().for_each(kill),
+                }
+                asked.join().unwrap()
+            });
+            match frozen {
+                Ok((point, _)) => points.push(point),
+                Err(e) => refused.push(e),
+            }
+        }
+    });
+    attached.detach();
+    println!(
+        "COUNT: {test}: {} frozen, {} refused, {rounds:?} verified rounds",
+        points.len(),
+        refused.len()
+    );
+    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
+    assert_fsck_clean("xfs", &disk);
+    for point in points.iter().step_by(1 + points.len() / 4) {
+        assert_holds_its_mark(&disk, point);
+    }
+}
+
+#[test]
+fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
+    let test = "a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one";
+    if !can_mount(test) || !have(test, &["mkfs.xfs", "qemu-img"]) {
+        return;
+    }
+    let disk = Disk::with_fs("512M", "xfs", &[]);
+    let mut random = Random::new(5);
+    let (mut before, mut made) = (descriptor(&disk).shots().len(), 0);
+    for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
+        let attached = Attached::mounted(&disk, &[]);
+        mark(attached.folder(), number);
+        let worker = attached.worker().expect("a worker");
+        let wait = Duration::from_micros(random.below(9_000));
+        let frozen = thread::scope(|scope| {
+            let asked = scope.spawn(|| freeze(&disk, number));
+            thread::sleep(wait);
+            kill(attached.keeper);
+            kill(worker);
+            asked.join().unwrap()
+        });
+        drop(attached);
+        assert_nothing_left(&disk.path(), &[worker]);
+        let attached = Attached::mounted(&disk, &[]);
+        let found = fs::read_to_string(attached.folder().join("mark")).unwrap();
+        assert_eq!(found, number.to_string());
+        attached.detach();
+        let shots = descriptor(&disk).shots().len();
+        assert!(
+            shots == before || shots == before + 1,
+            "{before}, now {shots}"
+        );
+        if frozen.is_ok() {
+            assert_eq!(shots, before + 1, "it was answered");
+        }
+        made += shots - before;
+        before = shots;
+    }
+    println!("COUNT: {test}: {made} made");
+    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
+    assert_fsck_clean("xfs", &disk);
+}

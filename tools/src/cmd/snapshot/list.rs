@@ -1,0 +1,106 @@
+//! `snapshot list`: the tree of a disk's snapshots.
+
+use crate::answer::Answer;
+use crate::cmd::confine;
+use crate::size;
+use crate::table::{self, Align};
+use ploop::Result;
+use ploop::image::detached;
+use ploop::image::snapshot::listing::{self, Entry};
+use ploop::io::exec::{self, Engine};
+use ploop::io::folder::DirFolder;
+use ploop::sandbox::Files;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+
+/// List the snapshots of a disk, attached or not, as a tree
+///
+/// The current one, which the disk was last at, is marked *. EXCLUSIVE is what its file takes on
+/// the host, SHARED the same of a file that other disks have, too.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Image directory, or its DiskDescriptor.xml
+    disk: PathBuf,
+}
+
+/// Does it.
+pub fn run(args: &Args) -> Result<Answer> {
+    let target = detached::resolve(&args.disk)?;
+    let dir = target.open_dir()?;
+    confine(&dir, Files::Read)?;
+    let all = exec::run(Engine::Poll, listing::list(&DirFolder::new(dir)))?
+        .map_err(|e| e.at(target.path().display()))?;
+    let current = all.iter().find(|entry| entry.current);
+    let json = json!({
+        "path": target.path().display().to_string(),
+        "current": current.map(|entry| entry.uuid.bare()),
+        "snapshots": all.iter().map(object).collect::<Vec<_>>(),
+    });
+    let text = match all.as_slice() {
+        [] => "no snapshots\n".into(),
+        all => text(all),
+    };
+    Ok(Answer::new(text, json))
+}
+
+fn text(all: &[Entry]) -> String {
+    let heads = [
+        ("", Align::Left),
+        ("UUID", Align::Left),
+        ("NAME", Align::Left),
+        ("DATE", Align::Left),
+        ("EXCLUSIVE", Align::Right),
+        ("SHARED", Align::Right),
+        ("FILE", Align::Left),
+    ];
+    let rows: Vec<[String; 7]> = all.iter().map(row).collect();
+    table::render(heads, &rows)
+}
+
+fn row(entry: &Entry) -> [String; 7] {
+    let branch = match entry.depth {
+        0 => String::new(),
+        depth => "  ".repeat(depth - 1) + "+-",
+    };
+    let temporary = if entry.temporary { " (temporary)" } else { "" };
+    let dash = || "-".to_string();
+    let bytes = |(_, bytes): (&str, u64)| size::show(bytes);
+    let [exclusive, shared] = sizes(entry);
+    [
+        if entry.current { "*" } else { "" }.into(),
+        format!("{branch}{}{temporary}", entry.uuid.bare()),
+        entry.name.clone().unwrap_or_else(dash),
+        date(entry).unwrap_or_else(dash),
+        bytes(exclusive),
+        bytes(shared),
+        entry.file.clone(),
+    ]
+}
+
+fn sizes(entry: &Entry) -> [(&'static str, u64); 2] {
+    match entry.shared {
+        false => [("exclusive", entry.allocated), ("shared", 0)],
+        true => [("exclusive", 0), ("shared", entry.allocated)],
+    }
+}
+
+fn date(entry: &Entry) -> Option<String> {
+    let created = entry.created?;
+    Some(humantime::format_rfc3339_seconds(created).to_string())
+}
+
+fn object(entry: &Entry) -> Value {
+    let mut object = json!({
+        "uuid": entry.uuid.bare(),
+        "parent": entry.parent.map(|parent| parent.bare()),
+        "current": entry.current,
+        "name": entry.name,
+        "created": date(entry),
+        "temporary": entry.temporary,
+        "file": entry.file,
+    });
+    for (name, bytes) in sizes(entry) {
+        object[name] = bytes.into();
+    }
+    object
+}
