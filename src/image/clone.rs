@@ -19,24 +19,45 @@ use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::ploop::header::IN_USE;
 use ploop_formats::{Error, Kind, Result};
 
-/// Makes a disk in `to`, an empty folder of the same file system, over snapshot `uuid` of `from`.
-/// After an error `to` is no disk, and to be removed with what is in it.
-pub async fn clone<F: Folder>(from: &F, uuid: Guid, to: &F, random: Guid) -> Result<Descriptor> {
-    let source = change::settle(from).await?;
+/// Makes a disk in `to`, an empty folder of the same file system, over snapshot `uuid` of `from`,
+/// whose descriptor is `source`. Others may change that disk meanwhile. After an error `to` is no
+/// disk, and to be removed with what is in it.
+pub async fn clone<F: Folder>(
+    from: &F,
+    source: &Descriptor,
+    uuid: Guid,
+    to: &F,
+    random: Guid,
+) -> Result<Descriptor> {
     let file = source.new_file_name(random);
     let disk = source.cloned(uuid, &file)?;
-    let shape = layers::shape_above(from, &source, uuid).await?;
+    let shape = layers::shape_above(from, source, uuid).await?;
     for image in source.chain(uuid)? {
         from.set_shared(&image.file, true).await?;
         let linked = from.link(&image.file, to, &image.file).await;
         linked.map_err(|e| explain(e, &image.file))?;
     }
+    // A merge looks for links after it has marked what it will write, we for marks after the links.
+    refuse_changed(source, &change::read(from, DESCRIPTOR).await?, uuid)?;
     new_delta(to, &file, &disk, shape).await?;
     folder::save(to, ASIDE, &disk.encode()).await?;
     to.sync().await?;
     to.rename(ASIDE, DESCRIPTOR).await?;
     to.sync().await?;
     Ok(disk)
+}
+
+/// Refuses a source whose chain is not what it was, or is being merged.
+fn refuse_changed(was: &Descriptor, is: &Descriptor, uuid: Guid) -> Result<()> {
+    let is_marked = |guid| is.shot(guid).is_none_or(|shot| shot.mark.is_some());
+    let chain = was.chain(uuid)?;
+    match is.chain(uuid) {
+        Ok(now) if now == chain && !chain.iter().any(|image| is_marked(image.guid)) => Ok(()),
+        _ => Err(Error::new(
+            Kind::Busy,
+            format!("snapshot {} is being changed; try again", uuid.bare()),
+        )),
+    }
 }
 
 /// The files that a clone of snapshot `uuid` gets, when it is made with the same `random`.

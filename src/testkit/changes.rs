@@ -7,6 +7,7 @@
 
 use super::report::{Report, Tally};
 use super::trees::{self, RULES, Tree};
+use crate::image::change::settle;
 use crate::image::clone::clone;
 use crate::image::snapshot::copy::Work;
 use crate::image::snapshot::{create, remove, switch};
@@ -75,7 +76,8 @@ impl Verb {
             }
             Self::Clone(uuid) => {
                 let to = folder.sibling(1);
-                clone(&folder, uuid, &to, random).await.map(|_| ())
+                let source = settle(&folder).await?;
+                clone(&folder, &source, uuid, &to, random).await.map(|_| ())
             }
         }
     }
@@ -222,7 +224,7 @@ impl Case {
                 false => Ok(()),
             };
         }
-        let disk = now(crate::image::change::settle(folder)).map_err(|e| e.to_string())?;
+        let disk = now(settle(folder)).map_err(|e| e.to_string())?;
         let read = now(trees::content(folder, &disk, disk.top())).map_err(|e| e.to_string())?;
         match read == self.old.contents[&point] {
             true => Ok(()),

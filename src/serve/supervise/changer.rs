@@ -217,9 +217,9 @@ impl Changer {
 }
 
 /// Changes a disk; this is what the process does.
-pub fn run(wanted: &str) -> Result<()> {
-    let wanted: Wanted =
-        serde_json::from_str(wanted).map_err(|e| Error::invalid(format!("what is wanted: {e}")))?;
+pub fn run(task: &str) -> Result<()> {
+    let task: Task =
+        serde_json::from_str(task).map_err(|e| Error::invalid(format!("--change: {e}")))?;
     let (talk, dir) = (inherit::take(CONTROL_FD)?, inherit::take(DIR_FD)?);
     let _lock = inherit::take(LOCK_FD)?;
     if task.sandbox {

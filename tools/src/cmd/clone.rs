@@ -1,5 +1,6 @@
 //! `clone`: one more disk, of the same frozen files.
 
+use super::snapshot::attached::{self, Running};
 use super::snapshot::{create, resolve};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
@@ -13,6 +14,8 @@ use ploop::image::detached::{Detached, random_guid};
 use ploop::image::site::Site;
 use ploop::image::snapshot::copy::Work;
 use ploop::image::snapshot::remove::unknown;
+use ploop::image::target::DESCRIPTOR;
+use ploop::io::exec::{self, Engine};
 use ploop::io::folder::DirFolder;
 use ploop::sandbox::{self, Files, Place};
 use ploop::{Error, Kind, Result};
@@ -39,19 +42,28 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
     let (source, uuid) = parse(&args.source);
-    let target = resolve(&source)?;
+    let running = attached::find(&source)?;
+    let (target, uuid) = match &running {
+        None => (resolve(&source)?, uuid),
+        Some(running) => (running.target.clone(), Some(frozen(running, uuid)?)),
+    };
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;
     let mut site = Site::new(&args.to)?;
     site.refuse_elsewhere(&dir)?;
     confine(&dir, &site)?;
     let place = |e: Error| e.at(target.path().display());
-    let disk = Detached::take(dir).map_err(place)?;
-    let mut work = Work {
-        watch: &mut meter,
-        pace: &(),
+    let done = match (running, uuid) {
+        (Some(_), Some(uuid)) => share(&DirFolder::new(dir), uuid, &mut site),
+        _ => {
+            let disk = Detached::take(dir).map_err(place)?;
+            let mut work = Work {
+                watch: &mut meter,
+                pace: &(),
+            };
+            disk.run(make(disk.folder(), uuid, &mut site, &mut work))
+        }
     };
-    let done = disk.run(make(disk.folder(), uuid, &mut site, &mut work));
     let uuid = done.map_err(place)?.bare();
     let path = site.path().display().to_string();
     site.finish()?;
@@ -100,15 +112,38 @@ async fn make(
         Some(uuid) => (disk, uuid, false),
         None => point(from, disk, work).await?,
     };
-    let random = random_guid();
-    site.expect(clone::files(&disk, uuid, random)?);
-    match clone::clone(from, uuid, site.folder(), random).await {
+    match clone_of(from, &disk, uuid, site).await {
         Err(e) if made => Err(e.at(format!(
             "snapshot {} was made for it and stays",
             uuid.bare()
         ))),
-        done => done.map(|_| uuid),
+        done => done.map(|()| uuid),
     }
+}
+
+/// Makes the clone of a disk that is in use, whose snapshots others may change; which it is of.
+fn share(from: &DirFolder, uuid: Guid, site: &mut Site) -> Result<Guid> {
+    let made = exec::run(Engine::detect().0, async {
+        let disk = change::read(from, DESCRIPTOR).await?;
+        clone_of(from, &disk, uuid, site).await
+    });
+    made?.map(|()| uuid)
+}
+
+async fn clone_of(from: &DirFolder, disk: &Descriptor, uuid: Guid, site: &mut Site) -> Result<()> {
+    let random = random_guid();
+    site.expect(clone::files(disk, uuid, random)?);
+    let made = clone::clone(from, disk, uuid, site.folder(), random).await;
+    made.map(|_| ())
+}
+
+/// The snapshot of an attached disk that is meant: that of this moment where none is named.
+fn frozen(running: &Running, uuid: Option<Guid>) -> Result<Guid> {
+    if let Some(uuid) = uuid {
+        return Ok(uuid);
+    }
+    let uuid = random_guid();
+    running.freeze(uuid).map(|_| uuid)
 }
 
 /// The disk as it is now, as a snapshot, and whether that was made for it.

@@ -1,22 +1,24 @@
 //! `snapshot delete`: a point that nobody goes back to any more.
 
+use super::attached::{self, Running};
 use super::{cancelled, merge_temporaries, resolve, work};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
 use crate::global::Global;
+use crate::meter::Meter;
 use crate::rate::{self, Rate};
 use ploop::Result;
 use ploop::formats::guid::Guid;
 use ploop::image::snapshot::remove::{self, Removed};
 use ploop::image::target::Target;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 pub const EXAMPLE: &str = "Example: ploopctl snapshot delete /var/lib/ct/100 \
     9b2c1e60-5f0e-4d1c-8a55-0d5f4e3c2b1a --rate 50M";
 
-/// Delete a snapshot of an unattached disk; what the disk is now stays as it is
+/// Delete a snapshot; what the disk is now stays as it is
 ///
 /// A snapshot that one delta stands on is merged with that, which takes its time and can be
 /// interrupted: the same command goes on with it. One that several stand on is marked temporary, and
@@ -36,6 +38,9 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
     let rate = Rate::new(args.rate, &cancel);
+    if let Some(running) = attached::find(&args.disk)? {
+        return running_disk(args, &running, &mut Meter::new(global.progress, &cancel));
+    }
     let target = resolve(&args.disk)?;
     let mut first = None;
     let done = work(&target, global, &cancel, &rate, async |folder, work| {
@@ -51,17 +56,39 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     Ok(answer(&args.uuid.bare(), removed, merged, &target))
 }
 
+/// Has the keeper of an attached disk do it.
+fn running_disk(args: &Args, running: &Running, meter: &mut Meter<'_>) -> Result<Answer> {
+    let left = "the same command goes on with it";
+    let removed = running.remove(args.uuid, args.rate, meter);
+    let said = removed.map_err(|e| cancelled(e, left))?;
+    let removed = match said.get("outcome").and_then(Value::as_str) {
+        Some("merged") => Removed::Merged,
+        Some("temporary") => {
+            let children = said.get("children").and_then(Value::as_u64);
+            Removed::Marked(usize::try_from(children.unwrap_or(1)).unwrap_or(usize::MAX))
+        }
+        _ => Removed::Dropped,
+    };
+    let merged = running.remove_temporaries(meter)?;
+    Ok(answer(&args.uuid.bare(), removed, merged, &running.target))
+}
+
 fn answer(uuid: &str, removed: Removed, merged: usize, target: &Target) -> Answer {
     let (outcome, children) = match removed {
         Removed::Dropped => ("dropped", 0),
         Removed::Merged => ("merged", 0),
         Removed::Marked(children) => ("temporary", children),
     };
-    if let Removed::Marked(children) = removed {
-        tracing::warn!(
+    match removed {
+        Removed::Marked(1) => tracing::warn!(
+            "the running top stands on {uuid}, so it stays, temporary, until the next snapshot or \
+             until the disk is detached; it cannot be gone back to any more"
+        ),
+        Removed::Marked(children) => tracing::warn!(
             "{children} deltas stand on {uuid}, so it stays, temporary, until one is left; it \
              cannot be gone back to any more"
-        );
+        ),
+        Removed::Dropped | Removed::Merged => {}
     }
     let others = match merged {
         0 => String::new(),

@@ -1,5 +1,6 @@
 //! `snapshot`: the points of a disk that can be gone back to, one verb a file.
 
+pub mod attached;
 mod create;
 mod delete;
 mod diff;
