@@ -35,6 +35,8 @@ pub struct Request {
     asked: Asking,
     /// Whether what it promises had become impossible before it was called.
     after_failure: bool,
+    /// Whether it may have been carried out before, on other layers than those of now.
+    elsewhere: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -91,6 +93,7 @@ impl Guest {
             value,
             asked,
             after_failure,
+            elsewhere: false,
         };
         self.unanswered.push(request.clone());
         request
@@ -113,7 +116,12 @@ impl Guest {
         }
         match (&request.asked, &outcome) {
             (Asking::Change(asked), _) => {
-                self.model.answer(asked, request.op.outcome(error));
+                let outcome = match request.op.outcome(error) {
+                    // What is fast depends on the layers; on those of before it was.
+                    Outcome::Refused if request.elsewhere => Outcome::Failed,
+                    outcome => outcome,
+                };
+                self.model.answer(asked, outcome);
             }
             (Asking::Flush(asked), Ok(_)) => self.model.flushed(*asked),
             (Asking::Flush(_), Err(_)) => {}
@@ -242,6 +250,8 @@ pub struct Head {
     pub top: usize,
     /// The words of its ledger.
     pub words: Arc<LocalWords>,
+    /// Whether it is another one than at first.
+    pub moved: bool,
     /// Its end has begun, so it need not say that it is in use.
     pub ending: bool,
 }
@@ -296,6 +306,7 @@ impl<S: Subject> Session<S> {
         let head = Head {
             top: setup.files.len() - 1,
             words: words(setup.slots),
+            moved: false,
             ending: false,
         };
         Self::over(
@@ -342,6 +353,7 @@ impl<S: Subject> Session<S> {
         let head = Head {
             top: self.top(),
             words,
+            moved: self.head.borrow().moved,
             ending: false,
         };
         let heir = Self::over(sim, self.bench.clone(), head, model, self.cluster, seed);
@@ -544,7 +556,12 @@ impl<S: Subject> Session<S> {
     pub fn resend(&mut self, ops: &[Op], hook: &mut Hook<'_, S>) -> Result<(), String> {
         let device = self.device.clone().expect("an open disk");
         let requests = self.guest().unanswered.clone();
+        let elsewhere = self.head.borrow().moved;
         for request in requests {
+            let request = Request {
+                elsewhere,
+                ..request
+            };
             self.exec
                 .spawn(serve(device.clone(), self.guest.clone(), request));
         }

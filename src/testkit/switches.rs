@@ -259,6 +259,7 @@ impl Climber<'_> {
         *self.ground.head.borrow_mut() = Head {
             top: file,
             words,
+            moved: true,
             ending: false,
         };
         pause(self.rng).await;
