@@ -10,7 +10,7 @@ use common::attach::{
 };
 use common::files::Random;
 use common::load::{SetOnDrop, verified_load};
-use common::process::{ok, ok_within};
+use common::process::{eventually, ok, ok_within};
 use common::programs::{ploopctl, tool};
 use common::serve::Disk;
 use common::{count, have};
@@ -54,6 +54,15 @@ fn freeze(disk: &Disk, number: u64) -> Result<(Point, Option<u64>), String> {
         mark: number,
     };
     Ok((point, made["stall_us"].as_u64()))
+}
+
+/// Has a frozen point merged away.
+fn remove(disk: &Disk, point: Guid) -> Result<(), String> {
+    let mut remote = Remote::connect(&run_directory(&disk.path())).map_err(|e| e.to_string())?;
+    let removed = remote.remove(point.bare(), None, &mut |_| Ok(()));
+    let removed = removed.map_err(|e| e.to_string())?;
+    assert_eq!(removed["outcome"], "merged", "{removed}");
+    Ok(())
 }
 
 /// How QEMU opens a point: each layer by its stated format, in a chain that we tell it.
@@ -107,8 +116,8 @@ fn percentile(sorted: &[u64], percent: usize) -> u64 {
 }
 
 #[test]
-fn tops_are_frozen_under_verified_load_and_each_point_holds_what_was_synced() {
-    let test = "tops_are_frozen_under_verified_load_and_each_point_holds_what_was_synced";
+fn points_are_made_and_merged_away_under_verified_load_and_hold_what_was_synced() {
+    let test = "points_are_made_and_merged_away_under_verified_load_and_hold_what_was_synced";
     if !can_mount(test) || !have(test, &["fio", "mkfs.xfs", "qemu-img"]) {
         return;
     }
@@ -117,6 +126,7 @@ fn tops_are_frozen_under_verified_load_and_each_point_holds_what_was_synced() {
     let attached = Attached::mounted(&disk, &[]);
     let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     let (mut points, mut stalls) = (Vec::new(), Vec::new());
+    let mut random = Random::new(3);
     thread::scope(|scope| {
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
@@ -129,13 +139,18 @@ fn tops_are_frozen_under_verified_load_and_each_point_holds_what_was_synced() {
             let (point, stall) = freeze(&disk, number).unwrap();
             points.push(point);
             stalls.push(stall.expect("no worker died"));
-            thread::sleep(Duration::from_millis(30 + 17 * (number % 5)));
+            if number % 2 == 1 {
+                // The newest carries the running top, and stays.
+                let gone = points.remove(random.below(points.len() as u64 - 1) as usize);
+                remove(&disk, gone.uuid).unwrap();
+            }
         }
     });
     attached.detach();
     stalls.sort_unstable();
     println!(
-        "COUNT: {test}: {} points, {rounds:?} verified rounds, stall p50 {} us, p99 {} us",
+        "COUNT: {test}: {} points made, {} left, {rounds:?} verified rounds, stall p50 {} us, p99 {} us",
+        stalls.len(),
         points.len(),
         percentile(&stalls, 50),
         percentile(&stalls, 99)
@@ -168,16 +183,26 @@ fn changer_of(keeper: u32) -> Option<u32> {
     None
 }
 
+/// Does `work`, and `blow` in the middle of it.
+fn amid<T: Send>(wait: Duration, blow: impl FnOnce(), work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        let working = scope.spawn(work);
+        thread::sleep(wait);
+        blow();
+        working.join().unwrap()
+    })
+}
+
 #[test]
-fn workers_and_changers_killed_while_a_top_is_frozen_cost_a_pause_and_nothing_else() {
-    let test = "workers_and_changers_killed_while_a_top_is_frozen_cost_a_pause_and_nothing_else";
+fn workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_else() {
+    let test = "workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_else";
     if !can_mount(test) || !have(test, &["fio", "mkfs.xfs", "qemu-img"]) {
         return;
     }
     let disk = Disk::with_fs("512M", "xfs", &[]);
     let attached = Attached::mounted(&disk, &[]);
     let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
-    let (mut points, mut refused) = (Vec::new(), Vec::new());
+    let (mut points, mut refused, mut finished) = (Vec::new(), 0, 0);
     let mut random = Random::new(11);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -188,27 +213,39 @@ fn workers_and_changers_killed_while_a_top_is_frozen_cost_a_pause_and_nothing_el
         let _end = SetOnDrop(&done);
         for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
             mark(attached.folder(), number);
-            let wait = Duration::from_micros(random.below(12_000));
-            let frozen = thread::scope(|scope| {
-                let asked = scope.spawn(|| freeze(&disk, number));
-                thread::sleep(wait);
-                match number % 2 {
-                    0 => attached.kill_worker(),
-                    _ => changer_of(attached.keeper).into_iter().for_each(kill),
+            let kill_one = || match number % 2 {
+                0 => attached.kill_worker(),
+                _ => changer_of(attached.keeper).into_iter().for_each(kill),
+            };
+            let wait = Duration::from_micros(random.below(40_000));
+            if number % 4 < 2 {
+                match amid(wait, kill_one, || freeze(&disk, number)) {
+                    Ok((point, _)) => points.push(point),
+                    Err(_) => refused += 1,
                 }
-                asked.join().unwrap()
-            });
-            match frozen {
-                Ok((point, _)) => points.push(point),
-                Err(e) => refused.push(e),
+                continue;
+            }
+            points.push(eventually("a point", PATIENCE, || freeze(&disk, number).ok()).0);
+            let gone = points
+                .remove(random.below(points.len() as u64) as usize)
+                .uuid;
+            points.push(eventually("a point", PATIENCE, || freeze(&disk, number).ok()).0);
+            if amid(wait, kill_one, || remove(&disk, gone)).is_err() {
+                refused += 1;
+                // The same command goes on with it, or finds it done.
+                eventually("it is gone", PATIENCE, || {
+                    let _ = remove(&disk, gone);
+                    descriptor(&disk).shot(gone).is_none().then_some(())
+                });
+                finished += 1;
             }
         }
     });
     attached.detach();
     println!(
-        "COUNT: {test}: {} frozen, {} refused, {rounds:?} verified rounds",
+        "COUNT: {test}: {} points, {refused} interrupted, {finished} merges finished later, \
+         {rounds:?} verified rounds",
         points.len(),
-        refused.len()
     );
     ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
     assert_fsck_clean("xfs", &disk);
@@ -230,15 +267,19 @@ fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
         let attached = Attached::mounted(&disk, &[]);
         mark(attached.folder(), number);
         let worker = attached.worker().expect("a worker");
-        let wait = Duration::from_micros(random.below(9_000));
-        let frozen = thread::scope(|scope| {
-            let asked = scope.spawn(|| freeze(&disk, number));
-            thread::sleep(wait);
+        let wait = Duration::from_micros(random.below(30_000));
+        let both = || {
             kill(attached.keeper);
             kill(worker);
-            asked.join().unwrap()
-        });
+        };
+        let frozen = amid(wait, both, || freeze(&disk, number));
         drop(attached);
+        // Killed is not dead yet: the next command cleans up, or the one after it.
+        let run = run_directory(&disk.path());
+        eventually("the next command cleans up", PATIENCE, || {
+            ok(ploopctl().arg("list"));
+            (!run.exists()).then_some(())
+        });
         assert_nothing_left(&disk.path(), &[worker]);
         let attached = Attached::mounted(&disk, &[]);
         let found = fs::read_to_string(attached.folder().join("mark")).unwrap();

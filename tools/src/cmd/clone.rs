@@ -53,7 +53,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     site.refuse_elsewhere(&dir)?;
     let uuid = match &running {
         None => uuid,
-        Some(running) => Some(frozen(running, uuid)?),
+        Some(running) => Some(frozen(running, uuid, &mut meter)?),
     };
     confine(&dir, &site)?;
     let place = |e: Error| e.at(target.path().display());
@@ -142,12 +142,15 @@ async fn clone_of(from: &DirFolder, disk: &Descriptor, uuid: Guid, site: &mut Si
 }
 
 /// The snapshot of an attached disk that is meant: that of this moment where none is named.
-fn frozen(running: &Running, uuid: Option<Guid>) -> Result<Guid> {
+fn frozen(running: &Running, uuid: Option<Guid>, meter: &mut Meter<'_>) -> Result<Guid> {
     if let Some(uuid) = uuid {
         return Ok(uuid);
     }
     let uuid = random_guid();
-    running.freeze(uuid).map(|_| uuid)
+    running.freeze(uuid)?;
+    // What is temporary cannot be shared, and can go now that no running top stands on it.
+    running.remove_temporaries(meter)?;
+    Ok(uuid)
 }
 
 /// The disk as it is now, as a snapshot, and whether that was made for it.
