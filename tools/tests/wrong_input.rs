@@ -143,7 +143,7 @@ const USAGE: &[Case] = &[
     (
         "snapshot good",
         2,
-        &["create, list, delete, merge, switch, diff"],
+        &["unrecognized subcommand 'good'", "ploopctl snapshot"],
     ),
     ("snapshot delete good", 2, &["<UUID>"]),
     (
@@ -377,8 +377,11 @@ fn who_mounts_what_cannot_be_mounted_is_told_why() {
         ("check good", 4, &["umount it first"]),
         ("map good", 4, &["umount it first"]),
         ("delete good", 4, &["umount it first"]),
-        ("snapshot create good", 4, &["attached", "umount it first"]),
-        ("clone good new", 4, &["attached", "umount it first"]),
+        (
+            "snapshot switch good 00000000-1111-4222-8333-444444444444",
+            4,
+            &["attached", "umount it first"],
+        ),
         ("recover good", 1, &["has not failed"]),
     ];
     let wrong = judge(&place.dir(), cases, || Command::new(PLOOPCTL));
@@ -465,8 +468,11 @@ fn who_may_not_is_told_what_is_missing_and_what_works_without() {
         "snapshot create own/d",
         "snapshot list own/d",
         "clone own/d own/c",
-        "snapshot merge own/c 5fbaabe3-6958-40ff-92a7-860e329aab41",
         "delete own/c",
+        // What was shared is the disk's own again.
+        "snapshot delete own/d 5fbaabe3-6958-40ff-92a7-860e329aab41",
+        "snapshot create own/d",
+        "snapshot merge own/d 5fbaabe3-6958-40ff-92a7-860e329aab41",
         "list",
         "delete own/d",
     ] {

@@ -43,20 +43,18 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
     let (source, uuid) = parse(&args.source);
     let running = attached::find(&source)?;
-    let (target, uuid) = match &running {
-        None => (resolve(&source)?, uuid),
-        Some(running) => {
-            let mut meter = Meter::new(global.progress, &cancel);
-            (
-                running.target.clone(),
-                Some(frozen(running, uuid, &mut meter)?),
-            )
-        }
+    let target = match &running {
+        None => resolve(&source)?,
+        Some(running) => running.target.clone(),
     };
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;
     let mut site = Site::new(&args.to)?;
     site.refuse_elsewhere(&dir)?;
+    let uuid = match &running {
+        None => uuid,
+        Some(running) => Some(frozen(running, uuid, &mut meter)?),
+    };
     confine(&dir, &site)?;
     let place = |e: Error| e.at(target.path().display());
     let done = match (running, uuid) {
