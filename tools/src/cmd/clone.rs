@@ -23,7 +23,7 @@ use serde_json::json;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-/// Make a disk of a snapshot of an unattached disk, in no time
+/// Make a disk of a snapshot of another, in no time
 ///
 /// Both share the frozen files, which nobody writes to from then on; each can be deleted or moved
 /// on the file system without the other. Without a UUID it is the disk as it is, of which a
