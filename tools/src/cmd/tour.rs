@@ -1,5 +1,6 @@
 //! `tour`: the newcomer's two minutes. Makes a disk, uses it, kills the process that serves it in
-//! the middle of a write, and finds every byte again. Everything happens in a temporary folder.
+//! the middle of a write, freezes it, spoils it, goes back, clones it, and finds every byte again.
+//! Everything happens in a temporary folder.
 
 use super::doctor::is_on_path;
 use super::mount::need_privilege;
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// See it work: make a disk, use it, kill its server, find every byte again
+/// See it work: make a disk, kill its server, freeze it, spoil it, go back, find every byte again
 ///
 /// As root the disk is mounted; otherwise it is served over NBD. Needs two minutes at most and
 /// leaves nothing.
@@ -31,6 +32,8 @@ const DISK: u64 = 256 << 20;
 /// Written in all, and in one go.
 const DATA: u64 = 64 << 20;
 const CHUNK: u64 = 1 << 20;
+/// Overwritten after the disk was frozen.
+const SPOILED: u64 = 8 << 20;
 
 /// What was done, and how long it took.
 #[derive(Debug)]
@@ -109,8 +112,10 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        if let Ok(attached) = attach::find(&self.disk()) {
-            let _ = attach::stop(&attached);
+        for disk in [self.disk(), self.dir.join("clone")] {
+            if let Ok(attached) = attach::find(&disk) {
+                let _ = attach::stop(&attached);
+            }
         }
         let _ = std::fs::remove_dir_all(&self.dir);
     }
@@ -159,25 +164,62 @@ fn mounted(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
             .open(path)?
     };
     write_while_its_server_dies(folder, diary, &mut file)?;
+    let uuid = freeze(folder, diary, disk)?;
+    spoil(diary, &mut file)?;
     drop(file);
     diary.step(format!("ploopctl umount {at}"), || {
         folder.ploopctl(&["umount", at])
     })?;
-    diary.step(format!("ploopctl check {disk}"), || {
-        folder.ploopctl(&["check", disk])
-    })?;
-    diary.step(format!("ploopctl mount {disk} {at} --read-only"), || {
-        folder.ploopctl(&["mount", disk, at, "--read-only"])
-    })?;
-    let mut file = File::open(point.join("file"))?;
-    diary.step(format!("read {} again", size::show(DATA)), || {
-        verify(&mut file)
-    })?;
-    drop(file);
-    diary.step(format!("ploopctl umount {at}"), || {
-        folder.ploopctl(&["umount", at])
-    })?;
+    for disk in go_back(folder, diary, disk, &uuid)? {
+        diary.step(format!("ploopctl mount {disk} {at}"), || {
+            folder.ploopctl(&["mount", &disk, at])
+        })?;
+        let mut file = File::open(point.join("file"))?;
+        diary.step(format!("read {} again", size::show(DATA)), || {
+            verify(&mut file)
+        })?;
+        drop(file);
+        diary.step(format!("ploopctl umount {at}"), || {
+            folder.ploopctl(&["umount", at])
+        })?;
+    }
     Ok(())
+}
+
+/// Freezes the disk while it is used; the snapshot's UUID.
+fn freeze(folder: &Folder, diary: &mut Diary<'_>, disk: &str) -> Result<String> {
+    diary.step(format!("ploopctl snapshot create {disk}"), || {
+        folder.ploopctl(&["snapshot", "create", disk])
+    })
+}
+
+/// Writes something else over a part of the data.
+fn spoil(diary: &mut Diary<'_>, place: &mut impl Place) -> Result<()> {
+    let chunks = SPOILED / CHUNK;
+    let what = format!("write {} of something else over it", size::show(SPOILED));
+    diary.step(what, || {
+        (0..chunks).try_for_each(|n| place.write(n * CHUNK, &noise(!n)))?;
+        place.sync()
+    })
+}
+
+/// Shows what was spoiled and takes the disk back to the snapshot; it and a clone of that.
+fn go_back(folder: &Folder, diary: &mut Diary<'_>, disk: &str, uuid: &str) -> Result<[String; 2]> {
+    let clone = folder.dir.join("clone");
+    let clone = text(&clone)?;
+    let point = format!("{disk}@{uuid}");
+    let verbs: [&[&str]; 4] = [
+        &["check", disk],
+        &["snapshot", "diff", disk, uuid, "top"],
+        &["snapshot", "switch", disk, uuid],
+        &["clone", &point, clone],
+    ];
+    for args in verbs {
+        diary.step(format!("ploopctl {}", args.join(" ")), || {
+            folder.ploopctl(args)
+        })?;
+    }
+    Ok([disk.to_string(), clone.to_string()])
 }
 
 fn served(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
@@ -188,27 +230,30 @@ fn served(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
         folder.ploopctl(&["init", "-s", &size, "--fs", "none", disk])
     })?;
     let how = format!("ploopctl serve {disk} --nbd unix:{}", socket.display());
-    let server = diary.step(how.clone(), || Server::start(folder, disk, &socket))?;
-    let mut client = Reconnecting {
-        socket: socket.clone(),
-        client: Client::connect(&socket)?,
-    };
-    write_while_its_server_dies(folder, diary, &mut client)?;
-    drop(client);
-    diary.step("SIGTERM to the server", || server.stop())?;
-    diary.step(format!("ploopctl check {disk}"), || {
-        folder.ploopctl(&["check", disk])
-    })?;
     let server = diary.step(how, || Server::start(folder, disk, &socket))?;
     let mut client = Reconnecting {
         socket: socket.clone(),
         client: Client::connect(&socket)?,
     };
-    diary.step(format!("read {} again", size::show(DATA)), || {
-        verify(&mut client)
-    })?;
+    write_while_its_server_dies(folder, diary, &mut client)?;
+    let uuid = freeze(folder, diary, disk)?;
+    spoil(diary, &mut client)?;
     drop(client);
-    server.stop()
+    diary.step("SIGTERM to the server", || server.stop())?;
+    for disk in go_back(folder, diary, disk, &uuid)? {
+        let how = format!("ploopctl serve {disk} --nbd unix:{}", socket.display());
+        let server = diary.step(how, || Server::start(folder, &disk, &socket))?;
+        let mut client = Reconnecting {
+            socket: socket.clone(),
+            client: Client::connect(&socket)?,
+        };
+        diary.step(format!("read {} again", size::show(DATA)), || {
+            verify(&mut client)
+        })?;
+        drop(client);
+        server.stop()?;
+    }
+    Ok(())
 }
 
 /// Where the tour keeps its bytes.
