@@ -134,11 +134,7 @@ impl<S: Store> Disk<S> {
 
     /// Makes everything durable and marks the top clean. Nobody asks for anything any more.
     pub async fn close(&self) -> Result<()> {
-        let _alone = self.hold().await;
-        if self.read_only {
-            return Ok(());
-        }
-        self.stack().seal().await
+        self.hold().await.end().await
     }
 
     /// Returns once something may wait for a flush: an idle disk wakes nobody.

@@ -25,6 +25,8 @@ pub struct Hold<'a, S: Store> {
     disk: &'a Disk<S>,
     _flushes: Option<MutexGuard<'a, ()>>,
     _requests: Admitted,
+    /// It is the end of the disk.
+    last: bool,
 }
 
 impl<'a, S: Store> Hold<'a, S> {
@@ -37,7 +39,17 @@ impl<'a, S: Store> Hold<'a, S> {
             disk,
             _flushes: flushes,
             _requests: requests,
+            last: false,
         }
+    }
+
+    /// Seals the top for good: that nothing is written any more is no failure.
+    pub(crate) async fn end(mut self) -> Result<()> {
+        if !self.disk.is_read_only() {
+            self.disk.stack().seal().await?;
+        }
+        self.last = true;
+        Ok(())
     }
 
     /// Makes everything answered durable, and closes the top: cut to its end, marked clean. A
@@ -101,7 +113,7 @@ impl<'a, S: Store> Hold<'a, S> {
 
 impl<S: Store> Drop for Hold<'_, S> {
     fn drop(&mut self) {
-        if self.disk.stack().is_poisoned() {
+        if !self.last && self.disk.stack().is_poisoned() {
             self.disk.failed();
         }
     }

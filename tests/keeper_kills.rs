@@ -5,14 +5,23 @@
 
 mod common;
 
-use common::attach::{Attached, assert_fsck_clean, assert_nothing_left, can_mount, kill};
+use common::attach::{
+    Attached, assert_fsck_clean, assert_nothing_left, can_mount, kill, run_directory,
+};
+use common::files::Random;
+use common::process::{eventually, ok, ok_within};
+use common::programs::ploopctl;
 use common::serve::Disk;
+use common::tree::{amid, descriptor, freeze, mark};
 use common::{count, have};
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
+
+/// Commands share two cores with everything else.
+const CLEANING: Duration = Duration::from_secs(300);
 
 /// Writes files of a round and syncs each, until the disk goes away: the numbers of those that were
 /// answered.
@@ -75,4 +84,51 @@ fn what_was_synced_outlives_keeper_and_worker_killed_together() {
     println!("COUNT: {test}: {rounds} rounds, {files} synced files found again");
     assert!(files as u64 > rounds, "hardly anything was written");
     disk.assert_qemu_finds_it_clean();
+}
+
+#[test]
+fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
+    let test = "a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one";
+    if !can_mount(test) || !have(test, &["mkfs.xfs", "qemu-img"]) {
+        return;
+    }
+    let disk = Disk::with_fs("512M", "xfs", &[]);
+    let mut random = Random::new(5);
+    let (mut before, mut made) = (descriptor(&disk).shots().len(), 0);
+    for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
+        let attached = Attached::mounted(&disk, &[]);
+        mark(attached.folder(), number);
+        let worker = attached.worker().expect("a worker");
+        let wait = Duration::from_micros(random.below(30_000));
+        let both = || {
+            kill(attached.keeper);
+            kill(worker);
+        };
+        let frozen = amid(wait, both, || freeze(&disk, number));
+        drop(attached);
+        // Killed is not dead yet: the next command cleans up, or the one after it.
+        let run = run_directory(&disk.path());
+        eventually("the next command cleans up", CLEANING, || {
+            ok(ploopctl().arg("list"));
+            (!run.exists()).then_some(())
+        });
+        assert_nothing_left(&disk.path(), &[worker]);
+        let attached = Attached::mounted(&disk, &[]);
+        let found = fs::read_to_string(attached.folder().join("mark")).unwrap();
+        assert_eq!(found, number.to_string());
+        attached.detach();
+        let shots = descriptor(&disk).shots().len();
+        assert!(
+            shots == before || shots == before + 1,
+            "{before}, now {shots}"
+        );
+        if frozen.is_ok() {
+            assert_eq!(shots, before + 1, "it was answered");
+        }
+        made += shots - before;
+        before = shots;
+    }
+    println!("COUNT: {test}: {made} made");
+    ok_within(ploopctl().arg("check").arg(disk.path()), CLEANING);
+    assert_fsck_clean("xfs", &disk);
 }

@@ -16,7 +16,11 @@
 //! what they name and the descriptor does not: before the rename that undoes the change, after it
 //! that finishes it. The names are our own, so nothing is removed that another program wrote down.
 
+use super::members;
+use super::snapshot::names;
 use super::target::DESCRIPTOR;
+use crate::io::lock::DISK_LOCK;
+use crate::policy;
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::folder::{self, Folder};
 use ploop_formats::ploop::create;
@@ -39,13 +43,13 @@ pub async fn read<F: Folder>(folder: &F, name: &str) -> Result<Descriptor> {
 /// Finishes or undoes what an interrupted change left; the descriptor that holds. The caller has
 /// the disk to itself, or is the one who changes it while it is attached.
 pub async fn settle<F: Folder>(folder: &F) -> Result<Descriptor> {
+    // A rename that is seen may still be lost, and with it all that would be decided by it.
+    folder.sync().await?;
     let now = read(folder, DESCRIPTOR).await?;
     for record in [NEXT, LAST] {
         if !folder::has(folder, record).await? {
             continue;
         }
-        // A rename that is seen may still be lost, and with it what it was decided by.
-        folder.sync().await?;
         match read(folder, record).await {
             Ok(other) => drop_files(folder, &other, &now).await?,
             // It was cut before its fsync, so nothing was done for it.
@@ -57,9 +61,26 @@ pub async fn settle<F: Folder>(folder: &F) -> Result<Descriptor> {
     Ok(now)
 }
 
+/// Names in a disk's folder that are no delta's, whatever a descriptor says.
+const RESERVED: [&str; 8] = [
+    DESCRIPTOR,
+    NEXT,
+    LAST,
+    members::ASIDE,
+    members::DELETED,
+    DISK_LOCK,
+    names::FILE,
+    names::ASIDE,
+];
+
+/// Whether a delta may have this name: a record that comes with a foreign disk may name anything.
+fn is_delta(name: &str) -> bool {
+    policy::allow(name).is_ok() && !RESERVED.contains(&name)
+}
+
 /// Removes the files that `from` names and `to` does not, for good.
 async fn drop_files<F: Folder>(folder: &F, from: &Descriptor, to: &Descriptor) -> Result<()> {
-    for file in from.files_not_in(to) {
+    for file in from.files_not_in(to).filter(|file| is_delta(file)) {
         folder.remove(file).await?;
     }
     folder.sync().await

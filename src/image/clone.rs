@@ -71,7 +71,8 @@ pub fn files(source: &Descriptor, uuid: Guid, random: Guid) -> Result<Vec<String
 pub async fn as_it_is<F: Folder>(folder: &F, disk: &Descriptor) -> Result<Option<Guid>> {
     let top = layers::image(disk, disk.top())?;
     let parent = disk.shot(top.guid).map(|shot| shot.parent);
-    let Some(parent) = parent.filter(|parent| !parent.is_none()) else {
+    let can_be_shared = |guid| disk.shot(guid).is_some_and(|shot| shot.mark.is_none());
+    let Some(parent) = parent.filter(|parent| can_be_shared(*parent)) else {
         return Ok(None);
     };
     let layer = layers::open_read(folder, disk, &top).await?;

@@ -56,6 +56,12 @@ impl DiskLocks {
                 (None, Some(base))
             }
         };
+        // What he did to names may be seen and still be lost with the power; from now on it is not.
+        if matches!(source, Source::Bundle) {
+            let synced = rustix::fs::fsync(&dir);
+            synced
+                .map_err(|e| Error::from(std::io::Error::from(e)).at("fsync of the directory"))?;
+        }
         // Whoever had the lock until now may have changed which file is the top.
         let chain = Chain::read(&dir, source)?;
         let top = beneath::open_file(&dir, Path::new(&chain.top().name), Open::Write)?;

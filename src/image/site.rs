@@ -50,7 +50,7 @@ impl Site {
             return Err(Error::invalid(format!("{}: no place", path.display())));
         };
         let dir = beneath::directory(&path)?;
-        let site = Self {
+        let mut site = Self {
             name: name.to_os_string(),
             parent: beneath::directory(parent)?,
             _lock: lock::lock_descriptor(&dir, Instant::now())?,
@@ -63,6 +63,8 @@ impl Site {
         // Somebody may have made a disk of it before it was locked.
         for entry in std::fs::read_dir(&path).map_err(at)? {
             if entry.map_err(at)?.file_name() != DISK_LOCK {
+                // What is there is not ours to remove.
+                site.finished = true;
                 let what = format!(
                     "{}: not empty; a new disk needs a new place",
                     path.display()

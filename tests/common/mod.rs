@@ -13,6 +13,7 @@ pub mod nbd;
 pub mod process;
 pub mod programs;
 pub mod serve;
+pub mod tree;
 
 /// Says that a test could not run here. `./dev test` counts these lines, and fails on them in CI.
 pub fn skip(test: &str, reason: &str) {

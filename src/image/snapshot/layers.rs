@@ -72,6 +72,14 @@ pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -
     for image in disk.chain(shot)? {
         let layer = open_read(folder, disk, &image).await?;
         let geometry = layer.geometry();
+        if geometry.cluster != disk.cluster() {
+            return Err(Error::damaged(format!(
+                "{}: clusters of {} bytes, where the descriptor says {}",
+                image.file,
+                geometry.cluster.bytes(),
+                disk.cluster().bytes()
+            )));
+        }
         shape.size = shape.size.max(geometry.size);
         match &layer {
             AnyLayer::Ploop(ploop) => shape.version = ploop.header().version,

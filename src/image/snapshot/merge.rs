@@ -64,11 +64,32 @@ pub async fn prepare<'f, F: Folder>(
         }
     };
     let new = marked.dissolved(lower)?;
-    let target = open_target(folder, &marked, &below).await?;
-    copy::copy(&child, &target, work).await?;
-    target.close().await.map_err(|e| e.at(&below.file))?;
-    drop(target);
+    // A clone looks for the mark after it has made its links, we for links after the mark.
+    if let Err(e) = refuse_shared(folder, &below.file).await {
+        if marked != *old {
+            let unmark = Change::announce(folder, &marked, old.clone()).await?;
+            unmark.commit().await?;
+        }
+        return Err(e);
+    }
+    let filled = async {
+        let target = open_target(folder, &marked, &below).await?;
+        let copied = copy::copy(&child, &target, work).await;
+        // Also one that was cut gives the space back that it took ahead.
+        let closed = target.close().await.map_err(|e| e.at(&below.file));
+        copied.and(closed)
+    };
+    filled.await.map_err(|e| left_marked(e, lower))?;
     Change::announce(folder, &marked, new).await
+}
+
+/// Says what is left of a point that could not be merged away.
+fn left_marked(e: Error, lower: Guid) -> Error {
+    let left = format!(
+        "{e}; {} is temporary now and cannot be gone back to; the same command goes on with it",
+        lower.bare()
+    );
+    Error::new(e.kind(), left)
 }
 
 /// The delta that stands on `lower`, if it is one.
@@ -118,6 +139,12 @@ fn refuse_smaller<S: ploop_formats::store::Store>(
     upper: &AnyLayer<S>,
     image: &ImageRef,
 ) -> Result<()> {
+    if lower.geometry().cluster != upper.geometry().cluster {
+        return Err(Error::damaged(format!(
+            "{}: its clusters are not of the size of those above it",
+            image.file
+        )));
+    }
     let (lower, upper) = (lower.geometry().size, upper.geometry().size);
     if lower >= upper {
         return Ok(());

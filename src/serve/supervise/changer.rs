@@ -41,6 +41,9 @@ const LOCK_FD: RawFd = CONTROL_FD + 2;
 /// Time between two words about how far it is.
 const TELL_PAUSE: Duration = Duration::from_millis(200);
 
+/// How long the end of the keeper may go unnoticed.
+const BLINK: Duration = Duration::from_millis(50);
+
 /// What is wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Wanted {
@@ -203,6 +206,13 @@ impl Changer {
         self.talk.as_ref().is_some_and(told)
     }
 
+    /// Ends it where it is. What it leaves is for the next change.
+    pub fn kill(&mut self) {
+        if let Err(e) = self.child.kill() {
+            tracing::debug!("{e}");
+        }
+    }
+
     /// Has it undo what it did, unless it was told to commit.
     pub fn leave_alone(&mut self) {
         self.talk = None;
@@ -311,7 +321,7 @@ async fn merge_away(
 ) -> Result<Said> {
     let into = layers::image(old, uuid)?.file;
     let mut watch = Teller::new(talk);
-    let pace = Rate::new(rate);
+    let pace = Rate::new(rate, talk);
     let mut work = copy::Work {
         watch: &mut watch,
         pace: &pace,
@@ -356,21 +366,23 @@ impl Watch for Teller<'_> {
 }
 
 /// A limit of bytes a second, or none.
-struct Rate {
+struct Rate<'a> {
     limit: Option<u64>,
     due: Cell<Instant>,
+    talk: &'a OwnedFd,
 }
 
-impl Rate {
-    fn new(limit: Option<u64>) -> Self {
+impl<'a> Rate<'a> {
+    fn new(limit: Option<u64>, talk: &'a OwnedFd) -> Self {
         Self {
             limit: limit.filter(|limit| *limit > 0),
             due: Cell::new(Instant::now()),
+            talk,
         }
     }
 }
 
-impl copy::Pace for Rate {
+impl copy::Pace for Rate<'_> {
     fn wait(&self, bytes: u64) -> Pin<Box<dyn Future<Output = ()> + '_>> {
         Box::pin(async move {
             let Some(limit) = self.limit else {
@@ -379,7 +391,11 @@ impl copy::Pace for Rate {
             let cost = Duration::from_secs_f64(bytes as f64 / limit as f64);
             let due = self.due.get().max(Instant::now()) + cost;
             self.due.set(due);
-            exec::sleep(due.saturating_duration_since(Instant::now())).await;
+            // Whoever wants it to end is heard meanwhile.
+            while Instant::now() < due && packet::receive::<Told>(self.talk).is_ok() {
+                let left = due.saturating_duration_since(Instant::now());
+                exec::sleep(left.min(BLINK)).await;
+            }
         })
     }
 }

@@ -254,6 +254,10 @@ impl Control {
         let Some(client) = client else {
             return false;
         };
+        if !client.output.is_empty() {
+            // It has not read the last word yet; the next one will do.
+            return true;
+        }
         client.say(&json!(Answer {
             id: asker.request,
             result: None,

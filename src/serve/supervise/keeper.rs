@@ -453,7 +453,12 @@ impl Keeper {
 
     /// Sleeps until something happens or is due.
     fn wait(&self) -> Result<Ready> {
-        let due = [self.next_start, self.next_detach, self.space.due()]
+        let snapshot = self.snapshot.as_ref().map(|(snapshot, _)| snapshot);
+        // Its end is heard of; a start that is due until then would be no sleep.
+        let barred = snapshot.is_some_and(Snapshot::bars_workers);
+        let start = self.next_start.filter(|_| !barred);
+        let overdue = snapshot.and_then(Snapshot::due);
+        let due = [start, self.next_detach, self.space.due(), overdue]
             .into_iter()
             .flatten()
             .min();
@@ -464,8 +469,7 @@ impl Keeper {
             tv_nsec: (i64::from(d.subsec_micros()) + 1) * 1000 % 1_000_000_000,
         });
         let worker = self.worker.as_ref();
-        let snapshot = self.snapshot.as_ref();
-        let [changer, changed] = snapshot.map_or([None; 2], |(s, _)| s.polled());
+        let [changer, changed] = snapshot.map_or([None; 2], Snapshot::polled);
         let sources = [
             Some(self.signals.as_fd()),
             worker.and_then(|w| w.output.as_ref()).map(AsFd::as_fd),
@@ -613,6 +617,7 @@ impl Keeper {
         match turn {
             Turn::Wait => {}
             Turn::Keep => snapshot.let_go(self.worker.as_ref(), false),
+            Turn::Renew => self.renew_worker(),
             Turn::Progress(done, total) => {
                 if !self.control.progress(*asker, Far { done, total }) {
                     snapshot.hurry();
@@ -621,6 +626,14 @@ impl Keeper {
             Turn::Take(next, unknown) => self.take_top(next, unknown),
         }
         self.end_snapshot();
+    }
+
+    /// Replaces a worker that must read the descriptor anew.
+    fn renew_worker(&mut self) {
+        if let Some(worker) = self.worker.as_mut() {
+            tracing::warn!("the worker is replaced, to read the disk's tree anew");
+            worker.condemn();
+        }
     }
 
     /// The disk has a new top.
@@ -638,6 +651,15 @@ impl Keeper {
         if let Some((snapshot, _)) = &self.snapshot {
             snapshot.let_go(self.worker.as_ref(), true);
         }
+    }
+
+    fn expire_snapshot(&mut self) {
+        if let Some((snapshot, _)) = self.snapshot.as_mut()
+            && let Turn::Renew = snapshot.expire()
+        {
+            self.renew_worker();
+        }
+        self.end_snapshot();
     }
 
     /// Answers who asked for a snapshot, once nothing of it is under way.
@@ -715,6 +737,9 @@ impl Keeper {
 
     fn step(&mut self) {
         let due = |t: Option<Instant>| t.is_some_and(|t| t <= Instant::now());
+        if due(self.snapshot.as_ref().and_then(|(s, _)| s.due())) {
+            self.expire_snapshot();
+        }
         // A descriptor that may change is not read.
         let changing = self
             .snapshot
@@ -754,7 +779,7 @@ impl Keeper {
 
     fn is_finished(&self) -> bool {
         let idle = self.worker.is_none() && self.errand.is_none() && self.state.device.is_none();
-        self.stopping && self.settled && idle
+        self.stopping && self.settled && idle && self.snapshot.is_none()
     }
 
     fn stop(&mut self) {
@@ -907,6 +932,9 @@ impl Keeper {
                     if let Some(worker) = self.worker.as_mut() {
                         worker.ready = Some(Instant::now());
                     }
+                    if let Some((snapshot, _)) = self.snapshot.as_mut() {
+                        snapshot.serves(self.worker.as_ref());
+                    }
                     self.served = true;
                     if self.health == Health::Broken {
                         continue;
@@ -923,9 +951,6 @@ impl Keeper {
                     self.state.error = None;
                     if !self.stopping {
                         self.state.state = Phase::Serving;
-                    }
-                    if let Some((snapshot, _)) = self.snapshot.as_mut() {
-                        snapshot.serves(self.worker.as_ref());
                     }
                     self.publish();
                 }
@@ -974,6 +999,7 @@ impl Keeper {
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         if let Some((snapshot, _)) = self.snapshot.as_mut() {
             snapshot.lost_worker();
+            snapshot.serves(None);
             self.end_snapshot();
         }
         match self.last_words.take() {

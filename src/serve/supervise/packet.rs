@@ -16,7 +16,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// Descriptors with one message at most.
 const FDS_MAX: usize = 4;
 
-/// Sends a message. The other end may be gone.
+/// Sends a message, or fails: never waits. The other end may be gone, or not listen.
 pub fn send(to: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> Result<()> {
     let text = serde_json::to_vec(message).map_err(io::Error::from)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
@@ -25,9 +25,14 @@ pub fn send(to: impl AsFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> 
         return Err(Error::invalid("more descriptors than a message takes"));
     }
     let data = [IoSlice::new(&text)];
-    sendmsg(to, &data, &mut control, SendFlags::NOSIGNAL)
-        .map(|_| ())
-        .map_err(|e| io::Error::from(e).into())
+    sendmsg(
+        to,
+        &data,
+        &mut control,
+        SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+    )
+    .map(|_| ())
+    .map_err(|e| io::Error::from(e).into())
 }
 
 /// The next message, if one is there; never waits. `NotFound` when the other end is gone.

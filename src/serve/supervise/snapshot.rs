@@ -33,6 +33,7 @@ use serde_json::{Value, json};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// What becomes the disk's with the new top.
 #[derive(Debug)]
@@ -53,6 +54,8 @@ pub(super) enum Turn {
     Take(Next, bool),
     /// Nothing: the disk is the old one, or the worker need not know.
     Keep,
+    /// Replace the worker: its files may not be those that the descriptor names.
+    Renew,
     /// Tell whoever asked how far it is: bytes done, and to do.
     Progress(u64, u64),
 }
@@ -85,7 +88,12 @@ pub(super) struct Snapshot {
     /// What came of it, once that is settled.
     outcome: Option<Result<()>>,
     stall_us: Option<u64>,
+    due: Option<Instant>,
 }
+
+/// How long it may take to freeze a disk, the guest's waiting included: a storage that hangs must not
+/// hold what does not need it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Snapshot {
     /// Begins to freeze the top; `size` and `version` are those of the new one.
@@ -124,6 +132,7 @@ impl Snapshot {
             made: None,
             outcome: None,
             stall_us: None,
+            due: freezes.then(|| Instant::now() + PATIENCE),
         })
     }
 
@@ -138,7 +147,28 @@ impl Snapshot {
 
     /// Whether no worker may be started.
     pub const fn bars_workers(&self) -> bool {
-        self.changer.is_some() && (self.freezes || self.told)
+        self.changer.is_some() && self.told
+    }
+
+    /// When it has taken too long.
+    pub const fn due(&self) -> Option<Instant> {
+        self.due
+    }
+
+    /// It has taken too long: whoever is waited for goes, and what is then is judged as ever.
+    pub fn expire(&mut self) -> Turn {
+        self.due = None;
+        let asked = self.asked;
+        let why = "the disk was not frozen in time: its storage may hang";
+        self.outcome
+            .get_or_insert_with(|| Err(Error::new(Kind::TimedOut, why)));
+        if let Some(changer) = &mut self.changer {
+            changer.kill();
+        }
+        match asked {
+            true => Turn::Renew,
+            false => Turn::Wait,
+        }
     }
 
     /// Whether the disk cannot be let go of yet. A merge can be given up for that.
@@ -169,16 +199,20 @@ impl Snapshot {
             Said::Committed(Made::Top) => self.committed(false),
             Said::Committed(made) => {
                 self.outcome.get_or_insert(Ok(()));
-                if let Made::Merged { into } = &made {
-                    self.reload(&dir, worker, into);
-                }
+                let knows = match &made {
+                    Made::Merged { into } => self.reload(&dir, worker, into),
+                    _ => true,
+                };
                 self.made = Some(made);
-                Turn::Wait
+                if knows { Turn::Wait } else { Turn::Renew }
             }
             Said::Undone(failure) => self.undone(failure.into()),
             Said::Unknown(failure) => {
                 self.outcome = Some(Err(failure.into()));
-                self.committed(true)
+                match self.freezes {
+                    true => self.committed(true),
+                    false => Turn::Renew,
+                }
             }
         }
     }
@@ -215,11 +249,11 @@ impl Snapshot {
         }
     }
 
-    /// Gives the worker the merged layers anew. One that fails is replaced by one that reads the
-    /// descriptor.
-    fn reload(&mut self, dir: &impl AsFd, worker: Option<&Worker>, into: &str) {
+    /// Gives the worker the merged layers anew. One that cannot be told would go on with a layer
+    /// that it opened before the merge, which the next merge would bring to light.
+    fn reload(&mut self, dir: &impl AsFd, worker: Option<&Worker>, into: &str) -> bool {
         let Some(worker) = worker else {
-            return;
+            return true;
         };
         let ordered = Chain::read(dir, &Source::Bundle).and_then(|chain| {
             let names = chain
@@ -237,15 +271,24 @@ impl Snapshot {
             Ok(true)
         });
         match ordered {
-            Ok(asked) => self.asked = asked,
-            Err(e) => tracing::warn!("the worker goes on with the files as they were: {e}"),
+            Ok(asked) => {
+                self.asked = asked;
+                true
+            }
+            Err(e) => {
+                tracing::warn!("the worker cannot be given the merged file: {e}");
+                false
+            }
         }
     }
 
     /// The worker holds the guest: step 4.
     pub fn frozen(&mut self, worker: Option<&Worker>) {
-        self.told = self.changer.as_ref().is_some_and(Changer::commit);
-        if !self.told {
+        let waited_for = self.freezes && self.asked && !self.told;
+        if waited_for && self.next.is_some() {
+            self.told = self.changer.as_ref().is_some_and(Changer::commit);
+        }
+        if waited_for && !self.told {
             go(worker, false);
         }
     }
@@ -274,7 +317,11 @@ impl Snapshot {
     fn give_up(&mut self, why: Error) {
         self.outcome.get_or_insert(Err(why));
         if let Some(changer) = &mut self.changer {
-            changer.leave_alone();
+            match self.freezes {
+                true => changer.leave_alone(),
+                // A merge that is cut is begun again; one that sleeps would not hear.
+                false => changer.kill(),
+            }
         }
     }
 
@@ -305,7 +352,8 @@ impl Snapshot {
                 ))
             };
             self.outcome.get_or_insert_with(why);
-            return Turn::Keep;
+            let untold = self.freezes || !self.told || self.made.is_some();
+            return if untold { Turn::Keep } else { Turn::Renew };
         }
         let top = match self.told {
             false => Ok(None),

@@ -207,8 +207,8 @@ fn lower(stack: &Stack<FileStore>) -> Vec<Arc<AnyLayer<FileStore>>> {
     stack.layers().iter().take(below).cloned().collect()
 }
 
-/// Tells the keeper that a disk that cannot be changed was not.
+/// Tells the keeper that a disk that is not written to was not frozen, nor held for anything else.
 pub(super) async fn refuse(control: &Arc<OwnedFd>) -> Result<()> {
-    let why = Error::new(Kind::ReadOnly, "the disk is attached read-only");
+    let why = Error::new(Kind::ReadOnly, "nothing is written to the disk");
     say(control, &Event::NotFrozen(Failure::from(&why))).await
 }

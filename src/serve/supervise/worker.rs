@@ -236,8 +236,9 @@ async fn serve_errors(
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
-    let (orders, _) = mpsc::unbounded_channel();
+    let (orders, ordered) = mpsc::unbounded_channel();
     exec::spawn(hear(Arc::clone(control), stop, orders));
+    exec::spawn(change(None, Arc::clone(control), ordered));
     let served = fuse::serve(fd, session, Arc::new(device), wait(stopped)).await;
     served.map(|_| ())
 }

@@ -149,8 +149,11 @@ fn frozen(running: &Running, uuid: Option<Guid>, meter: &mut Meter<'_>) -> Resul
     let uuid = random_guid();
     running.freeze(uuid)?;
     // What is temporary cannot be shared, and can go now that no running top stands on it.
-    running.remove_temporaries(meter)?;
-    Ok(uuid)
+    let merged = running.remove_temporaries(None, meter);
+    let made = format!("snapshot {} was made for it and stays", uuid.bare());
+    merged
+        .map(|_| uuid)
+        .map_err(|e| Error::new(e.kind(), format!("{e}; {made}")))
 }
 
 /// The disk as it is now, as a snapshot, and whether that was made for it.

@@ -78,12 +78,16 @@ impl Running {
 
     /// Takes away what is temporary and can go; how many that were. What cannot go now is no reason
     /// to fail.
-    pub fn remove_temporaries(&self, meter: &mut Meter<'_>) -> Result<usize> {
+    pub fn remove_temporaries(
+        &self,
+        rate: Option<NonZeroU64>,
+        meter: &mut Meter<'_>,
+    ) -> Result<usize> {
         let mut tried = Vec::new();
         let mut done = 0;
         while let Some(uuid) = ripe(&self.descriptor()?, &tried) {
             tried.push(uuid);
-            match self.remove(uuid, None, meter) {
+            match self.remove(uuid, rate, meter) {
                 Ok(_) => done += 1,
                 Err(e) if e.kind() == Kind::Cancelled => return Err(e),
                 Err(e) => tracing::warn!("a temporary snapshot stays for now: {e}"),

@@ -67,7 +67,8 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
 
 /// Has the keeper of an attached disk do it.
 fn freeze(args: &Args, uuid: Guid, running: &Running, meter: &mut Meter<'_>) -> Result<Answer> {
-    running.remove_temporaries(meter)?;
+    let merged = running.remove_temporaries(None, meter);
+    merged.map_err(|e| cancelled(e, CANCELLED))?;
     let made = running.freeze(uuid)?;
     if let Some(name) = &args.name
         && let Err(e) = running.set_name(uuid, name)

@@ -69,7 +69,7 @@ fn running_disk(args: &Args, running: &Running, meter: &mut Meter<'_>) -> Result
         }
         _ => Removed::Dropped,
     };
-    let merged = running.remove_temporaries(meter)?;
+    let merged = running.remove_temporaries(args.rate, meter)?;
     Ok(answer(&args.uuid.bare(), removed, merged, &running.target))
 }
 
