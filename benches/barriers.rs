@@ -109,7 +109,8 @@ fn measure(options: &Options, case: &Case, server: &Traced) -> Measured {
     }
 }
 
-fn barriers(log: &Path) -> usize {
+/// Barriers in a log of strace.
+pub fn barriers(log: &Path) -> usize {
     let text = fs::read_to_string(log).unwrap_or_default();
     let begins = |line: &&str| {
         ["fdatasync(", "fsync("]

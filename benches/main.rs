@@ -5,6 +5,8 @@
 //! runs that others disturbed, `--size BYTES` of filled images, `--memory DIR` and `--disk DIR` for
 //! images on tmpfs and on a disk, `--cache writeback|none` for the tables that name no mode.
 //!
+//! Tables of commands (clone, clones, merge) time them from start to end; `space` times nothing.
+//!
 //! Method. Servers take turns within each repetition and the order rotates, so that a host that
 //! slows down slows all of them; a run during which somebody else used the processors is repeated.
 //! Reported are medians, the server's own processor time per request (its whole process tree), and
@@ -18,13 +20,17 @@ mod common;
 
 mod barriers;
 mod bulk;
+mod clone;
+mod clones;
 mod cold;
 mod copy_up;
 mod depth;
 mod first;
 mod harness;
+mod merge;
 mod mount;
 mod nbd;
+mod space;
 
 use harness::Options;
 
@@ -32,7 +38,7 @@ use harness::Options;
 type Table = (&'static str, fn(&Options));
 
 /// In the order in which they run.
-const TABLES: [Table; 8] = [
+const TABLES: [Table; 12] = [
     ("nbd", nbd::run),
     ("bulk", bulk::run),
     ("depth", depth::run),
@@ -41,6 +47,10 @@ const TABLES: [Table; 8] = [
     ("cold", cold::run),
     ("mount", mount::run),
     ("barriers", barriers::run),
+    ("clone", clone::run),
+    ("clones", clones::run),
+    ("merge", merge::run),
+    ("space", space::run),
 ];
 
 fn main() {

@@ -6,6 +6,7 @@
 //! bring along (descriptors) is handed out with the answer that it came with.
 
 use crate::counters::Watched;
+use crate::image::grow::Wanted;
 use crate::rundir::{Departure, State};
 use crate::serve::supervise::control::{
     Answer, Ask, BACKLOG_MAX, Far, Figures, Greeting, PROTO, Request, SOCKET,
@@ -121,11 +122,56 @@ impl Remote {
         self.ask(Ask::Stat).and_then(|v| parse(v, "figures"))
     }
 
-    /// Freezes the top under a GUID, or a random one; what came of it. A busy disk may take a while
-    /// to make durable what it holds.
-    pub fn snapshot(&mut self, uuid: Option<String>) -> Result<Value> {
+    /// Freezes the top under a GUID, or a random one, and with `freeze` the file system on the device
+    /// meanwhile; what came of it. A busy disk may take a while to make durable what it holds.
+    pub fn snapshot(&mut self, uuid: Option<String>, freeze: bool) -> Result<Value> {
         self.due = Some(Instant::now() + FREEZE_PATIENCE);
-        let id = self.tell(Ask::Snapshot { uuid })?;
+        let id = self.tell(Ask::Snapshot { uuid, freeze })?;
+        self.answer(id)
+    }
+
+    /// Goes back to a frozen point; what came of it.
+    pub fn switch(&mut self, uuid: String) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let id = self.tell(Ask::Switch { uuid })?;
+        self.answer(id)
+    }
+
+    /// Gives the disk another size; what came of it. What lies where a larger table goes is moved
+    /// meanwhile.
+    pub fn grow(&mut self, wanted: Wanted) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let (size, by, smaller) = match wanted {
+            Wanted::To(size) => (Some(size), None, false),
+            Wanted::By(by) => (None, Some(by), false),
+            Wanted::Down(size) => (Some(size), None, true),
+        };
+        let id = self.tell(Ask::Grow { size, by, smaller })?;
+        self.answer(id)
+    }
+
+    /// Makes the top's file shorter, and tells how far that is; what came of it. An error of `far` ends
+    /// it.
+    pub fn compact(
+        &mut self,
+        rate: Option<u64>,
+        far: &mut dyn FnMut(Far) -> Result<()>,
+    ) -> Result<Value> {
+        let id = self.tell(Ask::Compact { rate })?;
+        self.follow(id, far)
+    }
+
+    /// Says what each delta may take of the host, in bytes.
+    pub fn limit(&mut self, bytes: Option<u64>) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let id = self.tell(Ask::Limit { bytes })?;
+        self.answer(id)
+    }
+
+    /// Marks a frozen point temporary.
+    pub fn mark(&mut self, uuid: String) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let id = self.tell(Ask::Mark { uuid })?;
         self.answer(id)
     }
 
@@ -138,6 +184,24 @@ impl Remote {
         far: &mut dyn FnMut(Far) -> Result<()>,
     ) -> Result<Value> {
         let id = self.tell(Ask::Remove { uuid, rate })?;
+        self.follow(id, far)
+    }
+
+    /// Gives a frozen point another file, and tells how far that is; what came of it. An error of
+    /// `far` ends it.
+    pub fn replace(
+        &mut self,
+        uuid: String,
+        file: String,
+        rate: Option<u64>,
+        far: &mut dyn FnMut(Far) -> Result<()>,
+    ) -> Result<Value> {
+        let id = self.tell(Ask::Replace { uuid, file, rate })?;
+        self.follow(id, far)
+    }
+
+    /// Hears how far a request is, and its answer.
+    fn follow(&mut self, id: u64, far: &mut dyn FnMut(Far) -> Result<()>) -> Result<Value> {
         loop {
             self.due = Some(Instant::now() + FREEZE_PATIENCE);
             let answer: Answer = self.hear()?;

@@ -48,8 +48,8 @@ pub struct Disk<S> {
 
 /// A request in flight, and the stack that it is carried out on. The stack is let go of first: who
 /// has the disk to himself is not to find users of an old one.
-struct Request<S> {
-    stack: Arc<Stack<S>>,
+pub(crate) struct Request<S> {
+    pub(crate) stack: Arc<Stack<S>>,
     _admitted: Admitted,
 }
 
@@ -137,6 +137,11 @@ impl<S: Store> Disk<S> {
         self.hold().await.end().await
     }
 
+    /// Says that something may wait for a flush.
+    pub(crate) fn is_changed(&self) {
+        self.changed.notify_one();
+    }
+
     /// Returns once something may wait for a flush: an idle disk wakes nobody.
     pub async fn changed(&self) {
         self.changed.notified().await;
@@ -168,13 +173,7 @@ impl<S: Store> Disk<S> {
 
     /// Refuses a range outside the disk.
     fn check(&self, at: u64, len: u64) -> Result<()> {
-        match at.checked_add(len) {
-            Some(end) if end <= self.size() => Ok(()),
-            _ => Err(Error::invalid(format!(
-                "{len} bytes at {at} reach past the end of the disk ({} bytes)",
-                self.size()
-            ))),
-        }
+        within(at, len, self.size())
     }
 
     fn check_write(&self, at: u64, len: u64) -> Result<()> {
@@ -184,30 +183,36 @@ impl<S: Store> Disk<S> {
         self.check(at, len)
     }
 
-    /// Admits a request to the clusters of a byte range, which is not empty.
-    async fn admit(&self, at: u64, len: u64, mode: Mode) -> Request<S> {
+    /// Admits a request to the clusters of a byte range, which is not empty. Refuses one that waited
+    /// while the disk got smaller, and lies behind its end now.
+    pub(crate) async fn admit(&self, at: u64, len: u64, mode: Mode) -> Result<Request<S>> {
         let size = self.cluster.bytes();
         let early = planted::is(Bug::StackBeforeAdmission).then(|| self.stack());
         let admitted = self
             .flight
             .admit(at / size, (at + len - 1) / size, mode)
             .await;
-        Request {
-            stack: early.unwrap_or_else(|| self.stack()),
+        let stack = early.unwrap_or_else(|| self.stack());
+        within(at, len, stack.top().geometry().size)?;
+        Ok(Request {
+            stack,
             _admitted: admitted,
-        }
+        })
     }
 
     /// As [`Disk::admit`], for one that changes the disk, which has not failed.
-    async fn admit_change(&self, at: u64, len: u64, mode: Mode) -> Result<Request<S>> {
-        let request = self.admit(at, len, mode).await;
+    pub(crate) async fn admit_change(&self, at: u64, len: u64, mode: Mode) -> Result<Request<S>> {
+        let request = self.admit(at, len, mode).await?;
         let may = request.stack.may_write();
         may.inspect_err(|_| self.poisoned.notify_one())?;
         Ok(request)
     }
 
     /// Repeats `step` after a flush as long as the table of pending changes is full.
-    async fn with_room<T, F: Future<Output = Result<T>>>(&self, step: impl Fn() -> F) -> Result<T> {
+    pub(crate) async fn with_room<T, F: Future<Output = Result<T>>>(
+        &self,
+        step: impl Fn() -> F,
+    ) -> Result<T> {
         loop {
             match step().await {
                 Err(e) if e.kind() == Kind::Pending => self.flush_once().await?,
@@ -218,7 +223,7 @@ impl<S: Store> Disk<S> {
 
     /// Runs a pass on the stack that is there when its turn comes, or joins one. What was answered
     /// on an older stack is durable since that was sealed.
-    async fn flush_once(&self) -> Result<()> {
+    pub(crate) async fn flush_once(&self) -> Result<()> {
         let pass = async || {
             let stack = self.stack();
             let done = stack.sync().await;
@@ -426,7 +431,7 @@ impl<S: Store> Disk<S> {
     /// Whether wiping the range needs no copy of parent data: its partial clusters have a place
     /// in the top, or zeros below.
     async fn wipes_fast(&self, at: u64, len: u64) -> Result<bool> {
-        let shared = self.admit(at, len, Mode::Shared).await;
+        let shared = self.admit(at, len, Mode::Shared).await?;
         let stack = &*shared.stack;
         let size = self.cluster;
         for edge in [at, at + len - 1] {
@@ -439,6 +444,15 @@ impl<S: Store> Disk<S> {
             }
         }
         Ok(true)
+    }
+}
+
+fn within(at: u64, len: u64, size: u64) -> Result<()> {
+    match at.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => Err(Error::invalid(format!(
+            "{len} bytes at {at} reach past the end of the disk ({size} bytes)"
+        ))),
     }
 }
 
@@ -493,7 +507,9 @@ async fn extent_of<S: Store>(stack: &Stack<S>, segment: Segment) -> Result<Guest
 }
 
 /// Runs all to their end, whatever happens to any, and gives the first failure.
-async fn all<F: Future<Output = Result<()>>>(work: impl IntoIterator<Item = F>) -> Result<()> {
+pub(crate) async fn all<F: Future<Output = Result<()>>>(
+    work: impl IntoIterator<Item = F>,
+) -> Result<()> {
     let mut work: Vec<F> = work.into_iter().collect();
     match work.len() {
         0 => Ok(()),
@@ -520,7 +536,7 @@ impl<S: Store> Device for Disk<S> {
         if buf.is_empty() {
             return Ok(buf);
         }
-        let shared = self.admit(at, buf.len() as u64, Mode::Shared).await;
+        let shared = self.admit(at, buf.len() as u64, Mode::Shared).await?;
         let stack = &*shared.stack;
         if is_aligned(stack, at, &buf) {
             return stack.read(at, buf, stack.depth()).await;
@@ -589,7 +605,7 @@ impl<S: Store> Device for Disk<S> {
         let end = at + len.min(DESCRIBE_MAX);
         let mut at = at;
         while at < end {
-            let shared = self.admit(at, 1, Mode::Shared).await;
+            let shared = self.admit(at, 1, Mode::Shared).await?;
             let stack = &*shared.stack;
             let len = (end - at).min(limits::TRANSFER_MAX);
             let segment = stack.resolve(at, len, stack.depth()).await?;

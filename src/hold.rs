@@ -5,15 +5,26 @@
 //! writes to it any more. [`Hold::switch`] puts another stack in its place and lets everybody go, who
 //! then sees that one. Whether the change is durable is the caller's business, between the two.
 //!
+//! To give the disk another size, [`Hold::resize`] seals the top, opens it anew, which nobody else can
+//! see, has it grown or shrunk ([`ploop_formats::ploop::Ploop::grow`],
+//! [`ploop_formats::ploop::Ploop::shrink`]), and puts that in its place. So what is kept in memory of
+//! it, the index, the free clusters, and which of them were never written, is what its file says; its
+//! ledger was emptied by the seal. Who dies on the way leaves an image that is the old one or the new
+//! one. A request that waited meanwhile, and lies behind a new end, is refused.
+//!
+//! [`Hold::cut`] does the same and leaves the size: the seal has cut the file to its end.
+//!
 //! Requests that wait for a hold are answered after it: it is short, or its guest feels it.
 
 use crate::disk::Disk;
 use crate::flight::Admitted;
-use crate::stack::Stack;
+use crate::stack::{AnyLayer, NewSize, Stack};
 use ploop_formats::layer::Layer;
+use ploop_formats::ledger::Ledger;
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
+use std::sync::Arc;
 use tokio::sync::MutexGuard;
 
 /// A disk on which nothing runs. Dropping it lets those go who wait; without a seal before, and
@@ -64,6 +75,8 @@ impl<'a, S: Store> Hold<'a, S> {
             return Ok(());
         }
         let stack = self.disk.stack();
+        // What is over, or has failed, is not begun again.
+        stack.may_write()?;
         let sealed = stack.seal().await;
         // A half-written end must not be taken for one that can be tried again.
         let is_final = |e: &&Error| e.kind() != Kind::NoSpace;
@@ -71,6 +84,93 @@ impl<'a, S: Store> Hold<'a, S> {
             stack.poison();
         }
         sealed
+    }
+
+    /// Gives the disk another size, rounded up to a cluster, and lets everybody go; nothing is done
+    /// when it has that. `ledger` is that of the top.
+    ///
+    /// `Invalid`, and nothing was done, when that is the other way, or not possible
+    /// ([`Stack::resized`]). After `NoSpace` the disk goes on as it was. After any other error it has
+    /// failed, and whoever waits is let go only if what the file holds can be read.
+    pub async fn resize(self, to: NewSize, ledger: Ledger) -> Result<()>
+    where
+        S: Clone,
+    {
+        let old = self.disk.stack();
+        if old.resized(to)? == old.top().geometry().size {
+            return Ok(());
+        }
+        self.renew(ledger, async |top| top.resize(to).await).await
+    }
+
+    /// Closes the top, which cuts its file to its end, opens it anew and lets everybody go. `ledger`
+    /// is that of the top. Errors are as those of [`Hold::resize`].
+    pub async fn cut(self, ledger: Ledger) -> Result<()>
+    where
+        S: Clone,
+    {
+        self.renew(ledger, async |_| Ok(())).await
+    }
+
+    /// Closes the top, opens it anew, has it changed, and goes on with it.
+    async fn renew(
+        self,
+        ledger: Ledger,
+        change: impl AsyncFnOnce(&mut AnyLayer<S>) -> Result<()>,
+    ) -> Result<()>
+    where
+        S: Clone,
+    {
+        if self.disk.is_read_only() {
+            return Err(Error::new(Kind::ReadOnly, "the disk is open read-only"));
+        }
+        let sealed = self.seal().await;
+        let failed = |e: &Error| e.kind() != Kind::NoSpace;
+        if !self.is_sealed() || sealed.as_ref().is_err_and(failed) {
+            return sealed;
+        }
+        match self.renew_sealed(sealed, ledger, change).await {
+            Ok(outcome) => outcome,
+            Err(e) => {
+                // Its clusters may not be where the old stack looks for them, and who waits is not let go:
+                // not even for lack of space does the disk go on here.
+                std::mem::forget(self);
+                Err(e.into_final())
+            }
+        }
+    }
+
+    /// Opens a sealed top anew and has it changed. The inner outcome is that of the change, after
+    /// which the disk has a stack to go on with.
+    async fn renew_sealed(
+        &self,
+        sealed: Result<()>,
+        ledger: Ledger,
+        change: impl AsyncFnOnce(&mut AnyLayer<S>) -> Result<()>,
+    ) -> Result<Result<()>>
+    where
+        S: Clone,
+    {
+        let old = self.disk.stack();
+        let open = || {
+            let store = old.top().store().clone();
+            old.top().open_again(store, ledger.clone())
+        };
+        let changed = match sealed {
+            Ok(()) => {
+                let mut top = open().await?;
+                change(&mut top).await.map(|()| top)
+            }
+            Err(e) => Err(e),
+        };
+        let (top, outcome) = match changed {
+            Ok(top) => (top, Ok(())),
+            Err(e) => (open().await?, Err(e)),
+        };
+        let below = old.layers().iter().take(old.depth().saturating_sub(1));
+        let layers = below.cloned().chain([Arc::new(top)]);
+        self.disk.replace(Stack::new(layers)?);
+        Ok(outcome)
     }
 
     /// Whether the end of the top has begun, whatever came of it.

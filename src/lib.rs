@@ -1,5 +1,6 @@
 //! ploop: a container's file system in a file.
 pub mod client;
+pub mod compact;
 pub mod counters;
 pub mod cow;
 pub mod device;

@@ -2,10 +2,10 @@
 //!
 //! `/run/ploop/<dev>-<inode>/` (without root `$XDG_RUNTIME_DIR/ploop`, else `/tmp/ploop-<uid>`)
 //! holds `lock`, `state.json`, the sockets `control` and `metrics`, `disk` (the FUSE mount point) and
-//! `log`. The keeper holds an exclusive flock on `lock` for life, so a directory whose lock is free is a leftover. The last
-//! thing a keeper writes is its [`Outcome`], into the lock file: who waits for the lock on an
-//! open descriptor can read it even after the directory is gone. The log of a disk whose keeper
-//! failed is kept beside the directory, as `<dev>-<inode>.log`, until the disk is attached again.
+//! `log`. The keeper holds an exclusive flock on `lock` for life, so a directory whose lock is free is
+//! a leftover. The last thing a keeper writes is its [`Outcome`], into the lock file: who waits for
+//! the lock on an open descriptor can read it even after the directory is gone. The log of a disk
+//! whose keeper failed is kept beside the directory, as `<dev>-<inode>.log`, until the disk is attached again.
 //!
 //! Nothing here mounts, unmounts or kills; it must never follow a link that another user made.
 

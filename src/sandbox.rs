@@ -30,12 +30,16 @@ pub enum Files {
     Change,
     /// Of them nothing but empty directories that are removed.
     Directories,
+    /// Their names may go, also to another directory; none of them is read.
+    Leave,
+    /// It is no directory, but one file, which is read and written.
+    One,
 }
 
 /// A directory and what may be done in it.
 #[derive(Debug, Clone, Copy)]
 pub struct Place<'a> {
-    /// It, open.
+    /// It, open; of [`Files::One`] the file.
     pub dir: BorrowedFd<'a>,
     /// What for.
     pub files: Files,
@@ -179,6 +183,8 @@ fn within(files: Files) -> BitFlags<AccessFs> {
         }
         Files::Change => within(Files::Write) | AccessFs::Refer,
         Files::Directories => AccessFs::RemoveDir.into(),
+        Files::Leave => AccessFs::Refer | AccessFs::RemoveFile,
+        Files::One => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate,
     }
 }
 

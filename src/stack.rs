@@ -11,11 +11,13 @@ use crate::merged::{Merged, Place};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Below, Extent, Geometry, Layer};
+use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::{Ploop, Reserved};
 use ploop_formats::raw::Raw;
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Kind, Result, buf, limits};
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,6 +49,24 @@ macro_rules! each {
     };
 }
 
+/// The size that is wanted, in bytes; it is rounded up to a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NewSize {
+    /// No less than there are.
+    Larger(u64),
+    /// No more than there are: who asks vouches that nobody wants what is behind it.
+    Smaller(u64),
+}
+
+impl NewSize {
+    /// Bytes.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::Larger(size) | Self::Smaller(size) => size,
+        }
+    }
+}
+
 impl<S: Store> AnyLayer<S> {
     /// Whether clusters come and go in it; a raw image has all of them always.
     pub const fn allocates(&self) -> bool {
@@ -67,6 +87,48 @@ impl<S: Store> AnyLayer<S> {
     /// Whether a failed flush forbids further success until the disk is closed and checked.
     pub fn is_poisoned(&self) -> bool {
         each!(self, layer => layer.is_poisoned())
+    }
+
+    /// Opens its file anew for writing, as what it is.
+    pub async fn open_again(&self, store: S, ledger: Ledger) -> Result<Self> {
+        Ok(match self {
+            AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
+            AnyLayer::Raw(raw) => {
+                AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
+            }
+        })
+    }
+
+    /// Grows it, as its format says ([`Ploop::grow`], [`Raw::grow`]).
+    pub async fn grow(&mut self, size: u64) -> Result<()> {
+        each!(self, layer => layer.grow(size).await)
+    }
+
+    /// The size that it would grow to, in bytes; `Invalid` when it cannot.
+    pub fn grown(&self, size: u64) -> Result<u64> {
+        match self {
+            AnyLayer::Ploop(layer) => Ok(layer.header().grown(size)?.geometry().size),
+            AnyLayer::Raw(layer) => layer.grown(size),
+        }
+    }
+
+    /// Gives it another size ([`Ploop::grow`], [`Ploop::shrink`], and those of [`Raw`]).
+    pub async fn resize(&mut self, to: NewSize) -> Result<()> {
+        match to {
+            NewSize::Larger(size) => self.grow(size).await,
+            NewSize::Smaller(size) => each!(self, layer => layer.shrink(size).await),
+        }
+    }
+
+    /// The size that it would have, in bytes; `Invalid` when it cannot.
+    fn resized(&self, to: NewSize) -> Result<u64> {
+        match (to, self) {
+            (NewSize::Larger(size), _) => self.grown(size),
+            (NewSize::Smaller(size), AnyLayer::Ploop(layer)) => {
+                Ok(layer.header().shrunk(size)?.geometry().size)
+            }
+            (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrunk(size),
+        }
     }
 
     /// Forbids further success. A raw image has nothing that could be half written but data.
@@ -232,6 +294,23 @@ impl<S: Store> Stack<S> {
     /// The writable layer.
     pub fn top(&self) -> &AnyLayer<S> {
         self.layers.last().expect("a stack has layers")
+    }
+
+    /// The size that the disk would have, in bytes; `Invalid` when its top cannot have it. A disk does
+    /// not get smaller than a layer below: what that holds behind the end would be seen again when
+    /// the disk grows.
+    pub fn resized(&self, to: NewSize) -> Result<u64> {
+        let size = self.top().resized(to)?;
+        let larger = |layer: &&Arc<AnyLayer<S>>| layer.geometry().size > size;
+        match self.layers.iter().rev().skip(1).find(larger) {
+            Some(layer) => Err(Error::invalid(format!(
+                "a snapshot below has {} bytes, and what it holds behind the end would be seen again \
+                 if the disk grew: delete the snapshots first, or make the disk one image with \
+                 `ploopctl convert --flatten`",
+                layer.geometry().size
+            ))),
+            None => Ok(size),
+        }
     }
 
     /// Writes guest data to a place in the top's file. Every guest write passes here.

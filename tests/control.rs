@@ -369,6 +369,7 @@ fn a_worker_that_never_falls_silent_keeps_nobody_from_its_keeper() {
         cache: Cache::None,
         poisoned: false,
         version: 2,
+        limit: None,
     });
     let ready = ready.unwrap();
     let say = move || rustix::net::send(&voice, &ready, SendFlags::NOSIGNAL);

@@ -7,6 +7,7 @@ mod common;
 
 use common::attach::{Attached, assert_fsck_clean, can_mount, listed, run_directory};
 use common::files::Random;
+use common::host::Host;
 use common::process::{eventually, fails, ok};
 use common::programs::{ploopctl, tool};
 use common::serve::Disk;
@@ -14,6 +15,7 @@ use common::{count, have};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -21,73 +23,6 @@ use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A small file system of its own, as the host of disks.
-struct Host {
-    folder: TempDir,
-    size: u64,
-}
-
-impl Host {
-    fn new(size: u64) -> Self {
-        Self::on(TempDir::new().unwrap(), size, &["-m", "0"])
-    }
-
-    /// With its bytes in a file in `folder`.
-    fn on(folder: TempDir, size: u64, mkfs: &[&str]) -> Self {
-        let bytes = folder.path().join("bytes");
-        File::create(&bytes).unwrap().set_len(size).unwrap();
-        ok(tool("mkfs.ext4").arg("-q").args(mkfs).arg(&bytes));
-        let host = Self { folder, size };
-        fs::create_dir(host.path()).unwrap();
-        ok(tool("mount")
-            .args(["-o", "loop"])
-            .arg(&bytes)
-            .arg(host.path()));
-        host
-    }
-
-    fn path(&self) -> PathBuf {
-        self.folder.path().join("host")
-    }
-
-    fn disk(&self, size: &str, fs: &str) -> Disk {
-        Disk::in_folder(TempDir::new_in(self.path()).unwrap(), size, fs, &[])
-    }
-
-    /// What disks leave to it: an eighth, because it is small.
-    fn kept(&self) -> u64 {
-        self.free_and_size().1 / 8
-    }
-
-    fn free_and_size(&self) -> (u64, u64) {
-        let stat = rustix::fs::statvfs(self.path()).unwrap();
-        (stat.f_bavail * stat.f_frsize, stat.f_blocks * stat.f_frsize)
-    }
-
-    /// Leaves so many bytes free.
-    fn fill_up_to(&self, left: u64) {
-        let (free, _) = self.free_and_size();
-        let ballast = File::create(self.ballast()).unwrap();
-        let len = free.saturating_sub(left);
-        let mode = rustix::fs::FallocateFlags::empty();
-        rustix::fs::fallocate(&ballast, mode, 0, len.max(1)).unwrap();
-    }
-
-    fn relieve(&self) {
-        fs::remove_file(self.ballast()).unwrap();
-    }
-
-    fn ballast(&self) -> PathBuf {
-        self.path().join("ballast")
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        let _ = common::process::run(tool("umount").arg("--lazy").arg(self.path()));
-    }
-}
 
 fn can_run(test: &str, tools: &[&str]) -> bool {
     can_mount(test) && have(test, &["mkfs.ext4", "mount"]) && have(test, tools)
@@ -203,22 +138,100 @@ fn cycles(fs: &str, mkfs: &str) {
     }
     let host = Host::new(768 * MIB);
     let disk = host.disk("4G", fs);
-    let attached = Attached::mounted(&disk, &[]);
+    some_cycles(&host, &disk, fs);
+    assert_fsck_clean(fs, &disk);
+    ok(ploopctl().arg("check").arg(disk.path()));
+}
+
+fn some_cycles(host: &Host, disk: &Disk, fs: &str) {
+    let attached = Attached::mounted(disk, &[]);
     let mut random = Random::new(7);
     let cycles = count("PLOOP_FULL_HOST_CYCLES", 5);
     let mut files = 0;
     for _ in 0..cycles {
-        files += one_cycle(&host, &disk, attached.folder(), &mut random);
+        files += one_cycle(host, disk, attached.folder(), &mut random);
     }
     attached.detach();
-    assert_fsck_clean(fs, &disk);
-    ok(ploopctl().arg("check").arg(disk.path()));
     println!("COUNT: {fs}: {cycles} cycles, {files} synced files found again");
 }
 
 #[test]
 fn a_full_host_is_only_enospc_to_ext4() {
     cycles("ext4", "mkfs.ext4");
+}
+
+#[test]
+fn a_full_host_is_only_enospc_to_ext4_on_a_partition() {
+    let test = "a_full_host_is_only_enospc_to_ext4_on_a_partition";
+    if !can_run(test, &["fstrim"]) {
+        return;
+    }
+    let host = Host::new(768 * MIB);
+    let disk = Disk::around(TempDir::new_in(host.path()).unwrap());
+    fs::create_dir(disk.path()).unwrap();
+    let mut ploop = ploopctl();
+    ok(ploop
+        .arg0("ploop")
+        .args(["init", "-s", "4g"])
+        .arg(disk.image()));
+    some_cycles(&host, &disk, "a partition");
+    let descriptor = disk.path().join("DiskDescriptor.xml");
+    ok(ploopctl().arg0("ploop").arg("fscheck").arg(&descriptor));
+    ok(ploopctl()
+        .arg0("ploop")
+        .args(["check", "-f"])
+        .arg(&descriptor));
+}
+
+fn limit(disk: &Disk, to: &str) {
+    ok(ploopctl()
+        .arg("limit")
+        .arg(disk.path())
+        .args(["--delta", to]));
+}
+
+/// The host has plenty.
+#[test]
+fn a_delta_at_its_limit_is_only_enospc_to_ext4() {
+    let test = "a_delta_at_its_limit_is_only_enospc_to_ext4";
+    if !can_run(test, &["fstrim"]) {
+        return;
+    }
+    let disk = Disk::with_fs("4G", "ext4", &[]);
+    limit(&disk, "512M");
+    let attached = Attached::mounted(&disk, &[]);
+    let (mut random, mut files) = (Random::new(13), 0);
+    let is_low = || (listed(&disk.path())?["host_low"] == true).then_some(());
+    for cycle in 0..3 {
+        let (written, why) = write_until_refused(attached.folder(), &mut random);
+        assert_eq!(why.raw_os_error(), Some(libc::ENOSPC), "{why}");
+        eventually("news of the limit", PATIENCE, is_low);
+        files += written.len();
+        if let Some(one) = written.first() {
+            let file = OpenOptions::new().write(true).open(&one.path).unwrap();
+            file.write_all_at(&one.bytes(), 0).unwrap();
+            file.sync_all().unwrap();
+        }
+        if cycle == 0 {
+            limit(&disk, "1G");
+            await_space(attached.folder(), random.next());
+            limit(&disk, "512M");
+        }
+        for one in &written {
+            one.assert_intact();
+            fs::remove_file(&one.path).unwrap();
+        }
+        eventually("the space of removed files", PATIENCE, || {
+            let _ = rustix::fs::syncfs(File::open(attached.folder()).unwrap());
+            ok(tool("fstrim").arg(attached.folder()));
+            (listed(&disk.path())?["host_low"] == false).then_some(())
+        });
+        await_space(attached.folder(), random.next());
+    }
+    attached.detach();
+    assert_fsck_clean("ext4", &disk);
+    ok(ploopctl().arg("check").arg(disk.path()));
+    println!("COUNT: {test}: {files} synced files found again");
 }
 
 #[test]
@@ -517,4 +530,54 @@ fn a_disk_whose_flush_failed_says_so_and_is_used_again_on_order() {
     );
     server.stop();
     ok(ploopctl().arg("check").arg(&folder));
+}
+
+#[test]
+fn a_compaction_that_finds_no_space_says_so_and_goes_on_when_there_is() {
+    let test = "a_compaction_that_finds_no_space_says_so_and_goes_on_when_there_is";
+    if !can_run(test, &["fstrim"]) {
+        return;
+    }
+    let host = Host::new(1024 * MIB);
+    let disk = host.disk("2G", "ext4");
+    let attached = Attached::mounted(&disk, &[]);
+    let mut random = Random::new(11);
+    let files: Vec<Written> = (0..240)
+        .map(|n| Written {
+            path: attached.folder().join(format!("f{n}")),
+            seed: random.next(),
+            len: MIB as usize,
+        })
+        .collect();
+    files.iter().for_each(|file| file.write().unwrap());
+    let (kept, removed): (Vec<_>, Vec<_>) = files.chunks(2).map(|two| (&two[0], &two[1])).unzip();
+    for file in removed {
+        fs::remove_file(&file.path).unwrap();
+    }
+    give_back(&host, attached.folder());
+    let compact = || {
+        let mut compact = ploopctl();
+        compact.args(["compact", "-o", "json", "--rate", "16M"]);
+        compact.arg(disk.path());
+        compact
+    };
+    let slow = thread::scope(|scope| {
+        let slow = scope.spawn(|| fails(&mut compact()));
+        thread::sleep(Duration::from_millis(1500));
+        host.fill_up_to(4 * MIB);
+        slow.join().unwrap()
+    });
+    assert!(slow.err.contains("\"kind\":\"no-space\""), "{slow:?}");
+    assert!(slow.err.contains("the same command goes on"), "{slow:?}");
+    kept.iter().for_each(|file| file.assert_intact());
+    host.relieve();
+    await_space(attached.folder(), 1);
+    let before = fs::metadata(disk.image()).unwrap().len();
+    let said: serde_json::Value = serde_json::from_str(&ok(&mut compact())).unwrap();
+    let now = said["length"].as_u64().unwrap();
+    assert!(now + 40 * MIB < before, "{said}, {before} before");
+    kept.iter().for_each(|file| file.assert_intact());
+    attached.detach();
+    assert_fsck_clean("ext4", &disk);
+    ok(ploopctl().arg("check").arg(disk.path()));
 }

@@ -673,6 +673,49 @@ fn growth_is_seen_by_the_file_and_by_the_loop_device_at_once() {
 }
 
 #[test]
+fn what_is_new_of_a_grown_disk_is_read_at_once_also_while_others_write() {
+    if !able() {
+        return;
+    }
+    let mut mounted = Mounted::new(Disk::new(MIB));
+    let device = mounted.attach();
+    let number = mounted.attached.as_ref().unwrap().number();
+    let writing = AtomicBool::new(true);
+    thread::scope(|scope| {
+        for writer in 0..4u64 {
+            let (writing, device) = (&writing, &device);
+            scope.spawn(move || {
+                let (file, data) = (direct(device), pattern(4096, 7));
+                while writing.load(Ordering::Acquire) {
+                    file.write_all_at(&data, writer * 4096).unwrap();
+                }
+            });
+        }
+        let stop = SetFalse(&writing);
+        let file = direct(&device);
+        for step in 1..=200 {
+            let size = MIB + step * 65_536;
+            mounted.disk.grow(size);
+            loopdev::set_capacity(number, size).unwrap();
+            let mut end = buf::aligned(4096);
+            file.read_exact_at(&mut end, size - 4096).unwrap();
+            assert!(end.iter().all(|byte| *byte == 0), "step {step}");
+        }
+        drop(stop);
+    });
+    mounted.finish();
+}
+
+/// Ends other threads when it is dropped, also by a panic.
+struct SetFalse<'a>(&'a AtomicBool);
+
+impl Drop for SetFalse<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+#[test]
 fn a_stopped_server_can_be_followed_by_another_without_anybody_noticing() {
     if !able() {
         return;

@@ -12,7 +12,7 @@ use common::files::Random;
 use common::process::{eventually, ok, ok_within};
 use common::programs::ploopctl;
 use common::serve::Disk;
-use common::tree::{amid, descriptor, freeze, mark};
+use common::tree::{amid, delete, descriptor, freeze, mark, remove};
 use common::{count, have};
 use std::fs::{self, File};
 use std::io::Write;
@@ -86,6 +86,37 @@ fn what_was_synced_outlives_keeper_and_worker_killed_together() {
     disk.assert_qemu_finds_it_clean();
 }
 
+/// Kills keeper and worker in the middle of `work`, which is over then: what came of it, once the next
+/// command has cleaned up.
+fn killed_amid<T: Send>(
+    disk: &Disk,
+    attached: Attached,
+    wait: Duration,
+    work: impl FnOnce() -> T + Send,
+) -> T {
+    let worker = attached.worker().expect("a worker");
+    let both = || {
+        kill(attached.keeper);
+        kill(worker);
+    };
+    let came = amid(wait, both, work);
+    drop(attached);
+    // Killed is not dead yet: the next command cleans up, or the one after it.
+    let run = run_directory(&disk.path());
+    eventually("the next command cleans up", CLEANING, || {
+        ok(ploopctl().arg("list"));
+        (!run.exists()).then_some(())
+    });
+    assert_nothing_left(&disk.path(), &[worker]);
+    came
+}
+
+/// What was synced last is there.
+fn assert_marked(attached: &Attached, number: u64) {
+    let found = fs::read_to_string(attached.folder().join("mark")).unwrap();
+    assert_eq!(found, number.to_string());
+}
+
 #[test]
 fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
     let test = "a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one";
@@ -98,24 +129,10 @@ fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
     for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
         let attached = Attached::mounted(&disk, &[]);
         mark(attached.folder(), number);
-        let worker = attached.worker().expect("a worker");
         let wait = Duration::from_micros(random.below(30_000));
-        let both = || {
-            kill(attached.keeper);
-            kill(worker);
-        };
-        let frozen = amid(wait, both, || freeze(&disk, number));
-        drop(attached);
-        // Killed is not dead yet: the next command cleans up, or the one after it.
-        let run = run_directory(&disk.path());
-        eventually("the next command cleans up", CLEANING, || {
-            ok(ploopctl().arg("list"));
-            (!run.exists()).then_some(())
-        });
-        assert_nothing_left(&disk.path(), &[worker]);
+        let frozen = killed_amid(&disk, attached, wait, || freeze(&disk, number));
         let attached = Attached::mounted(&disk, &[]);
-        let found = fs::read_to_string(attached.folder().join("mark")).unwrap();
-        assert_eq!(found, number.to_string());
+        assert_marked(&attached, number);
         attached.detach();
         let shots = descriptor(&disk).shots().len();
         assert!(
@@ -131,4 +148,47 @@ fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
     println!("COUNT: {test}: {made} made");
     ok_within(ploopctl().arg("check").arg(disk.path()), CLEANING);
     assert_fsck_clean("xfs", &disk);
+}
+
+#[test]
+fn a_keeper_killed_while_a_point_is_merged_away_leaves_what_the_same_command_finishes() {
+    let test = "a_keeper_killed_while_a_point_is_merged_away_leaves_what_the_same_command_finishes";
+    if !can_mount(test) || !have(test, &["mkfs.xfs"]) {
+        return;
+    }
+    let disk = Disk::with_fs("512M", "xfs", &[]);
+    let mut random = Random::new(7);
+    let (rounds, mut cut) = (count("PLOOP_SNAPSHOT_KILLS", 12), 0);
+    for number in 0..rounds {
+        let attached = Attached::mounted(&disk, &[]);
+        let bulk = attached.folder().join("bulk");
+        let below = freeze(&disk, number).unwrap().0;
+        fs::write(&bulk, vec![number as u8; 8 << 20]).unwrap();
+        mark(attached.folder(), number);
+        let above = freeze(&disk, number).unwrap().0;
+        fs::write(&bulk, vec![!number as u8; 8 << 20]).unwrap();
+        mark(attached.folder(), number + 1);
+        // One carries a frozen delta, the other the running top.
+        let (gone, stays) = match number % 2 {
+            0 => (below, above),
+            _ => (above, below),
+        };
+        let wait = Duration::from_micros(random.below(60_000));
+        let removed = killed_amid(&disk, attached, wait, || remove(&disk, gone.uuid));
+        let attached = Attached::mounted(&disk, &[]);
+        assert_marked(&attached, number + 1);
+        attached.detach();
+        if descriptor(&disk).shot(gone.uuid).is_some() {
+            assert!(removed.is_err(), "it was answered");
+            cut += 1;
+            delete(&disk, gone.uuid);
+        }
+        ok_within(ploopctl().arg("check").arg(disk.path()), CLEANING);
+        delete(&disk, stays.uuid);
+        assert_eq!(descriptor(&disk).shots().len(), 1);
+    }
+    println!("COUNT: {test}: {rounds} merges, {cut} cut and finished later");
+    assert!(cut > 0, "none was cut");
+    assert_fsck_clean("xfs", &disk);
+    disk.assert_qemu_finds_it_clean();
 }

@@ -4,60 +4,34 @@
 
 mod common;
 
-use common::attach::{Attached, KernelMark, assert_fsck_clean, can_mount, kernel_complaints, kill};
+use common::attach::{
+    Attached, KernelMark, assert_fsck_clean, can_mount, changer_of, kernel_complaints, kill,
+};
 use common::files::Random;
-use common::load::{SetOnDrop, verified_load};
+use common::load::beside_load;
+use common::point::assert_read_alike;
 use common::process::{eventually, ok, ok_within};
 use common::programs::{ploopctl, tool};
 use common::serve::Disk;
-use common::tree::{Point, amid, descriptor, freeze, mark, remove};
+use common::tree::{Point, amid, delete, descriptor, freeze, mark, merge, remove, switch};
 use common::{count, have};
-use ploop_formats::descriptor::LayerFormat;
+use ploop_formats::descriptor::Shot;
 use ploop_formats::guid::Guid;
-use serde_json::json;
+use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// How QEMU opens a point: each layer by its stated format, in a chain that we tell it.
-fn qemu_chain(disk: &Disk, point: Guid) -> String {
-    let mut node = None;
-    for image in descriptor(disk).chain(point).unwrap() {
-        let driver = match image.format {
-            LayerFormat::Raw => "raw",
-            _ => "parallels",
-        };
-        let file = disk.path().join(&image.file);
-        let mut next = json!({
-            "driver": driver,
-            "file": { "driver": "file", "filename": file },
-        });
-        if let Some(below) = node {
-            next["backing"] = below;
-        }
-        node = Some(next);
-    }
-    format!("json:{}", node.unwrap())
-}
-
-/// What QEMU reads at a point, as a raw file.
-fn read_by_qemu(disk: &Disk, point: Guid) -> PathBuf {
-    let raw = disk.beside("point.raw");
-    let _ = fs::remove_file(&raw);
-    let mut convert = tool("qemu-img");
-    convert.args(["convert", "-O", "raw"]);
-    convert.arg(qemu_chain(disk, point)).arg(&raw);
-    ok_within(&mut convert, PATIENCE);
-    raw
+/// A point reads alike to QEMU and to us.
+fn assert_holds_its_bytes(disk: &Disk, point: &Point) {
+    fs::remove_file(assert_read_alike(disk, point.uuid)).unwrap();
 }
 
 /// A point is a file system that mounts, and holds the mark that was synced before it was frozen.
 fn assert_holds_its_mark(disk: &Disk, point: &Point) {
-    let raw = read_by_qemu(disk, point.uuid);
+    let raw = assert_read_alike(disk, point.uuid);
     let folder = disk.beside("view");
     fs::create_dir_all(&folder).unwrap();
     ok(tool("mount")
@@ -66,6 +40,7 @@ fn assert_holds_its_mark(disk: &Disk, point: &Point) {
         .arg(&folder));
     let found = fs::read_to_string(folder.join("mark"));
     ok(tool("umount").arg(&folder));
+    fs::remove_file(&raw).unwrap();
     assert_eq!(found.unwrap(), point.mark.to_string());
 }
 
@@ -73,72 +48,143 @@ fn percentile(sorted: &[u64], percent: usize) -> u64 {
     sorted[(sorted.len() * percent / 100).min(sorted.len() - 1)]
 }
 
+/// The points of a disk that can be gone back to, and what was done to it.
+struct Tree<'a> {
+    disk: &'a Disk,
+    points: Vec<Point>,
+    stalls: Vec<u64>,
+    random: Random,
+    /// How points went, by outcome and by how many were below them.
+    went: BTreeMap<String, u64>,
+    depths: BTreeMap<usize, u64>,
+}
+
+impl Tree<'_> {
+    /// Freezes the top of an attached disk.
+    fn freeze(&mut self, folder: &Path) {
+        let number = self.stalls.len() as u64;
+        mark(folder, number);
+        let (point, stall) = freeze(self.disk, number).unwrap();
+        self.points.push(point);
+        self.stalls.push(stall.expect("no worker died"));
+    }
+
+    /// Branches: the disk goes back to some point, and on from there, a few times.
+    fn branch(&mut self, branches: u64, points: u64) {
+        for _ in 0..branches {
+            let attached = Attached::mounted(self.disk, &[]);
+            for _ in 0..points {
+                self.freeze(attached.folder());
+            }
+            attached.detach();
+            let back = self.random.below(self.points.len() as u64) as usize;
+            switch(self.disk, self.points[back].uuid);
+        }
+    }
+
+    fn note(&mut self, how: &str, depth: usize) {
+        *self.went.entry(how.into()).or_default() += 1;
+        *self.depths.entry(depth).or_default() += 1;
+    }
+
+    /// Some point goes by turns in one way and in the other. The newest carries the running top,
+    /// and stays.
+    fn take_away(&mut self) {
+        let merges = self.went.values().sum::<u64>() % 2 == 1;
+        match self.uppers().as_slice() {
+            all if merges && !all.is_empty() => {
+                let upper = all[self.random.below(all.len() as u64) as usize];
+                let depth = descriptor(self.disk).chain(upper).unwrap().len() - 2;
+                let gone = merge(self.disk, upper);
+                self.points.retain(|point| point.uuid != gone);
+                self.note("merge", depth);
+            }
+            _ => {
+                let place = self.random.below(self.points.len() as u64 - 1) as usize;
+                let gone = self.points.remove(place).uuid;
+                let depth = descriptor(self.disk).chain(gone).unwrap().len() - 1;
+                let outcome = delete(self.disk, gone);
+                self.note(&format!("delete: {outcome}"), depth);
+            }
+        }
+    }
+
+    /// Frozen points that can be merged into what they stand on.
+    fn uppers(&self) -> Vec<Guid> {
+        let disk = descriptor(self.disk);
+        let alone = |shot: &&Shot| {
+            let only = disk.children(shot.parent).count() == 1;
+            only && !shot.parent.is_none() && shot.guid != disk.top()
+        };
+        disk.shots().iter().filter(alone).map(|s| s.guid).collect()
+    }
+
+    /// Everybody finds the same at each point, and where looked what its guest had synced.
+    fn judge(&self) {
+        for (n, point) in self.points.iter().enumerate() {
+            match n % (1 + self.points.len() / 5) {
+                0 => assert_holds_its_mark(self.disk, point),
+                _ => assert_holds_its_bytes(self.disk, point),
+            }
+        }
+    }
+}
+
 #[test]
-fn points_are_made_and_merged_away_under_verified_load_and_hold_what_was_synced() {
-    let test = "points_are_made_and_merged_away_under_verified_load_and_hold_what_was_synced";
+fn points_are_made_deleted_and_merged_under_verified_load_and_read_alike_to_qemu() {
+    let test = "points_are_made_deleted_and_merged_under_verified_load_and_read_alike_to_qemu";
     if !can_mount(test) || !have(test, &["fio", "mkfs.xfs", "qemu-img"]) {
         return;
     }
     let disk = Disk::with_fs("512M", "xfs", &[]);
     let log = KernelMark::new(test);
+    let mut tree = Tree {
+        disk: &disk,
+        points: Vec::new(),
+        stalls: Vec::new(),
+        random: Random::new(3),
+        went: BTreeMap::new(),
+        depths: BTreeMap::new(),
+    };
+    let many = count("PLOOP_SNAPSHOTS", 20);
+    tree.branch(5, (many / 20).max(2));
     let attached = Attached::mounted(&disk, &[]);
-    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
-    let (mut points, mut stalls) = (Vec::new(), Vec::new());
-    let mut random = Random::new(3);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                verified_load(attached.folder(), rounds.fetch_add(1, Ordering::Relaxed));
-            }
-        });
-        let _end = SetOnDrop(&done);
-        for number in 0..count("PLOOP_SNAPSHOTS", 20) {
-            mark(attached.folder(), number);
-            let (point, stall) = freeze(&disk, number).unwrap();
-            points.push(point);
-            stalls.push(stall.expect("no worker died"));
-            if number % 2 == 1 {
-                // The newest carries the running top, and stays.
-                let gone = points.remove(random.below(points.len() as u64 - 1) as usize);
-                remove(&disk, gone.uuid).unwrap();
+    let ((), rounds) = beside_load(attached.folder(), || {
+        while (tree.stalls.len() as u64) < many {
+            tree.freeze(attached.folder());
+            if tree.points.len() as u64 > many / 2 || tree.stalls.len().is_multiple_of(4) {
+                tree.take_away();
             }
         }
     });
     attached.detach();
-    stalls.sort_unstable();
+    let (start, left) = (Instant::now(), tree.points.len());
+    tree.judge();
+    let judged = start.elapsed().as_secs();
+    let attached = Attached::mounted(&disk, &[]);
+    let ((), more) = beside_load(attached.folder(), || {
+        while tree.points.len() > 1 {
+            tree.take_away();
+        }
+    });
+    attached.detach();
+    tree.judge();
+    tree.stalls.sort_unstable();
     println!(
-        "COUNT: {test}: {} points made, {} left, {rounds:?} verified rounds, stall p50 {} us, p99 {} us",
-        stalls.len(),
-        points.len(),
-        percentile(&stalls, 50),
-        percentile(&stalls, 99)
+        "COUNT: {test}: {many} points made, {left} read alike in {judged} s, {} verified rounds, \
+         stall p50 {} us, p99 {} us; went {:?}, at depths {:?}",
+        rounds + more,
+        percentile(&tree.stalls, 50),
+        percentile(&tree.stalls, 99),
+        tree.went,
+        tree.depths
     );
     ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
     assert_fsck_clean("xfs", &disk);
-    for point in points.iter().step_by(1 + points.len() / 5) {
-        assert_holds_its_mark(&disk, point);
-    }
     let attached = Attached::mounted(&disk, &["--read-only"]);
     let complaints = kernel_complaints(&attached.device, &log);
     attached.detach();
     assert_eq!(complaints, [""; 0], "the kernel's log");
-}
-
-/// The process that changes names for this keeper, while there is one.
-fn changer_of(keeper: u32) -> Option<u32> {
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let pid: Option<u32> = entry.file_name().to_string_lossy().parse().ok();
-        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let parent = stat
-            .rsplit(')')
-            .next()
-            .and_then(|s| s.split_whitespace().nth(1));
-        if parent == Some(&keeper.to_string()) && words.windows(8).any(|w| w == b"--change") {
-            return pid;
-        }
-    }
-    None
 }
 
 #[test]
@@ -149,16 +195,9 @@ fn workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_e
     }
     let disk = Disk::with_fs("512M", "xfs", &[]);
     let attached = Attached::mounted(&disk, &[]);
-    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
     let (mut points, mut refused, mut finished) = (Vec::new(), 0, 0);
     let mut random = Random::new(11);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                verified_load(attached.folder(), rounds.fetch_add(1, Ordering::Relaxed));
-            }
-        });
-        let _end = SetOnDrop(&done);
+    let ((), rounds) = beside_load(attached.folder(), || {
         for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
             mark(attached.folder(), number);
             let kill_one = || match number % 2 {
@@ -192,12 +231,15 @@ fn workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_e
     attached.detach();
     println!(
         "COUNT: {test}: {} points, {refused} interrupted, {finished} merges finished later, \
-         {rounds:?} verified rounds",
+         {rounds} verified rounds",
         points.len(),
     );
     ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
     assert_fsck_clean("xfs", &disk);
-    for point in points.iter().step_by(1 + points.len() / 4) {
-        assert_holds_its_mark(&disk, point);
+    for (n, point) in points.iter().enumerate() {
+        match n % (1 + points.len() / 4) {
+            0 => assert_holds_its_mark(&disk, point),
+            _ => assert_holds_its_bytes(&disk, point),
+        }
     }
 }

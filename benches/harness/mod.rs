@@ -1,5 +1,6 @@
 //! What the tables share: options, contenders, one run of fio, processor time, the table itself.
 
+pub mod cost;
 pub mod fio;
 pub mod images;
 pub mod peers;

@@ -73,14 +73,19 @@ pub async fn load<F: Folder>(folder: &F, name: &str, max: u64) -> Result<BytesMu
 /// Makes a small file whose content is durable; its name is not yet.
 pub async fn save<F: Folder>(folder: &F, name: &str, content: &[u8]) -> Result<()> {
     let file = folder.create(name).await?;
-    let write = async {
-        let mut bytes = buf::aligned(content.len());
-        bytes.copy_from_slice(content);
-        file.set_len(content.len() as u64).await?;
-        file.write_at(0, bytes.freeze(), Reach::Cache).await?;
+    let saved = async {
+        write(&file, content).await?;
         file.flush().await
     };
-    write.await.map_err(|e: Error| e.at(name))
+    saved.await.map_err(|e: Error| e.at(name))
+}
+
+/// Writes a small file that was just made; its content is not durable yet.
+pub async fn write<S: Store>(file: &S, content: &[u8]) -> Result<()> {
+    let mut bytes = buf::aligned(content.len());
+    bytes.copy_from_slice(content);
+    file.set_len(content.len() as u64).await?;
+    file.write_at(0, bytes.freeze(), Reach::Cache).await
 }
 
 /// Whether a folder has this name.

@@ -46,11 +46,23 @@ pub enum Bug {
     HoldWithoutFlushes,
     /// A request is carried out on the stack that was there when it was called.
     StackBeforeAdmission,
+    /// A table is cleared for a larger one before what lay there is named elsewhere.
+    TableBeforeMoves,
+    /// Free clusters of an image that has grown count as never written.
+    FreshAfterGrowth,
+    /// A cluster that moves is named in its new place before it is copied there.
+    MovedBeforeCopy,
+    /// A cluster that was moved counts as one that read as zeros before.
+    MovedCountsAsFresh,
+    /// The old place of a cluster that was moved is reusable before any sync.
+    OldPlaceFreeAtOnce,
+    /// A cluster moves while others use it.
+    MoveUnderShared,
 }
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Bug; 19] = [
+    pub const ALL: [Bug; 25] = [
         Bug::IndexBeforeData,
         Bug::FreshForReused,
         Bug::FreshWithoutDurableLength,
@@ -70,6 +82,12 @@ impl Bug {
         Bug::SwitchWithoutSeal,
         Bug::HoldWithoutFlushes,
         Bug::StackBeforeAdmission,
+        Bug::TableBeforeMoves,
+        Bug::FreshAfterGrowth,
+        Bug::MovedBeforeCopy,
+        Bug::MovedCountsAsFresh,
+        Bug::OldPlaceFreeAtOnce,
+        Bug::MoveUnderShared,
     ];
 }
 

@@ -4,7 +4,8 @@ use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
 use crate::ledger::Ledger;
 use crate::store::Store;
 use crate::units::{ClusterSize, SECTOR, VirtCluster, floor_to};
-use crate::{Error, Kind, Result};
+use crate::{Error, Kind, Result, limits};
+use std::cmp::Ordering;
 
 /// A raw image. Its cluster size comes from outside and only says how requests are cut.
 #[derive(Debug)]
@@ -54,6 +55,65 @@ impl<S: Store> Raw<S> {
     /// Whether a failed flush forbids further success.
     pub fn is_poisoned(&self) -> bool {
         self.ledger.as_ref().is_some_and(Ledger::is_poisoned)
+    }
+
+    /// `size` rounded up to a cluster; `Invalid` when the image is larger, or no file can be so large.
+    pub fn grown(&self, size: u64) -> Result<u64> {
+        let Geometry { size: old, cluster } = self.geometry;
+        let new = cluster.count(size).saturating_mul(cluster.bytes());
+        if new < old {
+            return Err(Error::invalid(format!(
+                "{size} bytes are less than the {old} that it has"
+            )));
+        }
+        if new > limits::SIZE_MAX {
+            return Err(Error::invalid(format!(
+                "{size} bytes are more than a file can have"
+            )));
+        }
+        Ok(new)
+    }
+
+    /// Grows the image to [`Raw::grown`] bytes; nothing is in flight on it. What is new reads as
+    /// zeros, and takes its space as it is written to. A cut leaves the old length or the new one. After an error but that of
+    /// [`Raw::grown`] it is opened anew.
+    pub async fn grow(&mut self, size: u64) -> Result<()> {
+        let new = self.grown(size)?;
+        if new == self.geometry.size {
+            return Ok(());
+        }
+        self.store.lengthen(new).await?;
+        self.flush().await?;
+        self.geometry.size = new;
+        Ok(())
+    }
+
+    /// `size` rounded up to a cluster; what it has when it ends in that cluster already. `Invalid` when
+    /// the image is smaller, and for nothing.
+    pub fn shrunk(&self, size: u64) -> Result<u64> {
+        let Geometry { size: old, cluster } = self.geometry;
+        let (wanted, has) = (cluster.count(size), cluster.count(old));
+        match wanted.cmp(&has) {
+            _ if size == 0 => Err(Error::invalid("a disk of 0 bytes")),
+            Ordering::Less => Ok(wanted.saturating_mul(cluster.bytes())),
+            Ordering::Equal => Ok(old),
+            Ordering::Greater => Err(Error::invalid(format!(
+                "{size} bytes are more than the {old} that it has"
+            ))),
+        }
+    }
+
+    /// Shrinks the image to [`Raw::shrunk`] bytes; nothing is in flight on it. A cut leaves the old
+    /// length or the new one. After an error but that of [`Raw::shrunk`] it is opened anew.
+    pub async fn shrink(&mut self, size: u64) -> Result<()> {
+        let new = self.shrunk(size)?;
+        if new == self.geometry.size {
+            return Ok(());
+        }
+        self.store.set_len(new).await?;
+        self.flush().await?;
+        self.geometry.size = new;
+        Ok(())
     }
 
     async fn flush(&self) -> Result<()> {

@@ -11,7 +11,7 @@ mod common;
 use common::{CLUSTER, Made, view};
 use ploop_formats::Kind;
 use ploop_formats::ploop::Version;
-use ploop_formats::ploop::check::{FindingKind as F, Repair, Report, check, repair};
+use ploop_formats::ploop::check::{FindingKind as F, Grade, Repair, Report, check, repair};
 use ploop_formats::ploop::header::{CLOSED_V21, FLAG_CONVERTING, IN_USE};
 use ploop_formats::store::Store;
 use ploop_formats::store::fault::{FaultStore, Faults, Operation, Rule};
@@ -27,6 +27,7 @@ type View = Vec<Option<Vec<u8>>>;
 
 const ALLOWED: Repair = Repair {
     growth_max: u64::MAX,
+    give_up: true,
 };
 
 fn mend(store: &impl Store) -> Report {
@@ -341,6 +342,7 @@ fn a_repair_that_would_grow_the_file_too_much_changes_nothing() {
         &store,
         &Repair {
             growth_max: 12 * CLUSTER - 1,
+            give_up: false,
         },
     ))
     .unwrap_err();
@@ -350,6 +352,7 @@ fn a_repair_that_would_grow_the_file_too_much_changes_nothing() {
         &store,
         &Repair {
             growth_max: 12 * CLUSTER,
+            give_up: false,
         },
     ))
     .unwrap();
@@ -363,9 +366,32 @@ fn a_table_that_a_small_file_claims_is_not_made_for_it() {
     let mut pages = made.pages();
     pages.set_len(4096);
     let store = MemStore::from_pages(pages);
-    let e = now(repair(&store, &Repair::default())).unwrap_err();
+    let allowed = Repair {
+        give_up: true,
+        ..Repair::default()
+    };
+    let e = now(repair(&store, &allowed)).unwrap_err();
     assert_eq!(e.kind(), Kind::Invalid, "{e}");
     assert_eq!(store.info().len, 4096);
+}
+
+#[test]
+fn an_entry_without_its_data_is_given_up_only_when_that_is_said() {
+    for version in [Version::V1, Version::V2] {
+        let mut made = Made::healthy(version);
+        made.set_cluster(1, 900);
+        made.header.in_use = IN_USE;
+        let store = MemStore::from_pages(made.pages());
+        let report = now(repair(&store, &Repair::default())).unwrap();
+        assert_eq!((report.exit_code(), report.repaired.len()), (6, 0));
+        let lost = report
+            .findings
+            .iter()
+            .filter(|f| f.kind.grade() == Grade::Loss);
+        assert_eq!(lost.count(), 1, "{:?}", report.findings);
+        assert_eq!(store.to_vec(), made.pages().to_vec());
+        assert!(mend(&store).is_clean());
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@
 use super::target::{DESCRIPTOR, Format, Source};
 use crate::io::beneath;
 use crate::policy;
-use ploop_formats::descriptor::{Descriptor, LayerFormat};
+use ploop_formats::descriptor::{Descriptor, ImageRef, LayerFormat};
 use ploop_formats::guid::Guid;
 use ploop_formats::units::ClusterSize;
 use ploop_formats::{Error, Kind, Result, limits};
@@ -15,8 +15,8 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-/// Unit of a raw image that stands alone: nothing in the file says one.
-const RAW_CLUSTER: u64 = 64 << 10;
+/// Unit of a raw image that stands alone, in bytes: nothing in the file says one.
+pub const RAW_CLUSTER: u64 = 64 << 10;
 
 /// One layer, as a file beneath the disk's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,9 +27,31 @@ pub struct LayerFile {
     pub format: Format,
     /// Its name in the descriptor; none for a bare file.
     pub guid: Option<Guid>,
+    /// Whether it is to be merged away: what it holds beneath the layers above it is no promise.
+    pub marked: bool,
 }
 
 impl LayerFile {
+    fn of(disk: &Descriptor, image: ImageRef) -> Result<Self> {
+        policy::allow(&image.file)?;
+        let format = match image.format {
+            LayerFormat::Ploop => Format::Ploop,
+            LayerFormat::Raw => Format::Raw,
+            LayerFormat::Qcow2 => {
+                return Err(Error::unsupported(format!(
+                    "{}: layers of type QCow2 are not served yet",
+                    image.file
+                )));
+            }
+        };
+        Ok(Self {
+            name: image.file.into(),
+            format,
+            guid: Some(image.guid),
+            marked: disk.shot(image.guid).is_some_and(|s| s.mark.is_some()),
+        })
+    }
+
     /// Its name, for messages.
     pub fn display(&self) -> std::path::Display<'_> {
         Path::new(&self.name).display()
@@ -62,6 +84,7 @@ impl Chain {
                     name: name.clone(),
                     format: *format,
                     guid: None,
+                    marked: false,
                 };
                 let cluster = ClusterSize::new(RAW_CLUSTER)?;
                 Ok(Self {
@@ -77,22 +100,7 @@ impl Chain {
     pub fn of(descriptor: Descriptor, shot: Guid) -> Result<Self> {
         let mut layers = Vec::new();
         for image in descriptor.chain(shot)? {
-            policy::allow(&image.file)?;
-            let format = match image.format {
-                LayerFormat::Ploop => Format::Ploop,
-                LayerFormat::Raw => Format::Raw,
-                LayerFormat::Qcow2 => {
-                    return Err(Error::unsupported(format!(
-                        "{}: layers of type QCow2 are not served yet",
-                        image.file
-                    )));
-                }
-            };
-            layers.push(LayerFile {
-                name: image.file.into(),
-                format,
-                guid: Some(image.guid),
-            });
+            layers.push(LayerFile::of(&descriptor, image)?);
         }
         if layers.len() > limits::DEPTH_MAX {
             return Err(Error::unsupported(format!(
@@ -108,6 +116,22 @@ impl Chain {
         })
     }
 
+    /// The files of all points of the disk: these first, then those that only other points have.
+    pub fn tree(&self) -> Result<Vec<LayerFile>> {
+        let mut all = self.layers.clone();
+        let Some(disk) = &self.descriptor else {
+            return Ok(all);
+        };
+        let own = disk.chain(disk.top())?;
+        let is_own = |guid| own.iter().any(|image| image.guid == guid);
+        for image in disk.images().iter().filter(|image| !is_own(image.guid)) {
+            if let Some(image) = disk.chain(image.guid)?.pop() {
+                all.push(LayerFile::of(disk, image).map_err(|e| e.at(DESCRIPTOR))?);
+            }
+        }
+        Ok(all)
+    }
+
     /// The lowest layer.
     pub fn base(&self) -> &LayerFile {
         self.layers.first().expect("a chain has layers")
@@ -116,6 +140,12 @@ impl Chain {
     /// The writable layer.
     pub fn top(&self) -> &LayerFile {
         self.layers.last().expect("a chain has layers")
+    }
+
+    /// The layer that the top may have been about to be merged into when it was last in use.
+    pub fn target(&self) -> Option<&LayerFile> {
+        let below = self.layers.iter().rev().nth(1);
+        below.filter(|layer| layer.marked)
     }
 }
 

@@ -16,9 +16,11 @@
 //! what they name and the descriptor does not: before the rename that undoes the change, after it
 //! that finishes it. The names are our own, so nothing is removed that another program wrote down.
 
+use super::convert::version;
 use super::members;
 use super::snapshot::names;
 use super::target::DESCRIPTOR;
+use super::views;
 use crate::io::lock::DISK_LOCK;
 use crate::policy;
 use ploop_formats::descriptor::Descriptor;
@@ -45,7 +47,13 @@ pub async fn read<F: Folder>(folder: &F, name: &str) -> Result<Descriptor> {
 pub async fn settle<F: Folder>(folder: &F) -> Result<Descriptor> {
     // A rename that is seen may still be lost, and with it all that would be decided by it.
     folder.sync().await?;
+    settle_synced(folder).await
+}
+
+/// As [`settle`], for a caller who has the disk to himself and had its folder fsynced since.
+pub async fn settle_synced<F: Folder>(folder: &F) -> Result<Descriptor> {
     let now = read(folder, DESCRIPTOR).await?;
+    version::settle(folder, &now).await?;
     for record in [NEXT, LAST] {
         if !folder::has(folder, record).await? {
             continue;
@@ -62,19 +70,21 @@ pub async fn settle<F: Folder>(folder: &F) -> Result<Descriptor> {
 }
 
 /// Names in a disk's folder that are no delta's, whatever a descriptor says.
-const RESERVED: [&str; 8] = [
+const RESERVED: [&str; 10] = [
     DESCRIPTOR,
     NEXT,
     LAST,
     members::ASIDE,
     members::DELETED,
+    members::STATS,
     DISK_LOCK,
     names::FILE,
     names::ASIDE,
+    views::FOLDER,
 ];
 
 /// Whether a delta may have this name: a record that comes with a foreign disk may name anything.
-fn is_delta(name: &str) -> bool {
+pub(super) fn is_delta(name: &str) -> bool {
     policy::allow(name).is_ok() && !RESERVED.contains(&name)
 }
 
@@ -203,17 +213,21 @@ pub async fn new_delta<F: Folder>(
     disk: &Descriptor,
     shape: Shape,
 ) -> Result<F::File> {
-    let header = Header::new(shape.version, shape.size, disk.cluster())?;
     let file = folder.create(name).await?;
-    let make = async {
-        let len = create::blank_len(&header);
-        let table = len.saturating_sub(limits::PAGE);
-        file.set_len(len).await?;
-        file.punch(limits::PAGE, table, Space::Keep).await?;
-        create::blank(&header).apply(&file).await
-    };
-    make.await.map_err(|e: Error| e.at(name))?;
+    fill_delta(&file, disk, shape)
+        .await
+        .map_err(|e| e.at(name))?;
     Ok(file)
+}
+
+/// The same in a file that was just made.
+pub async fn fill_delta<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
+    let header = Header::new(shape.version, shape.size, disk.cluster())?;
+    let len = create::blank_len(&header);
+    let table = len.saturating_sub(limits::PAGE);
+    file.set_len(len).await?;
+    file.punch(limits::PAGE, table, Space::Keep).await?;
+    create::blank(&header).apply(file).await
 }
 
 /// Bytes of a disk, as its descriptor has them.

@@ -1,4 +1,5 @@
-//! Check: every layer of an unattached disk, each by its own format.
+//! Check: every layer of an unattached disk, each by its own format: of the disk as it is now, and of
+//! every other point that one can go back to.
 //!
 //! A repair opens a layer behind the same fence as a writer does. A layer that other disks share
 //! (more than one link) is never written, whatever is wrong with it.
@@ -19,13 +20,13 @@ use std::time::Duration;
 /// How long a repair waits for a dead process's last writes.
 const FENCE: Duration = Duration::from_secs(30);
 
-/// Checks each layer, base first; a raw one has nothing that could be wrong.
+/// Checks each layer, in the order of [`Chain::tree`]; a raw one has nothing that could be wrong.
 pub async fn layers(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Result<Vec<Report>> {
     let mut reports = Vec::new();
-    for layer in &chain.layers {
+    for layer in &chain.tree()? {
         watch.enter(&layer.display().to_string());
         // What the page cache has of a top may never have reached the disk. Lower ones are sealed.
-        let anew = std::ptr::eq(layer, chain.top());
+        let anew = layer == chain.top();
         reports.push(
             one(&dir, layer, anew, watch)
                 .await
@@ -55,24 +56,35 @@ async fn one(
     }
 }
 
-/// Checks each layer and mends what is wrong, base first. The caller holds the locks for writing.
+/// Checks each layer and mends what is `allowed`, in the same order. The caller holds the locks for
+/// writing.
 ///
 /// Whoever watches may end it: what is mended stays so, and the next repair goes on from there.
-pub async fn mend(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Result<Vec<Report>> {
+pub async fn mend(
+    dir: impl AsFd,
+    chain: &Chain,
+    allowed: &Repair,
+    watch: &mut dyn Watch,
+) -> Result<Vec<Report>> {
     let mut reports = layers(&dir, chain, watch).await?;
-    for (layer, report) in chain.layers.iter().zip(&mut reports) {
+    for (layer, report) in chain.tree()?.iter().zip(&mut reports) {
         if report.is_clean() {
             continue;
         }
         watch.enter(&layer.display().to_string());
-        *report = mend_one(&dir, layer, watch)
+        *report = mend_one(&dir, layer, allowed, watch)
             .await
             .map_err(|e| e.at(layer.display()))?;
     }
     Ok(reports)
 }
 
-async fn mend_one(dir: impl AsFd, layer: &LayerFile, watch: &mut dyn Watch) -> Result<Report> {
+async fn mend_one(
+    dir: impl AsFd,
+    layer: &LayerFile,
+    allowed: &Repair,
+    watch: &mut dyn Watch,
+) -> Result<Report> {
     let file = Top::fenced(dir, layer, FENCE)?;
     let links = file.links()?;
     if links > 1 {
@@ -82,7 +94,7 @@ async fn mend_one(dir: impl AsFd, layer: &LayerFile, watch: &mut dyn Watch) -> R
         ));
     }
     let store = file.store(layer, Cache::Writeback)?;
-    let report = repair_watched(&store, &Repair::default(), watch).await;
+    let report = repair_watched(&store, allowed, watch).await;
     // Also when it was ended: what was asked of the file lands before its lock goes.
     store.settle().await;
     report

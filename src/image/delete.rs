@@ -3,14 +3,16 @@
 //! In order: the locks, a look for files that are not the disk's, the descriptor's rename to a name
 //! that no ploop opens, the directory's fsync, the layers from the top down, the rest, the renamed
 //! descriptor last, the directory. Cut anywhere after the rename, the same command finishes it.
+//! A disk that was only half made goes the same way: its descriptor aside is the last.
 //! Names are unlinked beneath the open directory; a link is never followed, and a file that other
 //! disks share only loses a name.
 
 use super::chain::read_descriptor_at;
 use super::lock::{Access, DiskLocks};
-use super::members::{self, DELETED, Member, Members};
+use super::members::{self, ASIDE, DELETED, Member, Members, STATS};
 use super::snapshot::names;
 use super::target::{DESCRIPTOR, Source, Target};
+use super::views;
 use crate::io::beneath::{self, Access as Open};
 use crate::io::lock::{self, DISK_LOCK, Held, Hold};
 use ploop_formats::descriptor::Descriptor;
@@ -49,11 +51,13 @@ impl Deleted {
     }
 }
 
-/// The disk whose deletion was interrupted, if `dir` is one.
+/// The disk whose deletion, or whose making, was interrupted, if `dir` is one.
 pub fn interrupted(dir: &Path) -> Option<Target> {
     let dir = dir.canonicalize().ok()?;
-    let meta = std::fs::symlink_metadata(dir.join(DELETED)).ok()?;
-    meta.is_file().then_some(Target::Bundle { dir })
+    let is_file = |name| std::fs::symlink_metadata(dir.join(name)).is_ok_and(|m| m.is_file());
+    let begun = || is_file(ASIDE) || is_file(DISK_LOCK);
+    let found = !is_file(DESCRIPTOR) && (is_file(DELETED) || begun());
+    found.then_some(Target::Bundle { dir })
 }
 
 /// Deletes a disk that is not attached.
@@ -83,7 +87,11 @@ fn bare(target: &Target, name: &OsStr) -> Result<Deleted> {
 fn bundle(path: &Path) -> Result<Deleted> {
     let dir = beneath::directory(path)?;
     let _disk = lock::lock_descriptor(&dir, Instant::now())?;
-    let descriptor = descriptor(&dir)?;
+    let descriptor = match descriptor(&dir) {
+        Err(e) if e.kind() == Kind::NotFound => return half_made(path, &dir),
+        found => found?,
+    };
+    refuse_viewed(&dir)?;
     let members = Members::of(&dir, &descriptor)?;
     let _layers = lock_layers(&dir, &descriptor)?;
     refuse_foreign(&members.foreign)?;
@@ -102,11 +110,55 @@ fn bundle(path: &Path) -> Result<Deleted> {
         remove(&dir, draft)?;
     }
     sync(&dir)?;
-    for name in [names::FILE, DISK_LOCK, DELETED] {
+    for name in [names::FILE, STATS, DISK_LOCK, DELETED] {
         remove(&dir, OsStr::new(name))?;
     }
     remove_directory(path, &dir)?;
     Ok(deleted)
+}
+
+/// Removes what a disk was to be made of: its descriptor never got its name. What is aside names
+/// all that was made after it.
+fn half_made(path: &Path, dir: &OwnedFd) -> Result<Deleted> {
+    let members = match read_descriptor_at(dir, ASIDE) {
+        Ok(descriptor) => Members::of(dir, &descriptor)?,
+        // A kill leaves nothing but this, because it comes first. After a power cut it may be lost
+        // where what it names is not: then nobody knows whose that is, and it is refused below.
+        Err(e) if matches!(e.kind(), Kind::Damaged | Kind::NotFound) => {
+            Members::only(dir, &[ASIDE, DISK_LOCK])?
+        }
+        Err(e) => return Err(e),
+    };
+    refuse_foreign(&members.foreign)?;
+    let mut deleted = Deleted::default();
+    for member in members.layers {
+        remove(dir, &member.name)?;
+        deleted.count(member);
+    }
+    sync(dir)?;
+    for name in [ASIDE, DISK_LOCK] {
+        remove(dir, OsStr::new(name))?;
+    }
+    remove_directory(path, dir)?;
+    Ok(deleted)
+}
+
+/// Views of its points go before the disk: whoever looks at one is not to lose it unasked.
+fn refuse_viewed(dir: &OwnedFd) -> Result<()> {
+    // Their points go with the disk.
+    views::sweep(dir, |_| Ok(()))?;
+    match views::all(dir)?.first() {
+        None => Ok(()),
+        Some(view) => Err(Error::new(
+            Kind::Busy,
+            format!(
+                "snapshot {} is mounted as {}/{}; `ploopctl umount` that first",
+                view.name.point.bare(),
+                views::FOLDER,
+                view.name
+            ),
+        )),
+    }
 }
 
 /// The descriptor, or what an interrupted deletion made of it.

@@ -5,10 +5,12 @@
 //! descriptor is no disk to anyone, so a cut before the rename leaves nothing that could be
 //! mistaken for one.
 
+use super::change;
 use super::members::ASIDE;
 use super::target::DESCRIPTOR;
 use crate::io::exec::{self, Engine};
 use crate::io::file::{Cache, FileStore};
+
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version, chs};
@@ -29,16 +31,39 @@ pub const IMAGE: &str = "root.hds";
 /// What to make.
 #[derive(Debug, Clone, Copy)]
 pub struct New<'a> {
-    /// The directory: absent, or empty.
+    /// The directory: absent, or empty, unless the image has a name of its own.
     pub dir: &'a Path,
+    /// Name of the image in a directory that is there and may hold other things, but no disk;
+    /// [`IMAGE`] in a directory of its own when there is none.
+    pub beside: Option<&'a str>,
     /// Virtual size in bytes; rounded up to a cluster.
     pub size: u64,
     /// Unit of allocation.
     pub cluster: ClusterSize,
     /// Format version of the image.
     pub version: Version,
-    /// Reserve all space now.
-    pub preallocate: bool,
+    /// What the image is.
+    pub form: Form,
+}
+
+/// What a base image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// A ploop image that grows as it is written to.
+    Expanded,
+    /// A ploop image that has all its space.
+    Preallocated,
+    /// A flat file, with all its space or, sparse, with none yet.
+    Raw {
+        /// Whether space is taken only as it is written to.
+        sparse: bool,
+    },
+}
+
+impl New<'_> {
+    fn image(&self) -> &str {
+        self.beside.unwrap_or(IMAGE)
+    }
 }
 
 /// A disk that lacks its descriptor. Dropping it removes what was made.
@@ -47,6 +72,9 @@ pub struct New<'a> {
 pub struct Draft {
     dir: PathBuf,
     made_dir: bool,
+    image: String,
+    /// What was made, or is about to be, and nobody else has.
+    made: Vec<PathBuf>,
     descriptor: Descriptor,
     finished: bool,
 }
@@ -64,19 +92,36 @@ pub struct Made {
 pub fn begin(new: &New<'_>, watch: &mut dyn Watch) -> Result<Draft> {
     let header = Header::new(new.version, new.size, new.cluster)?;
     let descriptor = describe(new, &header)?;
-    let made_dir = make_dir(new.dir)?;
+    let made_dir = match new.beside {
+        None => make_dir(new.dir)?,
+        Some(name) if change::is_delta(name) => false,
+        Some(name) => {
+            let what = format!("{name:?} is no name for an image");
+            return Err(Error::new(Kind::Usage, what));
+        }
+    };
     let dir = new
         .dir
         .canonicalize()
         .map_err(|e| Error::from(e).at(new.dir.display()))?;
-    let draft = Draft {
+    let mut draft = Draft {
         dir,
         made_dir,
+        image: new.image().to_string(),
+        made: Vec::new(),
         descriptor,
         finished: false,
     };
+    draft.refuse_disk()?;
     let image = draft.image();
-    make_image(&image, &header, new.preallocate, watch).map_err(|e| e.at(image.display()))?;
+    let place = |e: Error| e.at(image.display());
+    let file = create_image(&image).map_err(place)?;
+    draft.made.push(image.clone());
+    match new.form {
+        Form::Raw { sparse } => fill_raw(&file, header.sectors, sparse),
+        form => fill_image(file, &image, &header, form == Form::Preallocated, watch),
+    }
+    .map_err(place)?;
     Ok(draft)
 }
 
@@ -85,9 +130,12 @@ fn describe(new: &New<'_>, header: &Header) -> Result<Descriptor> {
     Descriptor::new_disk(&NewDisk {
         sectors: header.sectors,
         cluster: new.cluster,
-        kind: ImageType::Compressed,
-        file: IMAGE,
-        preallocated: new.preallocate,
+        kind: match new.form {
+            Form::Raw { .. } => ImageType::Plain,
+            Form::Expanded | Form::Preallocated => ImageType::Compressed,
+        },
+        file: new.image(),
+        preallocated: new.form == Form::Preallocated,
         chs: Chs {
             cylinders: u64::from(cylinders),
             heads: u64::from(heads),
@@ -117,18 +165,29 @@ pub(super) fn make_dir(dir: &Path) -> Result<bool> {
     }
 }
 
-fn make_image(
+fn create_image(path: &Path) -> Result<File> {
+    let mut options = OpenOptions::new();
+    let new = options.read(true).write(true).create_new(true).mode(0o600);
+    Ok(new.open(path)?)
+}
+
+fn fill_raw(file: &File, sectors: u64, sparse: bool) -> Result<()> {
+    let len = sectors.saturating_mul(SECTOR);
+    file.set_len(len)?;
+    if !sparse {
+        let reserved = fallocate(file, FallocateFlags::empty(), 0, len);
+        reserved.map_err(|e| Error::from(io::Error::from(e)).at("reserving space"))?;
+    }
+    Ok(file.sync_all()?)
+}
+
+fn fill_image(
+    file: File,
     path: &Path,
     header: &Header,
     preallocate: bool,
     watch: &mut dyn Watch,
 ) -> Result<()> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
     let reserve = file.try_clone()?;
     let store = FileStore::new(file.into(), path, Cache::Writeback)?;
     exec::run(Engine::Poll, async {
@@ -153,11 +212,27 @@ fn make_image(
 impl Draft {
     /// The image file.
     pub fn image(&self) -> PathBuf {
-        self.dir.join(IMAGE)
+        self.dir.join(&self.image)
+    }
+
+    /// A directory with a disk in it, or with half of one, is no place for another.
+    fn refuse_disk(&self) -> Result<()> {
+        let there = |name: &&&str| fs::symlink_metadata(self.dir.join(name)).is_ok();
+        match [DESCRIPTOR, ASIDE].iter().find(there) {
+            None => Ok(()),
+            Some(name) => Err(Error::new(
+                Kind::Exists,
+                format!("{}: there is a {name} already", self.dir.display()),
+            )),
+        }
     }
 
     /// Writes the descriptor: from now on it is a disk.
     pub fn finish(mut self) -> Result<Made> {
+        self.refuse_disk()?;
+        // The descriptor, too: its rename may have been done, and only the last fsync failed.
+        let files = [DESCRIPTOR, ASIDE].map(|name| self.dir.join(name));
+        self.made.splice(..0, files);
         write_descriptor(&self.dir, &self.descriptor)?;
         self.finished = true;
         let size = self.descriptor.sectors().saturating_mul(SECTOR);
@@ -173,9 +248,8 @@ impl Drop for Draft {
         if self.finished {
             return;
         }
-        // The descriptor, too: its rename may have been done, and only the last fsync failed.
-        for name in [DESCRIPTOR, IMAGE, ASIDE] {
-            let _ = fs::remove_file(self.dir.join(name));
+        for file in &self.made {
+            let _ = fs::remove_file(file);
         }
         if self.made_dir {
             let _ = fs::remove_dir(&self.dir);

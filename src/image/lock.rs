@@ -95,6 +95,36 @@ impl DiskLocks {
         self.top = top;
     }
 
+    /// Locks the top that the descriptor names, where that is not the one that is locked: after a
+    /// change of which nobody knew whether it was made. What the descriptor says is durable then.
+    pub fn follow(&mut self, dir: impl AsFd) -> Result<()> {
+        if self.disk.is_none() {
+            return Ok(());
+        }
+        let file = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).map(|s| (s.st_dev, s.st_ino));
+        rustix::fs::fsync(&dir).map_err(std::io::Error::from)?;
+        let chain = Chain::read(&dir, &Source::Bundle)?;
+        let top = beneath::open_file(&dir, Path::new(&chain.top().name), Open::Write)?;
+        let ours = file(self.top.as_fd()).map_err(std::io::Error::from)?;
+        if file(top.as_fd()).map_err(std::io::Error::from)? != ours {
+            self.top = lock::own_top(top)?;
+        }
+        self.follow_base(dir)
+    }
+
+    /// Locks the base that the descriptor names, where that is not the one that is locked: it may have
+    /// got another file.
+    pub fn follow_base(&mut self, dir: impl AsFd) -> Result<()> {
+        let Some(disk) = &mut self.disk else {
+            return Ok(());
+        };
+        let chain = Chain::read(&dir, &Source::Bundle)?;
+        let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
+        lock::range(&base, lock::PLOOP_MOUNTED, Hold::Shared)?;
+        disk.base = base.into();
+        Ok(())
+    }
+
     fn to_read(dir: impl AsFd, source: &Source) -> Result<Self> {
         let directory = match source {
             Source::Bundle => lock_directory_shared(&dir)?,
@@ -124,5 +154,48 @@ fn lock_directory_shared(dir: impl AsFd) -> Result<Option<OwnedFd>> {
             lock::whole(&fd, Hold::Shared, Instant::now())?;
             Ok::<_, Error>(Some(fd))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::target::DESCRIPTOR;
+    use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
+    use ploop_formats::units::ClusterSize;
+
+    #[test]
+    fn the_lock_follows_the_descriptor_after_a_change_of_which_nobody_knew() {
+        let folder = tempfile::tempdir().unwrap();
+        let name_top = |file: &str| {
+            let disk = Descriptor::new_disk(&NewDisk {
+                sectors: 2048,
+                cluster: ClusterSize::new(64 << 10).unwrap(),
+                kind: ImageType::Compressed,
+                file,
+                preallocated: false,
+                chs: Chs {
+                    cylinders: 1,
+                    heads: 16,
+                    sectors: 63,
+                },
+            });
+            std::fs::write(folder.path().join(DESCRIPTOR), disk.unwrap().encode()).unwrap();
+        };
+        for file in ["old", "new"] {
+            std::fs::write(folder.path().join(file), "x").unwrap();
+        }
+        let dir = beneath::directory(folder.path()).unwrap();
+        let is_locked = |file| match DiskLocks::lock_next(&dir, file) {
+            Err(e) if e.kind() == Kind::Busy => true,
+            held => held.map(|_| false).unwrap(),
+        };
+        name_top("old");
+        let mut locks = DiskLocks::take(&dir, &Source::Bundle, Access::Write).unwrap();
+        locks.follow(&dir).unwrap();
+        assert_eq!((is_locked("old"), is_locked("new")), (true, false));
+        name_top("new");
+        locks.follow(&dir).unwrap();
+        assert_eq!((is_locked("old"), is_locked("new")), (false, true));
     }
 }

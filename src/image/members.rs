@@ -4,27 +4,34 @@
 
 use super::chain::{read_descriptor, read_descriptor_at};
 use super::change::{self, LAST, NEXT};
+use super::convert::version::copy_name;
 use super::snapshot::names;
 use super::target::DESCRIPTOR;
+use super::views;
+use crate::io::beneath;
 use crate::io::exec::{self, Engine};
 use crate::io::folder::DirFolder;
 use crate::io::lock::{self, DISK_LOCK};
 use crate::policy;
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::{Error, Result};
-use rustix::fs::{AtFlags, Dir, FileType, statat, unlinkat};
+use rustix::fs::{AtFlags, FileType, statat, unlinkat};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Instant;
 
 /// Where a new descriptor is written before it is renamed. Found without its writer, a draft.
 pub const ASIDE: &str = "DiskDescriptor.xml.tmp";
+/// A descriptor that is being made anew for images that have lost theirs.
+pub const RESTORED: &str = "DiskDescriptor.xml.restored";
 /// The descriptor of a disk that is being deleted: no ploop opens it.
 pub const DELETED: &str = "DiskDescriptor.xml.deleted";
+
+/// What the file system was like when it was last unmounted, as ploop keeps it.
+pub const STATS: &str = ".statfs";
 
 /// A layer's file as the directory shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,15 +65,19 @@ impl Members {
             found.layers.extend(layer(&dir, OsStr::new(&image.file))?);
         }
         let changed = changed(&dir, descriptor);
-        for name in names(&dir)? {
-            let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE];
+        let copies = copies(descriptor);
+        for name in beneath::entries(&dir)? {
+            let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE, STATS];
             let own = known.iter().any(|k| name == OsStr::new(k))
+                || name == OsStr::new(views::FOLDER) && views::are_alone(&dir)?
                 || found.layers.iter().any(|l| l.name == name);
             if own {
                 continue;
             }
-            let aside = [ASIDE, names::ASIDE].iter().any(|k| name == OsStr::new(k));
-            match aside || is_record(&name) || changed.contains(&name) {
+            let aside = [ASIDE, RESTORED, names::ASIDE]
+                .iter()
+                .any(|k| name == OsStr::new(k));
+            match aside || is_record(&name) || changed.contains(&name) || copies.contains(&name) {
                 true => found.drafts.push(name),
                 false => found.foreign.push(name),
             }
@@ -74,6 +85,17 @@ impl Members {
         found.foreign.sort();
         found.drafts.sort_by_key(|name| is_record(name));
         Ok(found)
+    }
+
+    /// Looks into a directory that has no layers, and no files of its own but these.
+    pub fn only(dir: impl AsFd, own: &[&str]) -> Result<Self> {
+        let mut foreign = beneath::entries(&dir)?;
+        foreign.retain(|name| !own.iter().any(|own| name == OsStr::new(own)));
+        foreign.sort();
+        Ok(Self {
+            foreign,
+            ..Self::default()
+        })
     }
 }
 
@@ -95,11 +117,19 @@ fn changed(dir: impl AsFd, descriptor: &Descriptor) -> Vec<OsString> {
     files.collect()
 }
 
+/// Where an interrupted conversion left the tables of images.
+fn copies(descriptor: &Descriptor) -> Vec<OsString> {
+    let files = descriptor.images().iter().map(|image| &image.file);
+    files.map(|file| copy_name(file).into()).collect()
+}
+
 /// Removes the drafts of a disk that nobody works on, and says which; `Busy` when somebody does.
 pub fn remove_drafts(dir: impl AsFd) -> Result<Vec<OsString>> {
     let _disk = lock::lock_descriptor(&dir, Instant::now())?;
-    let drafts = Members::of(&dir, &read_descriptor(&dir)?)?.drafts;
-    if drafts.iter().any(|name| is_record(name)) {
+    let disk = read_descriptor(&dir)?;
+    let (drafts, copies) = (Members::of(&dir, &disk)?.drafts, copies(&disk));
+    let is_needed = |name: &OsString| is_record(name) || copies.contains(name);
+    if drafts.iter().any(is_needed) {
         let folder = DirFolder::new(dir.as_fd().try_clone_to_owned()?);
         exec::run(Engine::Poll, change::settle(&folder))??;
     }
@@ -127,18 +157,6 @@ pub(super) fn layer(dir: impl AsFd, name: &OsStr) -> Result<Option<Member>> {
             .unwrap_or(0)
             .saturating_mul(512),
     }))
-}
-
-fn names(dir: impl AsFd) -> Result<Vec<OsString>> {
-    let mut names = Vec::new();
-    for entry in Dir::read_from(dir).map_err(io::Error::from)? {
-        let entry = entry.map_err(io::Error::from)?;
-        let name = entry.file_name().to_bytes();
-        if name != b"." && name != b".." {
-            names.push(OsStr::from_bytes(name).to_os_string());
-        }
-    }
-    Ok(names)
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 //! To write, in order: the top is opened, the fence is taken on that very description, and only
 //! then is anything of it read. The fence is what makes a dead predecessor's last writes the past:
 //! the kernel keeps a flock until the last operation on its description has landed. It is
-//! taken by every writer, because who came before us may have died a second ago.
+//! taken by every writer, because who came before us may have died a second ago. A layer that the
+//! top may just have been merged into is waited for in the same way.
 
 use super::chain::{Chain, LayerFile};
 use super::target::Format;
@@ -67,13 +68,16 @@ pub fn has_lost_data(witness: impl AsFd) -> bool {
     synced.is_err()
 }
 
-/// Opens a disk for writing. `top` is the fenced top, `ledger` outlives this process.
+/// Opens a disk for writing. `top` is the fenced top, `ledger` outlives this process; other fences
+/// are waited for as long as `patience`.
 pub async fn open_write(
     dir: impl AsFd,
     chain: &Chain,
     top: FileStore,
     ledger: Ledger,
+    patience: Duration,
 ) -> Result<Disk<FileStore>> {
+    await_target(&dir, chain, patience)?;
     let mut layers = lower(&dir, chain).await?;
     for (layer, file) in layers.iter().zip(&chain.layers) {
         refuse_dirty(layer, file)?;
@@ -117,9 +121,25 @@ async fn read_layer(
     })
 }
 
-/// A lower layer that was not closed may lack what the layers above were written over.
+/// Waits until nothing is on its way any more to the layer that the top was about to be merged into.
+/// A predecessor that died doing that could still change what that layer has, and a top forgets what
+/// is discarded where no other layer has anything. Blocks.
+fn await_target(dir: impl AsFd, chain: &Chain, patience: Duration) -> Result<()> {
+    let Some(target) = chain.target() else {
+        return Ok(());
+    };
+    match Top::fenced(dir, target, patience) {
+        // Read-only is what several disks share: nothing is merged into that.
+        Err(e) if e.kind() == Kind::Privilege => Ok(()),
+        fenced => fenced.map(drop),
+    }
+}
+
+/// A lower layer that was not closed may lack what the layers above were written over, unless it is
+/// one that these are merged into.
 fn refuse_dirty(layer: &AnyLayer<FileStore>, file: &LayerFile) -> Result<()> {
     match layer {
+        _ if file.marked => Ok(()),
         AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(format!(
             "{}: this lower layer was not closed; check it before anything is written above it",
             file.display()

@@ -10,11 +10,15 @@ use super::target::DESCRIPTOR;
 use crate::io::beneath;
 use crate::io::folder::DirFolder;
 use crate::io::lock::{self, DISK_LOCK, Held};
+use futures_util::future::join;
+use ploop_formats::folder::Folder;
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{AtFlags, fstat, fsync, unlinkat};
+use std::cell::Cell;
 use std::ffi::OsString;
+use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -25,9 +29,11 @@ pub struct Site {
     path: PathBuf,
     name: OsString,
     folder: DirFolder,
-    parent: OwnedFd,
+    parent: DirFolder,
     made_dir: bool,
     files: Vec<String>,
+    /// Its own name is durable.
+    named: Cell<bool>,
     finished: bool,
     _lock: Held,
 }
@@ -52,11 +58,12 @@ impl Site {
         let dir = beneath::directory(&path)?;
         let mut site = Self {
             name: name.to_os_string(),
-            parent: beneath::directory(parent)?,
+            parent: DirFolder::new(beneath::directory(parent)?),
             _lock: lock::lock_descriptor(&dir, Instant::now())?,
             folder: DirFolder::new(dir),
             made_dir,
             files: Vec::new(),
+            named: Cell::new(false),
             finished: false,
             path: path.clone(),
         };
@@ -108,9 +115,21 @@ impl Site {
         self.files.extend(files);
     }
 
+    /// Does the work that makes the disk. Meanwhile the directory's own name becomes durable: it
+    /// need not wait for what is in it.
+    pub async fn fill<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let (done, named) = join(work, self.parent.sync()).await;
+        named.map_err(|e| e.at(self.path.display()))?;
+        self.named.set(true);
+        done
+    }
+
     /// It is a disk now, and its own name is durable, too.
     pub fn finish(mut self) -> Result<()> {
-        fsync(&self.parent).map_err(|e| Error::from(io::Error::from(e)).at(self.path.display()))?;
+        if !self.named.get() {
+            let synced = fsync(&self.parent).map_err(io::Error::from);
+            synced.map_err(|e| Error::from(e).at(self.path.display()))?;
+        }
         self.finished = true;
         Ok(())
     }

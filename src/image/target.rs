@@ -4,7 +4,7 @@
 //! stated. Formats are never guessed: a guest can write any signature into its own disk.
 
 use super::chain::Chain;
-use super::members::DELETED;
+use super::members::{ASIDE, DELETED};
 use crate::io::beneath;
 use ploop_formats::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
@@ -121,9 +121,10 @@ impl Target {
             Err(e) => return Err(Error::from(e).at(descriptor.display())),
         };
         if !there {
-            let why = match dir.join(DELETED).exists() {
-                true => "its deletion was interrupted; `ploopctl delete` finishes it".into(),
-                false => format!("no {DESCRIPTOR} here, so this is not a disk"),
+            let why = match (dir.join(DELETED).exists(), dir.join(ASIDE).exists()) {
+                (true, _) => "its deletion was interrupted; `ploopctl delete` finishes it".into(),
+                (_, true) => "it was not made to its end; `ploopctl delete` removes it".into(),
+                _ => format!("no {DESCRIPTOR} here, so this is not a disk"),
             };
             let what = format!("{}: {why}", dir.display());
             return Err(Error::new(Kind::NotFound, what));

@@ -6,11 +6,13 @@
 
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{
-    FileType, Mode, OFlags, ResolveFlags, fcntl_getfl, fcntl_setfl, fstat, open, openat,
+    Dir, FileType, Mode, OFlags, ResolveFlags, fcntl_getfl, fcntl_setfl, fstat, open, openat,
 };
 use rustix::io::Errno;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 /// What the file is opened for.
@@ -30,6 +32,19 @@ pub fn directory(path: &Path) -> Result<OwnedFd> {
         Mode::empty(),
     )
     .map_err(|e| Error::from(std::io::Error::from(e)).at(path.display()))
+}
+
+/// The names in a directory, in no order.
+pub fn entries(dir: impl AsFd) -> Result<Vec<OsString>> {
+    let mut found = Vec::new();
+    for entry in Dir::read_from(dir).map_err(io::Error::from)? {
+        let entry = entry.map_err(io::Error::from)?;
+        let name = entry.file_name().to_bytes();
+        if name != b"." && name != b".." {
+            found.push(OsStr::from_bytes(name).to_os_string());
+        }
+    }
+    Ok(found)
 }
 
 /// Opens the regular file `name` strictly beneath `dir`.

@@ -7,7 +7,7 @@
 use super::direct::{self, Alignment};
 use super::exec::{self, Witness, disk};
 use super::fate::{Barrier, Fate, Quiet};
-use super::room::{KeepFree, Room};
+use super::room::{KeepFree, Limit, Room};
 use super::space::UNIT;
 use bytes::{Buf, Bytes, BytesMut};
 use ploop_formats::buf;
@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use tokio::sync::{Mutex, RwLock, RwLockWriteGuard};
+use tokio::sync::{Mutex, MutexGuard, RwLock, RwLockWriteGuard};
 
 /// Who keeps copies of the bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +161,14 @@ impl FileStore {
         debug_assert!(first, "a store learns once what to keep free");
     }
 
+    /// From now on the file takes no more of the host than this, beyond what it has; only of a store
+    /// that keeps some free.
+    pub fn set_limit(&self, limit: Option<Limit>) {
+        if let Some(room) = self.0.room.get() {
+            room.set_limit(limit);
+        }
+    }
+
     /// Returns when space was wanted of a host that is low on it; never for a store that keeps
     /// none free.
     pub async fn low(&self) {
@@ -252,16 +260,7 @@ impl Store for FileStore {
     }
 
     async fn set_len(&self, len: u64) -> Result<()> {
-        self.0.check_writable()?;
-        let _one = self.0.sizing.lock().await;
-        let old = self.info().len;
-        if !self.0.regular {
-            return if len == old {
-                Ok(())
-            } else {
-                Err(self.0.fixed_len(len, old))
-            };
-        }
+        let (_one, old) = self.0.sized(len).await?;
         if len > old {
             let grown = self.0.grow(old, len).await;
             // More than is needed may be asked for, and then less.
@@ -269,10 +268,21 @@ impl Store for FileStore {
                 true => grown?,
                 false => self.0.noticed(grown)?,
             }
-        } else {
+        } else if self.0.regular {
             self.0.truncate(len, old)?;
         }
         self.0.len.store(len, Ordering::Release);
+        Ok(())
+    }
+
+    async fn lengthen(&self, len: u64) -> Result<()> {
+        let (_one, old) = self.0.sized(len).await?;
+        if len > old {
+            // What was taken up to the end was taken for the whole of the unit that it is in.
+            self.0.fate.backed().lose(old, len);
+            self.0.noticed(self.0.ftruncate(len))?;
+            self.0.len.store(len, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -532,6 +542,17 @@ impl Inner {
                 Ok(())
             }
             result => result.map_err(|e| self.fail("taking space for", at, end - at, e)),
+        }
+    }
+
+    /// The length, which nobody else changes meanwhile, of a file that can have this one.
+    async fn sized(&self, len: u64) -> Result<(MutexGuard<'_, ()>, u64)> {
+        self.check_writable()?;
+        let one = self.sizing.lock().await;
+        let old = self.len.load(Ordering::Acquire);
+        match self.regular || len == old {
+            true => Ok((one, old)),
+            false => Err(self.fixed_len(len, old)),
         }
     }
 

@@ -3,21 +3,23 @@
 //! The path that led to the directory may mean another one by now; the descriptor does not. Every
 //! name passes the policy, and nothing is reached through a link. Who opens a file to write it waits
 //! until the last writes of a dead process have landed, and takes the file as the disk has it, not
-//! as the page cache believes. Blocks.
+//! as the page cache believes. Blocks, but for an fsync where there is a ring.
 
 use super::beneath;
+use super::exec::{Witness, disk};
 use super::file::{Cache, FileStore};
 use super::lock;
 use crate::policy;
 use ploop_formats::folder::{Access, Folder};
 use ploop_formats::{Error, Kind, Result};
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, fchmod, fsync, linkat, openat, renameat, statat, unlinkat,
+    AtFlags, FileType, Mode, OFlags, fchmod, linkat, openat, renameat, statat, unlinkat,
 };
 use rustix::io::Errno;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long the last writes of a dead process may take to land.
@@ -29,12 +31,21 @@ const SHARED: Mode = Mode::from_raw_mode(0o444);
 
 /// A directory.
 #[derive(Debug)]
-pub struct DirFolder(OwnedFd);
+pub struct DirFolder(Arc<OwnedFd>);
+
+/// Of an fsync that nobody waits for any more: what it was to make durable was never promised.
+struct Nobody;
+
+impl Witness for Nobody {
+    fn abandoned(&self) {}
+
+    fn landed(&self, _: i32) {}
+}
 
 impl DirFolder {
     /// The directory that `fd` has open.
-    pub const fn new(fd: OwnedFd) -> Self {
-        Self(fd)
+    pub fn new(fd: OwnedFd) -> Self {
+        Self(Arc::new(fd))
     }
 
     fn file(&self, name: &str, access: beneath::Access) -> Result<OwnedFd> {
@@ -112,7 +123,13 @@ impl Folder for DirFolder {
     async fn link(&self, name: &str, folder: &Self, new: &str) -> Result<()> {
         policy::allow(name)?;
         policy::allow(new)?;
-        linkat(&self.0, name, &folder.0, new, AtFlags::empty()).map_err(place(name))
+        let linked = linkat(&self.0, name, &folder.0, new, AtFlags::empty());
+        linked.map_err(|e| match e {
+            Errno::MLINK => Error::unsupported(format!(
+                "{name}: it has as many names as its file system gives a file (65000 on ext4)"
+            )),
+            e => place(name)(e),
+        })
     }
 
     async fn remove(&self, name: &str) -> Result<()> {
@@ -124,6 +141,14 @@ impl Folder for DirFolder {
     }
 
     async fn sync(&self) -> Result<()> {
-        fsync(&self.0).map_err(place("fsync of the directory"))
+        let witness: Arc<dyn Witness> = Arc::new(Nobody);
+        let synced = disk::fsync(disk::Target {
+            fd: &self.0,
+            witness: &witness,
+            here: false,
+        });
+        synced
+            .await
+            .map_err(|e| Error::from(e).at("fsync of the directory"))
     }
 }

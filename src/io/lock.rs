@@ -49,6 +49,13 @@ pub enum Hold {
 #[must_use]
 pub struct Held(OwnedFd);
 
+impl From<OwnedFd> for Held {
+    /// Of a description that is locked.
+    fn from(locked: OwnedFd) -> Self {
+        Self(locked)
+    }
+}
+
 impl AsFd for Held {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -8,12 +8,17 @@
 //! brake). But others may use up all the space between two looks, and a file system that is refused
 //! the next block of its journal stops for good. So an image that comes upon too little, having
 //! seen enough the last time, may take [`GRACE`] beyond the line until there is space again.
+//!
+//! A disk may also say how much one of its deltas takes at most ([`Limit`]). What a delta may take is
+//! then the smaller of the two.
 
 use ploop_formats::{Error, Kind, Result};
+use rustix::fs::fstat;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -95,11 +100,40 @@ impl fmt::Display for HostSpace {
     }
 }
 
+/// What a delta may take on the host at most, in bytes: `Max_delta_size` of its descriptor (ploop
+/// reference 2.1 and 4, where the kernel refuses writes beyond it).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limit(pub u64);
+
+impl Limit {
+    /// What may be taken below it by one that `has` so much.
+    const fn left(self, has: u64) -> u64 {
+        self.0.saturating_sub(has)
+    }
+
+    /// What a file system above may still write of its own, once it was told to take no more.
+    fn slack(self) -> u64 {
+        (self.0 / 8).min(512 << 20)
+    }
+
+    /// Whether there is so little left that writes will soon be refused.
+    pub fn is_near(self, has: u64) -> bool {
+        self.left(has) < self.slack()
+    }
+
+    /// Whether there is clearly enough again.
+    pub fn is_far(self, has: u64) -> bool {
+        self.left(has) >= self.slack() / 4 * 5
+    }
+}
+
 /// What one image may take.
 #[derive(Debug)]
 pub struct Room {
     fd: Arc<OwnedFd>,
     keep: KeepFree,
+    /// [`Limit`] of it; `u64::MAX` for none.
+    limit: AtomicU64,
     seen: Mutex<Seen>,
     low: Notify,
 }
@@ -111,6 +145,10 @@ struct Seen {
     was_easy: bool,
     /// What the image took when there was first too little.
     had: Option<u64>,
+    /// Its own limit has been asked for since it was set.
+    knows_limit: bool,
+    /// What the image took when its limit was set, if that was too much.
+    over: Option<u64>,
     /// When it was last asked whether space is taken that was granted before.
     asked: Option<Instant>,
 }
@@ -122,6 +160,7 @@ impl Room {
         Self {
             fd,
             keep,
+            limit: AtomicU64::new(u64::MAX),
             seen: Mutex::new(Seen {
                 was_easy: now.is_ok_and(|space| !space.is_low(keep)),
                 ..Seen::default()
@@ -130,9 +169,61 @@ impl Room {
         }
     }
 
+    /// From now on the image takes no more than this.
+    pub fn set_limit(&self, limit: Option<Limit>) {
+        let bytes = limit.map_or(u64::MAX, |limit| limit.0);
+        self.limit.store(bytes, Ordering::Relaxed);
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        (seen.knows_limit, seen.over) = (false, None);
+    }
+
     /// Bytes that may be taken, or `NoSpace`. Where the file system does not tell, it is not asked
     /// for anything.
     pub fn left(&self) -> Result<u64> {
+        Ok(self.below_limit()?.min(self.of_host()?))
+    }
+
+    /// What the image may take by its own limit.
+    fn below_limit(&self) -> Result<u64> {
+        let limit = Limit(self.limit.load(Ordering::Relaxed));
+        if limit.0 == u64::MAX {
+            return Ok(u64::MAX);
+        }
+        let has = self.taken().unwrap_or(0);
+        if limit.is_near(has) {
+            self.low.notify_one();
+        }
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = !std::mem::replace(&mut seen.knows_limit, true);
+        let left = match limit.left(has) {
+            0 => {
+                // Those above have not been told yet.
+                if first {
+                    seen.over = Some(has);
+                }
+                let grace = GRACE.min(limit.0 / 16);
+                seen.over
+                    .map_or(0, |had| had.saturating_add(grace).saturating_sub(has))
+            }
+            left => {
+                seen.over = None;
+                left
+            }
+        };
+        match left {
+            0 => Err(Error::new(
+                Kind::NoSpace,
+                format!(
+                    "it has {has} bytes of the {} that a delta of this disk may have; see \
+                     `ploopctl limit`",
+                    limit.0
+                ),
+            )),
+            left => Ok(left),
+        }
+    }
+
+    fn of_host(&self) -> Result<u64> {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(space) = self.look(&mut seen) else {
             return Ok(u64::MAX);
@@ -203,7 +294,7 @@ impl Room {
 
     /// What the image takes of the host, if that can be told.
     fn taken(&self) -> Option<u64> {
-        let stat = rustix::fs::fstat(&self.fd).ok()?;
+        let stat = fstat(&self.fd).ok()?;
         Some(u64::try_from(stat.st_blocks).ok()?.saturating_mul(512))
     }
 }
@@ -248,6 +339,38 @@ mod tests {
         assert_eq!(of(GIB / 2, 100, 100), 0);
         let small = HostSpace { size: 0, free: 999 };
         assert_eq!(small.grace(1600, 0, 0), 100, "a sixteenth");
+    }
+
+    #[test]
+    fn what_a_delta_may_take_ends_at_its_limit_and_a_file_system_is_told_before() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let fd = Arc::new(OwnedFd::from(file.reopen().unwrap()));
+        let room = Room::new(fd, KeepFree::Bytes(0));
+        std::fs::write(file.path(), vec![7; 1 << 20]).unwrap();
+        file.as_file().sync_all().unwrap();
+        let has = room.taken().unwrap();
+        room.set_limit(Some(Limit(has + 5)));
+        assert_eq!(room.left().unwrap(), 5);
+        // Who comes upon a limit goes on a little, so that those above are told; who grew to it does not.
+        room.set_limit(Some(Limit(has)));
+        assert_eq!(room.left().unwrap(), has / 16);
+        std::fs::write(file.path(), vec![7; 2 << 20]).unwrap();
+        file.as_file().sync_all().unwrap();
+        let over = room.left().unwrap_err();
+        assert_eq!(over.kind(), Kind::NoSpace);
+        assert!(over.to_string().contains("ploopctl limit"), "{over}");
+        let has = room.taken().unwrap();
+        room.set_limit(Some(Limit(has + 5)));
+        assert_eq!(room.left().unwrap(), 5);
+        std::fs::write(file.path(), vec![7; 3 << 20]).unwrap();
+        file.as_file().sync_all().unwrap();
+        assert_eq!(room.left().unwrap_err().kind(), Kind::NoSpace);
+        room.set_limit(None);
+        assert!(room.left().unwrap() > 1 << 20);
+        let limit = Limit(8 * GIB);
+        let states = [7 * GIB, 15 * GIB / 2 + 1, 7 * GIB + GIB / 2];
+        let told = states.map(|has| (limit.is_near(has), limit.is_far(has)));
+        assert_eq!(told, [(false, true), (true, false), (false, false)]);
     }
 
     #[test]

@@ -5,9 +5,9 @@
 //! is read back from sysfs, because the kernel is free to ignore it silently.
 
 use crate::{Error, Kind, Result};
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
-use rustix::ioctl::{self, NoArg, Opcode, Setter};
+use rustix::ioctl::{self, Getter, NoArg, Opcode, Setter};
 use std::ffi::c_void;
 use std::fs;
 use std::io;
@@ -27,7 +27,8 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// How to attach a file.
 #[derive(Debug, Clone, Copy)]
 pub struct Attach<'a> {
-    /// The file; `/proc/self/fd/N` for one that is open already.
+    /// The file; `/proc/self/fd/N` for one that is open already. A block device is claimed: `Busy`
+    /// when it is mounted or claimed otherwise.
     pub backing: &'a Path,
     /// First byte of the file that the device shows, a multiple of the block size.
     pub offset: u64,
@@ -183,16 +184,31 @@ pub fn attached_under(path: &Path) -> Result<Vec<Status>> {
     Ok(found)
 }
 
-/// Makes a device as large as its backing file has become; `size` is the size in bytes that the
+/// The device that `device`, a loop device, shows a part of; none when it shows a file.
+pub fn whole(device: &Path) -> Option<PathBuf> {
+    let backing = backing(number(device)?).ok()?;
+    backing.starts_with("/dev").then_some(backing)
+}
+
+/// N of a path `/dev/loopN`.
+pub fn number(device: &Path) -> Option<u32> {
+    let name = device.strip_prefix("/dev").ok()?.to_str()?;
+    name.strip_prefix("loop")?.parse().ok()
+}
+
+/// Makes a device as large as its backing file is now; `size` is the size in bytes that the
 /// device must have afterwards.
 ///
 /// An unequal size is an error, not a warning: kernels before 6.18 look at a size of the file that
 /// they remember, which is why the file is asked first.
 pub fn set_capacity(number: u32, size: u64) -> Result<()> {
     const LOOP_SET_CAPACITY: Opcode = 0x4c07;
-    let place = |e: Error| e.at(format_args!("growing {}", node(number).display()));
+    let place = |e: Error| e.at(format_args!("sizing {}", node(number).display()));
     let before = status(number)?;
     let file = fs::metadata(&before.backing).map_err(|e| place(e.into()))?;
+    if file.is_file() && file.len() == size {
+        keep_size(&before.backing, size).map_err(place)?;
+    }
     let device = open_node(number, OFlags::RDONLY)?;
     // SAFETY: LOOP_SET_CAPACITY takes no argument and touches no memory of ours.
     let grown = unsafe { ioctl::ioctl(&device, NoArg::<LOOP_SET_CAPACITY>::new()) };
@@ -213,12 +229,54 @@ pub fn set_capacity(number: u32, size: u64) -> Result<()> {
     Ok(())
 }
 
+/// Has a device that shows a part of its file show so many bytes of it.
+///
+/// The file, which may be a device, has them.
+pub fn set_size_limit(number: u32, size: u64) -> Result<()> {
+    const LOOP_SET_STATUS64: Opcode = 0x4c04;
+    const LOOP_GET_STATUS64: Opcode = 0x4c05;
+    let place = |e: Error| e.at(format_args!("resizing {}", node(number).display()));
+    let device = open_node(number, OFlags::RDONLY)?;
+    // SAFETY: LOOP_GET_STATUS64 writes one `struct loop_info64`, whose layout `LoopInfo64` has, and of
+    // which every pattern of bits is a value.
+    let info = unsafe { ioctl::ioctl(&device, Getter::<LOOP_GET_STATUS64, LoopInfo64>::new()) };
+    let info = LoopInfo64 {
+        size_limit: size,
+        ..info.map_err(|e| place(refused(e)))?
+    };
+    // SAFETY: LOOP_SET_STATUS64 reads one `struct loop_info64` and keeps no pointer to it.
+    let set = unsafe { ioctl::ioctl(&device, Setter::<LOOP_SET_STATUS64, _>::new(info)) };
+    set.map_err(|e| place(refused(e)))?;
+    let after = status(number)?;
+    match after.size == size {
+        true => Ok(()),
+        false => Err(place(Error::new(
+            Kind::Io,
+            format!("the device has {} bytes and not {size}", after.size),
+        ))),
+    }
+}
+
+/// Sets a file to the size that it has. What the kernel asks a FUSE file's size and is answered while
+/// a write ends it does not keep, and it reads nothing behind the end that it remembers. A size that it
+/// sets it keeps.
+fn keep_size(file: &Path, size: u64) -> Result<()> {
+    let file = fs::OpenOptions::new().write(true).open(file)?;
+    Ok(file.set_len(size)?)
+}
+
 fn open_backing(how: &Attach<'_>) -> Result<OwnedFd> {
-    let access = if how.read_only {
+    let mut access = if how.read_only {
         OFlags::RDONLY
     } else {
         OFlags::RDWR
     };
+    // A device that is shown in part is claimed for as long: else it could be mounted as a whole, or
+    // be given other content, below a file system that is mounted from the part.
+    let meta = fs::metadata(how.backing)?;
+    if meta.file_type().is_block_device() {
+        access |= OFlags::EXCL;
+    }
     let backing = rustix::fs::open(how.backing, access | OFlags::CLOEXEC, Mode::empty())
         .map_err(io::Error::from)?;
     // Kernels before 6.18 take the size that they remember, which is 0 for the root of a FUSE file
@@ -390,9 +448,7 @@ fn verify(number: u32, backing: &OwnedFd, how: &Attach<'_>) -> Result<()> {
             "the kernel made the device read-only",
         )));
     }
-    let file = rustix::fs::fstat(backing.as_fd())
-        .map_err(io::Error::from)?
-        .st_size as u64;
+    let file = length(backing)?;
     let shown = how
         .size
         .unwrap_or(u64::MAX)
@@ -411,13 +467,30 @@ fn verify(number: u32, backing: &OwnedFd, how: &Attach<'_>) -> Result<()> {
     Ok(())
 }
 
-fn read_status(number: u32) -> Result<Status> {
+/// Bytes of a file or a block device.
+fn length(backing: &OwnedFd) -> Result<u64> {
+    let stat = rustix::fs::fstat(backing.as_fd()).map_err(io::Error::from)?;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::BlockDevice => {
+            let end = rustix::fs::seek(backing, SeekFrom::End(0));
+            Ok(end.map_err(io::Error::from)?)
+        }
+        _ => Ok(stat.st_size as u64),
+    }
+}
+
+/// The backing file as the kernel names it.
+fn backing(number: u32) -> io::Result<PathBuf> {
     let mut backing = fs::read(sysfs(number, "loop/backing_file"))?;
     backing.pop_if(|last| *last == b'\n');
+    Ok(PathBuf::from(std::ffi::OsStr::from_bytes(&backing)))
+}
+
+fn read_status(number: u32) -> Result<Status> {
     let limit = read_number(number, "loop/sizelimit")?;
     Ok(Status {
         number,
-        backing: PathBuf::from(std::ffi::OsStr::from_bytes(&backing)),
+        backing: backing(number)?,
         offset: read_number(number, "loop/offset")?,
         size_limit: (limit != 0).then_some(limit),
         size: read_number(number, "size")?.saturating_mul(512),
@@ -450,7 +523,8 @@ fn sysfs(number: u32, attribute: &str) -> PathBuf {
     PathBuf::from(format!("/sys/block/loop{number}/{attribute}"))
 }
 
-fn node(number: u32) -> PathBuf {
+/// `/dev/loopN`.
+pub fn node(number: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{number}"))
 }
 

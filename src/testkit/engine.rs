@@ -65,10 +65,18 @@ fn raw(layer: &[Option<Vec<Value>>]) -> Pages {
     pages
 }
 
-impl Subject for Engine {
-    type Device = Disk<BenchStore>;
+/// How the written file looks at first.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Top {
+    /// Each cluster is there once in so many times.
+    pub one_in: u64,
+    /// Free clusters in between, at most.
+    pub leaks: u64,
+}
 
-    fn setup(rng: &mut Rng, wish: &Wish) -> Setup {
+impl Engine {
+    /// Files that dice choose.
+    pub(super) fn files(rng: &mut Rng, wish: &Wish, top: Top) -> Setup {
         let most = if rng.one_in(2) { 4 } else { wish.max_clusters };
         let clusters = rng.range(2, most.min(wish.max_clusters));
         let layers = rng.range(wish.min_layers, wish.max_layers);
@@ -110,9 +118,9 @@ impl Subject for Engine {
                 rules,
             ));
         }
-        let layer = numbers.layer(rng, clusters, 4);
+        let layer = numbers.layer(rng, clusters, top.one_in);
         overlay(&mut values, &layer);
-        let leaks = rng.below(3) as u32;
+        let leaks = rng.below(top.leaks + 1) as u32;
         let delta = Delta {
             version,
             cluster: CLUSTER,
@@ -143,6 +151,18 @@ impl Subject for Engine {
             slots,
         }
     }
+}
+
+impl Subject for Engine {
+    type Device = Disk<BenchStore>;
+
+    fn setup(rng: &mut Rng, wish: &Wish) -> Setup {
+        let top = Top {
+            one_in: 4,
+            leaks: 2,
+        };
+        Self::files(rng, wish, top)
+    }
 
     async fn open(mut chain: Chain) -> Result<Disk<BenchStore>> {
         let top = chain.stores.pop().expect("a disk has a file");
@@ -168,16 +188,19 @@ impl Subject for Engine {
     }
 
     fn audit_open(top: &Pages) -> std::result::Result<(), String> {
-        match audit(top)?.in_use {
-            true => Ok(()),
-            false => Err("an image that is being written does not say so".into()),
-        }
+        audit_mark(top, true)
     }
 
     fn audit_closed(top: &Pages) -> std::result::Result<(), String> {
-        match audit(top)?.in_use {
-            true => Err("a closed image says that it is in use".into()),
-            false => Ok(()),
-        }
+        audit_mark(top, false)
+    }
+}
+
+/// Judges a delta, and whether it says that it is in use as it must.
+pub(super) fn audit_mark(top: &Pages, in_use: bool) -> std::result::Result<(), String> {
+    match (audit(top)?.in_use, in_use) {
+        (false, true) => Err("an image that is being written does not say so".into()),
+        (true, false) => Err("a closed image says that it is in use".into()),
+        _ => Ok(()),
     }
 }

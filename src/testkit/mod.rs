@@ -12,11 +12,14 @@
 )]
 
 pub mod changes;
+pub mod compacts;
 pub mod crash;
 pub mod death;
 pub mod engine;
 pub mod faults;
+pub mod forest;
 pub mod fuzz;
+pub mod grows;
 pub mod models;
 pub mod mutate;
 pub mod report;

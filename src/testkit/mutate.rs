@@ -2,7 +2,7 @@
 
 use super::report::Tally;
 use super::subject::Bench;
-use super::{Stacked, crash, death, faults, models, switches};
+use super::{Stacked, compacts, crash, death, faults, grows, models, switches};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::mutate::{Break, Covers, Mutation};
 use std::fmt;
@@ -20,6 +20,10 @@ pub enum Campaign {
     Faults,
     /// [`switches`].
     Switch,
+    /// [`grows`], which has its own subject.
+    Grow,
+    /// [`compacts`], which has its own, too.
+    Compact,
 }
 
 impl Campaign {
@@ -30,6 +34,8 @@ impl Campaign {
             Campaign::Model => "model",
             Campaign::Faults => "faults",
             Campaign::Switch => "switch",
+            Campaign::Grow => "grow",
+            Campaign::Compact => "compact",
         }
     }
 
@@ -40,6 +46,8 @@ impl Campaign {
             Campaign::Model => models::run::<S>(seed, tally, bench),
             Campaign::Faults => faults::run::<S>(seed, tally),
             Campaign::Switch => switches::run::<S>(seed, tally, bench),
+            Campaign::Grow => grows::run(seed, tally, bench),
+            Campaign::Compact => compacts::run(seed, tally, bench),
         }
     }
 
@@ -56,6 +64,11 @@ impl Campaign {
             Bug::SwitchWithoutSeal | Bug::HoldWithoutFlushes | Bug::StackBeforeAdmission => {
                 Self::Switch
             }
+            Bug::TableBeforeMoves | Bug::FreshAfterGrowth => Self::Grow,
+            Bug::MovedBeforeCopy
+            | Bug::MovedCountsAsFresh
+            | Bug::OldPlaceFreeAtOnce
+            | Bug::MoveUnderShared => Self::Compact,
             _ => Self::Crash,
         }
     }

@@ -181,7 +181,12 @@ impl Judge {
 
 /// Lets others go first, as often as dice say.
 async fn pause(rng: &mut Rng) {
-    for _ in 0..rng.below(PATIENCE) {
+    pause_for(rng, PATIENCE).await;
+}
+
+/// The same, with fewer turns than `most`.
+pub(super) async fn pause_for(rng: &mut Rng, most: u64) {
+    for _ in 0..rng.below(most) {
         let mut turn = false;
         poll_fn(|cx| {
             cx.waker().wake_by_ref();

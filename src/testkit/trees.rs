@@ -2,10 +2,11 @@
 //! read as.
 
 use crate::image::change;
+use crate::image::snapshot::copy::Window;
 use crate::image::snapshot::layers;
 use crate::image::target::DESCRIPTOR;
 use crate::stack::Stack;
-use ploop_formats::descriptor::{Chs, Descriptor, ImageType, LayerFormat, NewDisk};
+use ploop_formats::descriptor::{Chs, Descriptor, ImageType, Mark, NewDisk};
 use ploop_formats::folder::Folder;
 use ploop_formats::guid::Guid;
 use ploop_formats::layer::Layer;
@@ -41,9 +42,14 @@ pub type Content = Vec<Value>;
 pub struct Tree {
     /// Its descriptor.
     pub disk: Descriptor,
-    /// What a guest reads at each point, the top included.
+    /// What a guest reads at each point, the top included; zeros behind that.
     pub contents: BTreeMap<Guid, Content>,
+    /// Clusters that it has, when it has grown or shrunk.
+    pub grown: Option<u64>,
 }
+
+/// Clusters of a disk that are read; behind them are zeros, whatever size it has.
+const READ_MAX: u64 = 8;
 
 /// A GUID that dice choose.
 pub fn guid(rng: &mut Rng) -> Guid {
@@ -52,6 +58,20 @@ pub fn guid(rng: &mut Rng) -> Guid {
         half.copy_from_slice(&rng.next().to_le_bytes());
     }
     Guid::random(bytes)
+}
+
+/// How much of a copy is under way at once: all, or so little that it waits, copies a cluster in
+/// parts, and is made durable in between.
+pub fn window(rng: &mut Rng) -> Window {
+    if !rng.one_in(3) {
+        return Window::default();
+    }
+    let step = *rng.pick(&[CLUSTER / 4, CLUSTER, 4 * CLUSTER]);
+    Window {
+        memory: step * rng.range(1, 3),
+        step,
+        unsynced: CLUSTER * rng.range(1, 6),
+    }
 }
 
 /// Makes disks.
@@ -134,8 +154,60 @@ fn first_disk(clusters: u64, kind: ImageType) -> Descriptor {
     .expect("a new disk")
 }
 
-/// Makes a disk of up to `shots` points, and puts it into a folder of its own world.
-pub fn make(rng: &mut Rng, shots: u64, mutator: Mutator) -> (SimFolder, Tree) {
+/// A disk that has no point yet.
+#[derive(Debug)]
+pub struct First {
+    /// Its descriptor.
+    pub disk: Descriptor,
+    /// Its only file.
+    pub pages: Pages,
+    /// What a guest reads.
+    pub content: Content,
+    /// Numbers that its values took.
+    pub values: Value,
+}
+
+/// Makes a disk of one file, `root.hds`, whose values are numbered from above `next`.
+pub fn first_file(rng: &mut Rng, version: Version, clusters: u64, raw: bool, next: Value) -> First {
+    let mut maker = Maker {
+        rng,
+        version,
+        clusters,
+        next,
+        files: BTreeMap::new(),
+    };
+    let kind = if raw {
+        ImageType::Plain
+    } else {
+        ImageType::Compressed
+    };
+    let disk = first_disk(clusters, kind);
+    maker.file("root.hds", if raw { 1 } else { 2 });
+    let content = maker.content(&disk, disk.top());
+    let in_use = maker.rng.one_in(4);
+    let pages = maker.pages("root.hds", raw, in_use);
+    First {
+        disk,
+        pages,
+        content,
+        values: maker.next - next,
+    }
+}
+
+/// A file of these bytes.
+pub fn text(bytes: &[u8]) -> Pages {
+    let mut text = Pages::new(0);
+    text.set_len(bytes.len() as u64);
+    text.write(0, bytes);
+    text
+}
+
+/// Folder of the other disk that may have files of a made one.
+pub const OTHER: usize = 3;
+
+/// Makes a disk of up to `shots` points, and puts it into a folder of its own world. Some points
+/// are marked, and may have taken in a part of what stands on them; some files another disk has, too.
+pub fn make(rng: &mut Rng, shots: u64) -> (SimFolder, Tree) {
     let version = *rng.pick(&[Version::V1, Version::V2]);
     let raw = rng.one_in(4);
     let (clusters, shots, seed) = (rng.range(2, 6), rng.range(1, shots), rng.next());
@@ -146,48 +218,103 @@ pub fn make(rng: &mut Rng, shots: u64, mutator: Mutator) -> (SimFolder, Tree) {
         next: 0,
         files: BTreeMap::new(),
     };
-    let kind = if raw {
-        ImageType::Plain
-    } else {
-        ImageType::Compressed
-    };
-    let mut disk = first_disk(clusters, kind);
-    maker.file("root.hds", if raw { 1 } else { 2 });
-    for _ in 1..shots {
-        let file = disk.new_file_name(guid(maker.rng));
-        let frozen: Vec<Guid> = disk.shots().iter().map(|s| s.guid).collect();
-        let to = *maker.rng.pick(&frozen);
-        disk = match to == disk.top() || maker.rng.one_in(2) {
-            true => disk.with_snapshot(guid(maker.rng), &file),
-            false => disk.switched(to, &file),
-        }
-        .expect("a legal change");
-        maker.file(&file, 3);
-    }
-    let folder = SimFolder::new(Sim::new(seed), mutator, RULES);
+    let disk = maker.grow(raw, shots);
+    let shared = maker.share(&disk);
+    let disk = maker.mark(disk, &shared);
+    let folder = SimFolder::new(Sim::new(seed), Mutator::new(), RULES);
     for image in disk.images() {
         let top = image.guid == disk.top();
-        let raw = disk.chain(image.guid).is_ok_and(|chain| {
-            chain
-                .last()
-                .is_some_and(|last| last.format == LayerFormat::Raw)
-        });
+        let raw = raw && image.guid == disk.base().guid;
         let in_use = top && maker.rng.one_in(3);
         let pages = maker.pages(&image.file, raw, in_use);
         folder.put(&image.file, pages, RULES);
     }
-    let mut text = Pages::new(0);
-    let bytes = disk.encode();
-    text.set_len(bytes.len() as u64);
-    text.write(0, &bytes);
-    folder.put(DESCRIPTOR, text, RULES);
+    folder.put(DESCRIPTOR, text(&disk.encode()), RULES);
+    let other = folder.sibling(OTHER);
+    for file in shared {
+        other.put_link(&folder, &file);
+    }
     let contents = disk.shots().iter();
     let contents = contents.map(|s| (s.guid, maker.content(&disk, s.guid)));
     let contents = contents.collect();
-    (folder, Tree { disk, contents })
+    let grown = None;
+    let tree = Tree {
+        disk,
+        contents,
+        grown,
+    };
+    (folder, tree)
 }
 
-/// What a guest reads at a point of a disk, whose top is opened as the next user would.
+impl Maker<'_> {
+    /// A disk with branches, and its files.
+    fn grow(&mut self, raw: bool, shots: u64) -> Descriptor {
+        let kind = if raw {
+            ImageType::Plain
+        } else {
+            ImageType::Compressed
+        };
+        let mut disk = first_disk(self.clusters, kind);
+        self.file("root.hds", if raw { 1 } else { 2 });
+        for _ in 1..shots {
+            let file = disk.new_file_name(guid(self.rng));
+            let all: Vec<Guid> = disk.shots().iter().map(|s| s.guid).collect();
+            let to = *self.rng.pick(&all);
+            disk = match to == disk.top() || self.rng.one_in(2) {
+                true => disk.with_snapshot(guid(self.rng), &file),
+                false => disk.switched(to, &file),
+            }
+            .expect("a legal change");
+            self.file(&file, 3);
+        }
+        disk
+    }
+
+    /// Files that another disk has, too: those of a point, once in three times.
+    fn share(&mut self, disk: &Descriptor) -> Vec<String> {
+        let frozen: Vec<Guid> = disk.shots().iter().map(|s| s.guid).collect();
+        let frozen: Vec<Guid> = frozen.into_iter().filter(|g| *g != disk.top()).collect();
+        if frozen.is_empty() || !self.rng.one_in(3) {
+            return Vec::new();
+        }
+        let chain = disk.chain(*self.rng.pick(&frozen)).expect("a point");
+        chain.into_iter().map(|image| image.file).collect()
+    }
+
+    /// Marks points; those that nobody shares may be merged into already, in part.
+    fn mark(&mut self, mut disk: Descriptor, shared: &[String]) -> Descriptor {
+        let frozen: Vec<Guid> = disk.shots().iter().map(|s| s.guid).collect();
+        for point in frozen.into_iter().filter(|g| *g != Guid::TOP) {
+            if !self.rng.one_in(5) {
+                continue;
+            }
+            disk = disk
+                .marked(point, Some(Mark::Temporary))
+                .expect("not the top");
+            let mut children = disk.children(point);
+            let file = |guid| disk.image(guid).expect("an image").file.clone();
+            if let (Some(child), None) = (children.next(), children.next())
+                && !shared.contains(&file(point))
+            {
+                self.take_in(&file(child.guid), &file(point));
+            }
+        }
+        disk
+    }
+
+    fn take_in(&mut self, upper: &str, lower: &str) {
+        for n in 0..self.files[upper].len() {
+            if let Some(cluster) = self.files[upper][n].clone()
+                && self.rng.one_in(2)
+            {
+                self.files.get_mut(lower).expect("a file")[n] = Some(cluster);
+            }
+        }
+    }
+}
+
+/// What a guest reads at the beginning of a point of a disk, whose top is opened as the next user
+/// would. Fails unless all that is behind it is zeros.
 pub async fn content(folder: &SimFolder, disk: &Descriptor, point: Guid) -> Result<Content> {
     let mut all = Vec::new();
     for image in disk.chain(point)? {
@@ -197,7 +324,11 @@ pub async fn content(folder: &SimFolder, disk: &Descriptor, point: Guid) -> Resu
         });
     }
     let stack = Stack::new(all)?;
-    let len = stack.top().geometry().size;
+    let size = stack.top().geometry().size;
+    let len = size.min(READ_MAX * CLUSTER);
+    if !stack.reads_zero(len, size, stack.depth()).await? {
+        return Err(Error::damaged("more than there was before it grew"));
+    }
     let bytes = stack
         .read(0, buf::aligned(len as usize), stack.depth())
         .await?;
@@ -219,31 +350,70 @@ pub fn strangers(folder: &SimFolder, disk: &Descriptor) -> Vec<String> {
     names.filter(|name| !known(name)).collect()
 }
 
-/// Settles a folder and judges all that is in it: every point reads as one of `trees` says, which
-/// is given back by its place.
+/// The tree alone: each point, what it stands on, whether it is marked.
+pub fn shape(disk: &Descriptor) -> Vec<(Guid, Guid, bool)> {
+    let shots = disk.shots().iter();
+    let mut all: Vec<_> = shots
+        .map(|s| (s.guid, s.parent, s.mark.is_some()))
+        .collect();
+    all.sort();
+    all
+}
+
+/// Settles a folder and judges all that is in it: its tree is one of `trees`, each point reads as
+/// that says. Its place among them.
 pub async fn judge(folder: &SimFolder, trees: &[&Tree]) -> std::result::Result<usize, String> {
     let disk = change::settle(folder)
         .await
         .map_err(|e| format!("settling: {e}"))?;
-    let points = |d: &Descriptor| {
-        let mut all: Vec<Guid> = d.shots().iter().map(|s| s.guid).collect();
-        all.sort();
-        all
-    };
     let strangers = strangers(folder, &disk);
     if !strangers.is_empty() {
         return Err(format!("files that nobody names: {strangers:?}"));
     }
-    let mut why = format!("a disk that nobody asked for: {:?}", disk.shots());
-    for (n, tree) in trees.iter().enumerate() {
-        if points(&tree.disk) == points(&disk) {
-            match reads_as(folder, &disk, tree).await {
-                Ok(()) => return Ok(n),
+    let found = shape(&disk);
+    let mut why = format!("a disk that nobody asked for: {found:?}");
+    for (place, tree) in trees.iter().enumerate() {
+        if shape(&tree.disk) == found {
+            let sized = has_size(folder, &disk, tree.grown).await;
+            let judged = match sized {
+                Ok(()) => reads_as(folder, &disk, tree).await,
+                Err(e) => Err(e),
+            };
+            match judged {
+                Ok(()) => return Ok(place),
                 Err(e) => why = e,
             }
         }
     }
     Err(why)
+}
+
+/// Whether descriptor and top agree on the size of a disk that has grown.
+async fn has_size(
+    folder: &SimFolder,
+    disk: &Descriptor,
+    grown: Option<u64>,
+) -> std::result::Result<(), String> {
+    let Some(clusters) = grown else {
+        return Ok(());
+    };
+    let top = layers::image(disk, disk.top()).map_err(|e| e.to_string())?;
+    let top = layers::open_read(folder, disk, &top).await;
+    let top = top.map_err(|e| e.to_string())?.geometry().size;
+    match (top, change::size(disk)) == (clusters * CLUSTER, clusters * CLUSTER) {
+        true => Ok(()),
+        false => Err(format!(
+            "{top} bytes, {} in the descriptor",
+            change::size(disk)
+        )),
+    }
+}
+
+/// Whether a point reads as it should, and as zeros behind that.
+pub fn agree(read: &Content, wanted: &Content) -> bool {
+    let zero = |n: usize| wanted.len() <= n && read[n] == ZERO;
+    let same = |n: usize| wanted.get(n) == Some(&read[n]);
+    read.len() >= wanted.len() && (0..read.len()).all(|n| same(n) || zero(n))
 }
 
 async fn reads_as(
@@ -258,6 +428,9 @@ async fn reads_as(
         if let Some(n) = (0..wanted.len()).find(|n| read.get(*n) != Some(&wanted[*n])) {
             let (is, should) = (read.get(n), wanted[n]);
             return Err(format!("{}: sector {n} is {is:?}, not {should}", shot.guid));
+        }
+        if !agree(&read, wanted) {
+            return Err(format!("{}: more than there was before it grew", shot.guid));
         }
     }
     Ok(())

@@ -24,10 +24,11 @@ pub fn holds(report: Report) {
     assert!(report.failure.is_none(), "{report}");
 }
 
-/// Demands that a run of the campaign finds something within `states` checks.
-pub fn caught(states: u64, mut run: impl FnMut(u64, &mut Tally) -> Result<(), String>) {
+/// Demands that a run of the campaign finds something within `states` checks; what it took.
+pub fn caught(states: u64, mut run: impl FnMut(u64, &mut Tally) -> Result<(), String>) -> Report {
     let report = Report::campaign("planted", SEED, states, &mut run);
     assert!(report.failure.is_some(), "{report}: missed");
+    report
 }
 
 /// Demands that the campaign that is there for `bug` catches it in the engine.

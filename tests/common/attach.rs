@@ -149,6 +149,29 @@ pub fn kill(pid: u32) {
     let _ = kill_process(pid, Signal::KILL);
 }
 
+/// The process that changes names for this keeper, while there is one.
+pub fn changer_of(keeper: u32) -> Option<u32> {
+    child_of(keeper, "--change")
+}
+
+/// The child of a process that has this among its arguments, while there is one.
+pub fn child_of(parent: u32, argument: &str) -> Option<u32> {
+    for entry in fs::read_dir("/proc").unwrap().flatten() {
+        let pid: Option<u32> = entry.file_name().to_string_lossy().parse().ok();
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let its_parent = stat
+            .rsplit(')')
+            .next()
+            .and_then(|s| s.split_whitespace().nth(1));
+        let mut words = words.split(|byte| *byte == 0);
+        if its_parent == Some(&parent.to_string()) && words.any(|w| w == argument.as_bytes()) {
+            return pid;
+        }
+    }
+    None
+}
+
 /// The object of an attached disk in `ploopctl list -o json`.
 pub fn listed(disk: &Path) -> Option<Value> {
     let all: Value =

@@ -4,7 +4,8 @@ use super::process::ok_within;
 use super::programs::tool;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
 use std::time::Duration;
 
 /// A round of work shares two cores with everything else.
@@ -32,6 +33,21 @@ pub fn verified_load(folder: &Path, round: u64) {
     fio.arg(format!("--filename={}", file.display()))
         .arg(format!("--randseed={round}"));
     ok_within(&mut fio, LOAD_PATIENCE);
+}
+
+/// Does `work` beside verified load on a mounted disk: what came of it, and how many rounds of that.
+pub fn beside_load<T>(folder: &Path, work: impl FnOnce() -> T) -> (T, u64) {
+    let (done, rounds) = (AtomicBool::new(false), AtomicU64::new(0));
+    let worked = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                verified_load(folder, rounds.fetch_add(1, Ordering::Relaxed));
+            }
+        });
+        let _end = SetOnDrop(&done);
+        work()
+    });
+    (worked, rounds.into_inner())
 }
 
 /// Ends the other threads of a test when one of them ends, also by a panic.

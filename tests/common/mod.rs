@@ -8,11 +8,14 @@
 
 pub mod attach;
 pub mod files;
+pub mod host;
 pub mod load;
 pub mod nbd;
+pub mod point;
 pub mod process;
 pub mod programs;
 pub mod serve;
+pub mod sizes;
 pub mod tree;
 
 /// Says that a test could not run here. `./dev test` counts these lines, and fails on them in CI.

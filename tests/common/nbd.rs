@@ -18,6 +18,10 @@ pub mod command {
     pub const WRITE: u16 = 1;
     /// Disconnect; not answered.
     pub const DISCONNECT: u16 = 2;
+    /// Discard; carries no payload.
+    pub const TRIM: u16 = 4;
+    /// NBD_CMD_FLUSH.
+    pub const FLUSH: u16 = 3;
 }
 
 /// A connection in its transmission phase, with simple replies.
@@ -72,6 +76,18 @@ impl<S: Read + Write> Client<S> {
     /// Writes and waits for the answer: 0 or an NBD error number.
     pub fn write(&mut self, at: u64, data: &[u8]) -> io::Result<u32> {
         self.send(command::WRITE, at, data.len() as u32, data)?;
+        self.answer()
+    }
+
+    /// Flushes and waits for the answer: 0 or an NBD error number.
+    pub fn flush(&mut self) -> io::Result<u32> {
+        self.send(command::FLUSH, 0, 0, &[])?;
+        self.answer()
+    }
+
+    /// Discards and waits for the answer: 0 or an NBD error number.
+    pub fn trim(&mut self, at: u64, len: u32) -> io::Result<u32> {
+        self.send(command::TRIM, at, len, &[])?;
         self.answer()
     }
 

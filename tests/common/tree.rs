@@ -1,15 +1,21 @@
 //! Tree: the snapshots of an attached disk, made and taken away as programs do it.
 
 use super::attach::run_directory;
+use super::process::{ok, ok_within};
+use super::programs::ploopctl;
 use super::serve::Disk;
 use ploop::client::Remote;
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::guid::Guid;
+use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 use std::thread;
 use std::time::Duration;
+
+/// A merge shares two cores with everything else.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A frozen point and what was synced before it.
 pub struct Point {
@@ -35,7 +41,7 @@ pub fn descriptor(disk: &Disk) -> Descriptor {
 /// Freezes the top of an attached disk: the point, and how long requests waited, in microseconds.
 pub fn freeze(disk: &Disk, number: u64) -> Result<(Point, Option<u64>), String> {
     let mut remote = Remote::connect(&run_directory(&disk.path())).map_err(|e| e.to_string())?;
-    let made = remote.snapshot(None).map_err(|e| e.to_string())?;
+    let made = remote.snapshot(None, false).map_err(|e| e.to_string())?;
     let point = Point {
         uuid: made["uuid"].as_str().unwrap().parse().unwrap(),
         mark: number,
@@ -43,13 +49,38 @@ pub fn freeze(disk: &Disk, number: u64) -> Result<(Point, Option<u64>), String> 
     Ok((point, made["stall_us"].as_u64()))
 }
 
-/// Has a frozen point merged away.
-pub fn remove(disk: &Disk, point: Guid) -> Result<(), String> {
+/// Goes back to a point of a disk that is not attached.
+pub fn switch(disk: &Disk, to: Guid) {
+    let words = ["snapshot", "switch"];
+    ok(ploopctl().args(words).arg(disk.path()).arg(to.bare()));
+}
+
+/// `ploopctl snapshot delete`: what came of it.
+pub fn delete(disk: &Disk, point: Guid) -> String {
+    let said = snapshot(disk, "delete", point);
+    said["outcome"].as_str().unwrap().to_string()
+}
+
+/// `ploopctl snapshot merge`: the point that is gone for it.
+pub fn merge(disk: &Disk, upper: Guid) -> Guid {
+    let said = snapshot(disk, "merge", upper);
+    said["gone"].as_str().unwrap().parse().unwrap()
+}
+
+fn snapshot(disk: &Disk, verb: &str, point: Guid) -> Value {
+    let mut command = ploopctl();
+    command.args(["snapshot", verb]).arg(disk.path());
+    command.arg(point.bare()).args(["-o", "json"]);
+    serde_json::from_str(&ok_within(&mut command, PATIENCE)).unwrap()
+}
+
+/// Has a frozen point merged away; what its keeper says of it.
+pub fn remove(disk: &Disk, point: Guid) -> Result<Value, String> {
     let mut remote = Remote::connect(&run_directory(&disk.path())).map_err(|e| e.to_string())?;
     let removed = remote.remove(point.bare(), None, &mut |_| Ok(()));
     let removed = removed.map_err(|e| e.to_string())?;
     assert_eq!(removed["outcome"], "merged", "{removed}");
-    Ok(())
+    Ok(removed)
 }
 
 /// Does `work`, and `blow` in the middle of it.

@@ -12,6 +12,7 @@ use ploop::io::exec::{self, Engine};
 use ploop::io::file::{Cache, FileStore};
 use ploop::{Error, Kind, Result};
 use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::check::Repair;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -266,7 +267,11 @@ fn write(dir: &Path, case: &Case) -> std::result::Result<(), Failure> {
         Ok((locks, dir, chain, top, ledger))
     };
     let (_locks, at, chain, top, ledger) = opened(Ledger::local()).map_err(Failure::Refused)?;
-    let disk = exec::run(Engine::Poll, open::open_write(&at, &chain, top, ledger)).unwrap();
+    let disk = exec::run(
+        Engine::Poll,
+        open::open_write(&at, &chain, top, ledger, FENCE),
+    )
+    .unwrap();
     let disk = disk.map_err(Failure::Refused)?;
     let len = DATA.len().min(disk.size() as usize);
     let wrote = now(async {
@@ -287,7 +292,7 @@ fn write(dir: &Path, case: &Case) -> std::result::Result<(), Failure> {
     let (_locks, at, chain, top, ledger) =
         opened(Ledger::local()).map_err(|e| place("no second open", e))?;
     let again = now(async {
-        let disk = open::open_write(&at, &chain, top, ledger).await?;
+        let disk = open::open_write(&at, &chain, top, ledger, FENCE).await?;
         let read = disk.read(0, BytesMut::zeroed(len)).await?;
         disk.close().await?;
         Ok(read)
@@ -333,7 +338,11 @@ fn mend(
         let (source, dir) = source(dir, case)?;
         let _locks = lock::DiskLocks::take(&dir, &source, lock::Access::Write)?;
         let chain = ploop::image::chain::Chain::read(&dir, &source)?;
-        now(check::mend(&dir, &chain, &mut ()))
+        let all = Repair {
+            give_up: true,
+            ..Repair::default()
+        };
+        now(check::mend(&dir, &chain, &all, &mut ()))
     };
     let done = meter.watch(mend);
     clear(&done)?;

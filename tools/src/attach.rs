@@ -4,6 +4,7 @@
 //! keeper says both, through a pipe at the start and through its lock file at the end.
 
 use crate::holders;
+use crate::persona::names;
 use command_fds::{CommandFdExt, FdMapping};
 use ploop::client;
 use ploop::image::target::{Identity, Target};
@@ -71,8 +72,8 @@ pub fn registered() -> Result<Vec<Attached>> {
         } = entry
         {
             let device = state.device.as_deref().map(Path::new);
-            let point = device.and_then(|d| mounts::of(&mounted, d).pop());
-            state.mountpoint = point.map(|p| p.display().to_string());
+            let last = device.and_then(|d| mounts::of(&mounted, d).next_back());
+            state.mountpoint = last.map(|mount| mount.point.display().to_string());
             found.push(Attached { run: path, state });
         }
     }
@@ -86,6 +87,12 @@ pub fn mounted_at(state: &State) -> Vec<PathBuf> {
     device
         .and_then(|d| mounts::of_device(d).ok())
         .unwrap_or_default()
+}
+
+/// Where the root of the file system on a disk's device can be seen.
+pub fn root_of(state: &State) -> Option<PathBuf> {
+    let device = state.device.as_deref().map(Path::new);
+    device.and_then(|d| mounts::whole(d).ok()?)
 }
 
 /// The attached disk that DISK, DEVICE or MOUNTPOINT means; `NotFound` when there is none.
@@ -181,7 +188,14 @@ pub fn start(mut config: KeeperConfig) -> Result<State> {
     let mut report = Vec::new();
     reader.read_to_end(&mut report)?;
     match serde_json::from_slice(&report) {
-        Ok(Report::Ready(state)) => Ok(*state),
+        Ok(Report::Ready(state)) => {
+            // Names that the device, or this disk, had in an earlier life mean somebody else.
+            names::forget(
+                state.device.as_deref().map(Path::new),
+                Path::new(&state.path),
+            );
+            Ok(*state)
+        }
         Ok(Report::Failed(failure)) => {
             let _ = child.wait();
             Err(failure.into())
@@ -312,7 +326,12 @@ fn unmount_all(attached: &Attached, device: &Path) -> Result<()> {
             });
         }
     }
-    // Told to stop now, the keeper would wait for whoever else has claimed the device.
+    // Told to stop now, the keeper would wait for whoever else has claimed the device. A partition
+    // of it is let go of an instant after it was unmounted.
+    let start = Instant::now();
+    while holders::is_claimed(device) && start.elapsed() < PROBE_PATIENCE {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     match holders::is_claimed(device) {
         true => Err(busy(device, &holders::of_claim(device))),
         false => Ok(()),

@@ -118,7 +118,10 @@ pub fn of_claim(device: &Path) -> Vec<Holder> {
     };
     let use_of = |proc: &Path| {
         let mounted = mounts::seen_by(proc).unwrap_or_default();
-        if mounted.iter().any(|m| m.dev == rdev || m.source == device) {
+        if mounted
+            .iter()
+            .any(|m| m.dev == rdev || m.source == device || m.whole.as_deref() == Some(device))
+        {
             Some("has it mounted in another mount namespace")
         } else if open_files(proc).any(|(on, _)| on == rdev) {
             Some("has files open on it")

@@ -6,13 +6,19 @@
 
 mod answer;
 mod attach;
+mod balloon;
 mod cancel;
 mod cmd;
+mod errand;
 mod force;
+mod fsys;
 mod global;
+mod gpt;
 mod holders;
 mod meter;
 mod nbd;
+#[path = "ploop/mod.rs"]
+mod persona;
 mod rate;
 mod report;
 mod screen;
@@ -20,6 +26,7 @@ mod settings;
 mod size;
 mod table;
 mod view;
+mod volume;
 
 use clap::Parser;
 use clap::error::ErrorKind;
@@ -46,6 +53,9 @@ Settings: /etc/ploop/ploop.toml, or the file that --config or PLOOP_CONFIG names
 sandbox, log (auto, journal, syslog, file), mount.cache, serve.cache. Options win.";
 
 fn main() -> ExitCode {
+    if let Some(code) = persona::run() {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => return usage(&e),

@@ -35,6 +35,9 @@ struct Cli {
     /// Change the disk's directory for a keeper that waits on descriptor 3
     #[arg(long, value_name = "JSON", hide = true, group = "what")]
     change: Option<String>,
+    /// Keep users of a device still for a keeper that waits on descriptor 3
+    #[arg(long, value_name = "JSON", hide = true, group = "what")]
+    still: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -56,7 +59,10 @@ fn main() -> ExitCode {
         Cli {
             change: Some(wanted),
             ..
-        } => change(&wanted),
+        } => aide(supervise::run_changer(&wanted)),
+        Cli {
+            still: Some(task), ..
+        } => aide(supervise::run_still(&task)),
         Cli {
             config: Some(config),
             ..
@@ -185,8 +191,8 @@ fn worker(captured: bool) -> ExitCode {
     }
 }
 
-fn change(wanted: &str) -> ExitCode {
-    match supervise::run_changer(wanted) {
+fn aide(done: ploop::Result<()>) -> ExitCode {
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => report::error(&e, Output::Text),
     }

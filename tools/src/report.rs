@@ -51,7 +51,7 @@ fn hint(e: &Error) -> Option<&'static str> {
         }
         Kind::NoSpace => Some("free space on the file system that holds the disk's files"),
         Kind::ReadOnly => Some("`--read-only` serves or mounts what cannot be written"),
-        Kind::Privilege if e.to_string().contains("CAP_") => {
+        Kind::Privilege if e.to_string().contains("CAP_SYS_ADMIN") => {
             Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root")
         }
         Kind::Privilege => Some("these files are another user's; be that user, or root"),

@@ -1,5 +1,7 @@
 //! Sizes on the command line and in tables: bytes, with K, M, G, T of 1024.
 
+use ploop::image::grow::Wanted;
+
 /// Parses a size in bytes.
 pub fn parse(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -20,6 +22,14 @@ pub fn parse(text: &str) -> Result<u64, String> {
     number
         .checked_mul(1 << shift)
         .ok_or_else(|| "too large".to_string())
+}
+
+/// Parses a size that a disk is to have, or with a `+` by how much it is to grow.
+pub fn wanted(text: &str) -> Result<Wanted, String> {
+    match text.strip_prefix('+') {
+        Some(more) => parse(more).map(Wanted::By),
+        None => parse(text).map(Wanted::To),
+    }
 }
 
 /// A size for people, exact where it is a whole number of units.

@@ -100,8 +100,63 @@ fn damage_is_named_and_mended() {
         (&finding["kind"], &finding["offset"]),
         (&"past-end".into(), &64.into())
     );
+    assert_eq!(finding["repair"], "loss");
+    // Nothing is given up unasked.
+    let before = std::fs::read(&image).expect("read");
+    let said = run(&["check", "--repair", text(&disk)]);
+    assert_eq!(said.status.code(), Some(6));
+    assert!(
+        String::from_utf8_lossy(&said.stdout).contains("--force"),
+        "{said:?}"
+    );
+    assert!(std::fs::read(&image).expect("read") == before);
+    ok(&["check", "--repair", "--force", text(&disk)]);
+    ok(&["check", text(&disk)]);
+}
+
+#[test]
+fn every_point_of_a_disk_is_checked_and_each_finding_names_its_file() {
+    let scratch = Scratch::new();
+    let disk = scratch.disk("d", &["-s", "64M", "--fs", "none"]);
+    let point = |name: &str| {
+        let said = ok(&[
+            "-o",
+            "json",
+            "snapshot",
+            "create",
+            text(&disk),
+            "--name",
+            name,
+        ]);
+        let said: Value = serde_json::from_str(&said).expect("JSON");
+        said["uuid"].as_str().expect("a UUID").to_string()
+    };
+    let first = point("first");
+    let other = point("other");
+    ok(&["snapshot", "switch", text(&disk), &first]);
+    let listed = ok(&["-o", "json", "snapshot", "list", text(&disk)]);
+    let listed: Value = serde_json::from_str(&listed).expect("JSON");
+    let mut listed = listed["snapshots"].as_array().expect("a list").iter();
+    let entry = listed.find(|snapshot| snapshot["uuid"] == *other);
+    let file = entry.expect("the snapshot")["file"].clone();
+    let image = disk.join(file.as_str().expect("a file"));
+    // It is below no top, and says that it is in use.
+    let mut bytes = std::fs::read(&image).expect("read");
+    bytes[0x2C..0x30].copy_from_slice(&0x746F_6E59u32.to_le_bytes());
+    std::fs::write(&image, bytes).expect("write");
+    let output = run(&["-o", "json", "check", text(&disk)]);
+    assert_eq!(output.status.code(), Some(6), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let layers = report["layers"].as_array().expect("layers");
+    assert_eq!(layers.len(), 3);
+    assert_eq!(
+        (&layers[2]["file"], &layers[2]["errors"]),
+        (&file, &1.into())
+    );
+    assert_eq!(layers[2]["findings"][0]["repair"], "safe");
     ok(&["check", "--repair", text(&disk)]);
     ok(&["check", text(&disk)]);
+    ok(&["snapshot", "switch", text(&disk), &other]);
 }
 
 #[test]

@@ -161,7 +161,7 @@ fn a_check_ends_when_it_is_told_to_and_says_what_it_left() {
         said.contains("the next --repair goes on from there"),
         "{said}"
     );
-    ok(&["check", "--repair", text(&disk)]);
+    ok(&["check", "--repair", "--force", text(&disk)]);
     ok(&["check", text(&disk)]);
 }
 

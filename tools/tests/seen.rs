@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -233,6 +234,21 @@ fn info_tells_what_is_virtual_used_exclusive_and_shared() {
         (&both["exclusive"], &both["shared"]),
         (&0.into(), &alone["exclusive"])
     );
+    // Also what stands on a point that one went back from.
+    let point = || {
+        let made = json(&["snapshot", "create", text(&disk)]);
+        made["uuid"].as_str().expect("a UUID").to_string()
+    };
+    let (first, _other) = (point(), point());
+    ok(&["snapshot", "switch", text(&disk), &first]);
+    let files = fs::read_dir(&disk).expect("list").flatten();
+    let images = files.filter(|f| f.file_name().to_string_lossy().starts_with("root"));
+    let images: Vec<u64> = images
+        .map(|f| f.metadata().expect("stat").blocks() * 512)
+        .collect();
+    assert_eq!(images.len(), 3);
+    let info = json(&["info", text(&disk)]);
+    assert_eq!(info["allocated"], images.iter().sum::<u64>());
     let said = ok(&["info", text(&disk)]);
     for word in ["virtual", "used", "exclusive", "shared", "not mounted"] {
         assert!(said.contains(word), "{word}: {said}");

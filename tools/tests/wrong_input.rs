@@ -379,8 +379,8 @@ fn who_mounts_what_cannot_be_mounted_is_told_why() {
         ("delete good", 4, &["umount it first"]),
         (
             "snapshot switch good 00000000-1111-4222-8333-444444444444",
-            4,
-            &["attached", "umount it first"],
+            11,
+            &["there is no snapshot"],
         ),
         ("recover good", 1, &["has not failed"]),
     ];

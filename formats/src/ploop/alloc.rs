@@ -57,6 +57,35 @@ impl Alloc {
         Some(cluster)
     }
 
+    /// As [`Alloc::take`], but only below `limit`.
+    pub(super) fn take_below(&mut self, limit: u32) -> Option<u32> {
+        let lowest = self.fresh.min().filter(|lowest| *lowest < limit)?;
+        self.fresh.remove(lowest);
+        Some(lowest)
+    }
+
+    /// Whether a cluster below `limit` could be made ready to be taken.
+    pub(super) fn could_take_below(&self, limit: u32) -> bool {
+        let waiting = [&self.dirty, &self.punched, &self.quarantined];
+        let mut lowest = waiting.into_iter().filter_map(RoaringBitmap::min);
+        lowest.any(|lowest| lowest < limit)
+    }
+
+    /// Where the file would end if nothing in it were free, and how many clusters from there on are
+    /// in use.
+    pub(super) fn packing(&self) -> (u32, u64) {
+        let sets = [&self.dirty, &self.punched, &self.fresh, &self.quarantined];
+        let free = |from: u32| {
+            let part = sets.map(|set| set.range_cardinality(from..self.end));
+            part.into_iter().fold(0u64, u64::saturating_add)
+        };
+        let all = u64::from(self.end.saturating_sub(self.start));
+        let used = u32::try_from(all.saturating_sub(free(self.start))).unwrap_or(u32::MAX);
+        let end = self.start.saturating_add(used);
+        let behind = u64::from(self.end.saturating_sub(end));
+        (end, behind.saturating_sub(free(end)))
+    }
+
     /// Gives back a cluster to which no write was submitted.
     pub(super) fn give_back(&mut self, cluster: u32) {
         self.fresh.insert(cluster);

@@ -7,6 +7,7 @@ use crate::layer::Geometry;
 use crate::limits;
 use crate::units::{ClusterSize, HostCluster, SECTOR};
 use crate::{Error, Result};
+use std::cmp::Ordering;
 
 /// Bytes of the header; the BAT follows at once.
 pub const HEADER_LEN: u64 = 64;
@@ -130,6 +131,50 @@ impl Header {
             flags: FLAG_EMPTY,
             extension: 0,
         })
+    }
+
+    /// This header with a virtual size of `size` bytes, rounded as in [`Header::new`]; the same when
+    /// it has that already. `Invalid` for less than it has.
+    pub fn grown(&self, size: u64) -> Result<Self> {
+        let new = Self::new(self.version, size, self.cluster)?;
+        if new.sectors < self.sectors {
+            return Err(Error::invalid(format!(
+                "{size} bytes are less than the {} that it has",
+                self.geometry().size
+            )));
+        }
+        // Foreign tables may be longer than their disk needs.
+        let entries = new.entries.max(self.entries);
+        let start = table_clusters(u64::from(entries), self.cluster);
+        Ok(Self {
+            entries,
+            data_start: u32::try_from(start).map_err(|_| Error::invalid("table too large"))?,
+            in_use: self.in_use,
+            flags: self.flags & !FLAG_EMPTY,
+            extension: self.extension,
+            ..new
+        })
+    }
+
+    /// This header with a virtual size of `size` bytes, rounded as in [`Header::new`], and with the
+    /// table of an image that is made with that; the same when the disk ends in that cluster already.
+    /// `Invalid` for more than it has, and for nothing.
+    pub fn shrunk(&self, size: u64) -> Result<Self> {
+        let new = Self::new(self.version, size, self.cluster)?;
+        let has = self.cluster.count(self.geometry().size);
+        match u64::from(new.entries).cmp(&has) {
+            Ordering::Greater => Err(Error::invalid(format!(
+                "{size} bytes are more than the {} that it has",
+                self.geometry().size
+            ))),
+            Ordering::Equal => Ok(*self),
+            Ordering::Less => Ok(Self {
+                in_use: self.in_use,
+                flags: self.flags & !FLAG_EMPTY,
+                extension: self.extension,
+                ..new
+            }),
+        }
     }
 
     /// Parses the first 64 bytes of a file.

@@ -93,6 +93,14 @@ impl Drop for Reserved {
     }
 }
 
+impl Reserved {
+    /// It is published: its cluster, and its word in the ledger.
+    pub(super) fn settle(mut self) -> (HostCluster, usize) {
+        self.state = State::Published;
+        (self.cluster, self.slot)
+    }
+}
+
 impl<S: Store> Ploop<S> {
     /// The header as it was when the image was opened.
     pub const fn header(&self) -> &Header {
@@ -173,6 +181,25 @@ impl<S: Store> Ploop<S> {
             return Ok(());
         }
         self.extend().await
+    }
+
+    /// Makes free clusters ready to be taken, the lowest first: as many as one step does. False when
+    /// there are none that could be.
+    pub(super) async fn reclaim(&self) -> Result<bool> {
+        let _one = self.supply.lock().await;
+        self.settle_quarantine().await;
+        self.reuse().await
+    }
+
+    /// A cluster that was taken, with a word of the ledger.
+    pub(super) fn reserved(&self, cluster: u32, slot: usize) -> Reserved {
+        Reserved {
+            cluster: HostCluster(cluster),
+            host: self.header.cluster.start(cluster),
+            slot,
+            state: State::Untouched,
+            index: Arc::clone(&self.index),
+        }
     }
 
     /// Turns clusters with abandoned writes into ordinary free ones.
@@ -361,13 +388,7 @@ impl<S: Store> Layer for Ploop<S> {
         loop {
             let taken = lock(&self.index).alloc.take();
             if let Some(cluster) = taken {
-                return Ok(Reserved {
-                    cluster: HostCluster(cluster),
-                    host: self.header.cluster.start(cluster),
-                    slot,
-                    state: State::Untouched,
-                    index: Arc::clone(&self.index),
-                });
+                return Ok(self.reserved(cluster, slot));
             }
             if let Err(e) = self.supply().await {
                 lock(&self.index).return_slot(slot);
@@ -376,10 +397,10 @@ impl<S: Store> Layer for Ploop<S> {
         }
     }
 
-    fn publish(&self, cluster: VirtCluster, mut reserved: Reserved, below: Below) {
+    fn publish(&self, cluster: VirtCluster, reserved: Reserved, below: Below) {
         let fresh = below == Below::Zeros && self.store.info().fresh_zero;
-        reserved.state = State::Published;
-        lock(&self.index).publish(cluster, reserved.cluster, reserved.slot, fresh);
+        let (to, slot) = reserved.settle();
+        lock(&self.index).publish(cluster, to, slot, fresh);
     }
 
     async fn release(&self, cluster: VirtCluster) -> Result<()> {

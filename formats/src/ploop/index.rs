@@ -313,6 +313,23 @@ impl Index {
         );
     }
 
+    /// Makes `cluster`, which is at `from`, point at `to`, into which it was copied. What is at `from`
+    /// counts until that is durable.
+    pub(super) fn relocate(
+        &mut self,
+        cluster: VirtCluster,
+        from: HostCluster,
+        to: HostCluster,
+        spare: usize,
+    ) {
+        self.publish(cluster, to, spare, planted::is(Bug::MovedCountsAsFresh));
+        if planted::is(Bug::OldPlaceFreeAtOnce) {
+            self.alloc.free(&[from.0]);
+        } else {
+            self.freed.push(from.0);
+        }
+    }
+
     /// Drops the mapping of `cluster`, which is at `from`. A dropped mapping needs no data first.
     pub(super) fn drop_mapping(&mut self, cluster: VirtCluster, from: HostCluster) -> Result<()> {
         let slot = match self.slot_of(cluster.0) {

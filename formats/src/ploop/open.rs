@@ -24,7 +24,7 @@ use crate::layer::Layer;
 use crate::ledger::Ledger;
 use crate::planted::{self, Bug};
 use crate::store::Store;
-use crate::units::{SECTOR, floor_to};
+use crate::units::{HostCluster, SECTOR, floor_to};
 use crate::update::Update;
 use crate::{Error, Kind, Result, limits};
 use bytes::{Bytes, BytesMut};
@@ -32,7 +32,7 @@ use roaring::RoaringBitmap;
 use std::sync::{Arc, Mutex};
 
 /// Table bytes read in one step when the whole table is looked at.
-const SCAN_STEP: u64 = 256 << 10;
+pub(super) const SCAN_STEP: u64 = 256 << 10;
 
 /// Reads and parses the header.
 pub(super) async fn read_header<S: Store>(store: &S) -> Result<Header> {
@@ -57,9 +57,11 @@ pub(super) async fn read_header<S: Store>(store: &S) -> Result<Header> {
 
 impl<S: Store> Ploop<S> {
     /// Opens a delta for reading. The file is never changed, whatever state it is in; entries are
-    /// judged when they are used.
+    /// judged when they are used. One whose format is being converted is refused: its entries may
+    /// be in either unit.
     pub async fn open_read(store: S) -> Result<Self> {
         let header = read_header(&store).await?;
+        refuse_converting(&header)?;
         match read_extension(&store, &header).await {
             Ok(extension) => extension.refuse_unknown()?,
             Err(e) if e.kind() == Kind::Unsupported => return Err(e),
@@ -104,15 +106,16 @@ impl<S: Store> Ploop<S> {
 
     /// Opens a frozen delta for the one above it to be merged into. It is written without the
     /// in-use mark, because it is still below others: nothing that they show is changed in it. The
-    /// caller holds its locks, and knows that it was closed.
-    pub async fn open_target(store: S) -> Result<Self> {
+    /// caller holds its locks. One that says that it is in use was to become the top once, and did
+    /// not: it is cut to its end like any that was not closed.
+    pub async fn open_target(store: S, ledger: Ledger) -> Result<Self> {
         let header = read_header(&store).await?;
         judge_header(&header, store.info().len)?;
         let extension = read_extension(&store, &header).await.map_err(refuse)?;
         extension.refuse_unknown()?;
         let end = clip(header.cluster.count(store.info().len));
         let alloc = Alloc::unknown(header.data_start, end);
-        let mut image = Self::assemble(store, header, alloc, Ledger::local(), true);
+        let mut image = Self::assemble(store, header, alloc, ledger, true);
         image.kept.features = extension.transit().cloned().collect();
         image.find_free().await?;
         if image.header.extension != 0 || image.header.flags & FLAG_EMPTY != 0 {
@@ -123,6 +126,15 @@ impl<S: Store> Ploop<S> {
             image.write_header().await?;
         }
         Ok(image)
+    }
+
+    /// Says durably that a target is in use: it becomes the top. What was copied into it is durable
+    /// (`sync` came last).
+    pub async fn become_top(&mut self) -> Result<()> {
+        self.header.in_use = IN_USE;
+        self.header.flags &= !FLAG_EMPTY;
+        self.header.extension = 0;
+        self.write_header().await
     }
 
     fn assemble(store: S, header: Header, alloc: Alloc, ledger: Ledger, writable: bool) -> Self {
@@ -151,10 +163,7 @@ impl<S: Store> Ploop<S> {
     /// Steps 3 and 4: a known end, free clusters, and the in-use mark.
     async fn start(&mut self) -> Result<()> {
         self.find_free().await?;
-        self.header.in_use = IN_USE;
-        self.header.flags &= !FLAG_EMPTY;
-        self.header.extension = 0;
-        self.write_header().await
+        self.become_top().await
     }
 
     /// Step 3: the table is judged, and the file cut to a known end where it was not closed.
@@ -172,6 +181,15 @@ impl<S: Store> Ploop<S> {
             cut.apply(&self.store)
                 .await
                 .map_err(|e| e.at("cutting an unclean end"))?;
+        }
+        if self.header.in_use == IN_USE {
+            // It may have been cut while it got smaller. Nobody but other tools looks there before it
+            // grows, which clears it, too: a full host is no reason not to open.
+            let (first, end) = (self.header.entries, self.header.data_start);
+            match self.clear_found_entries(first, end).await {
+                Err(e) if e.kind() == Kind::NoSpace => {}
+                cleared => cleared?,
+            }
         }
         lock(&self.index).alloc = Alloc::new(self.header.data_start, end, &used);
         Ok(())
@@ -193,7 +211,7 @@ impl<S: Store> Ploop<S> {
     }
 
     /// The first table page with `header` in it.
-    async fn first_page(&self, header: &Header) -> Result<Bytes> {
+    pub(super) async fn first_page(&self, header: &Header) -> Result<Bytes> {
         let durable = self.read_page(0).await?;
         let mut page: BytesMut = crate::buf::aligned(durable.len());
         page.copy_from_slice(&durable);
@@ -223,10 +241,27 @@ impl<S: Store> Ploop<S> {
 
     /// Every file cluster that the table names; the whole table is judged on the way.
     async fn used_clusters(&self) -> Result<RoaringBitmap> {
+        let mut used = RoaringBitmap::new();
+        self.each_entry(|_, to| match used.insert(to.0) {
+            true => Ok(()),
+            false => Err(Error::damaged(format!(
+                "names cluster {}, which another entry names too",
+                to.0
+            ))),
+        })
+        .await?;
+        Ok(used)
+    }
+
+    /// Shows every entry that names a file cluster, in order; one that breaks a rule of the format,
+    /// or is refused, makes the image one that is not opened for writing.
+    pub(super) async fn each_entry(
+        &self,
+        mut see: impl FnMut(u32, HostCluster) -> Result<()>,
+    ) -> Result<()> {
         let header = &self.header;
         let len = self.store.info().len;
         let table_end = header.entry_at(header.entries).min(len);
-        let mut used = RoaringBitmap::new();
         let mut at = 0u64;
         while at < table_end {
             let (data, until) = self.store.extent(at).await?;
@@ -243,14 +278,19 @@ impl<S: Store> Ploop<S> {
                 .store
                 .read_at(at, crate::buf::aligned(step as usize))
                 .await?;
-            self.judge_entries(at, &buf, &mut used)?;
+            self.judge_entries(at, &buf, &mut see)?;
             at = at.saturating_add(step);
         }
-        Ok(used)
+        Ok(())
     }
 
     /// Judges the entries in table bytes read from `at`.
-    fn judge_entries(&self, at: u64, bytes: &[u8], used: &mut RoaringBitmap) -> Result<()> {
+    fn judge_entries(
+        &self,
+        at: u64,
+        bytes: &[u8],
+        see: &mut impl FnMut(u32, HostCluster) -> Result<()>,
+    ) -> Result<()> {
         let header = &self.header;
         let end = header.cluster.count(self.store.info().len);
         let skip = if at == 0 { HEADER_LEN as usize } else { 0 };
@@ -262,27 +302,20 @@ impl<S: Store> Ploop<S> {
                 break;
             }
             let raw = raw_entry(bytes, byte);
-            let place = || format!("BAT entry {n} (offset {offset:#x})");
-            let Some(to) = header
-                .entry_to_cluster(raw)
-                .map_err(|e| refuse(e.at(place())))?
-            else {
+            if raw == 0 {
+                continue;
+            }
+            let place = |e: Error| refuse(e.at(format!("BAT entry {n} (offset {offset:#x})")));
+            let Some(to) = header.entry_to_cluster(raw).map_err(place)? else {
                 continue;
             };
             if u64::from(to.0) >= end {
-                return Err(refuse(Error::damaged(format!(
-                    "{}: names cluster {}, past the end of the file ({end} clusters)",
-                    place(),
+                return Err(place(Error::damaged(format!(
+                    "names cluster {}, past the end of the file ({end} clusters)",
                     to.0
                 ))));
             }
-            if !used.insert(to.0) {
-                return Err(refuse(Error::damaged(format!(
-                    "{}: names cluster {}, which another entry names too",
-                    place(),
-                    to.0
-                ))));
-            }
+            see(n as u32, to).map_err(place)?;
         }
         Ok(())
     }
@@ -366,11 +399,7 @@ pub(super) async fn load_extension<S: Store>(
 
 /// What must hold before an image is opened for writing.
 fn judge_header(header: &Header, len: u64) -> Result<()> {
-    if header.flags & FLAG_CONVERTING != 0 {
-        return Err(refuse(Error::damaged(
-            "offset 0x34: a format conversion was interrupted",
-        )));
-    }
+    refuse_converting(header)?;
     if !header.covers_size() {
         return Err(refuse(Error::damaged(format!(
             "offset 0x20: {} BAT entries do not cover a size of {} sectors",
@@ -390,6 +419,16 @@ fn judge_header(header: &Header, len: u64) -> Result<()> {
         ))));
     }
     Ok(())
+}
+
+fn refuse_converting(header: &Header) -> Result<()> {
+    match header.flags & FLAG_CONVERTING {
+        0 => Ok(()),
+        _ => Err(Error::damaged(
+            "offset 0x34: a conversion between format versions was interrupted; `ploopctl convert \
+             DISK` undoes it",
+        )),
+    }
 }
 
 /// Says what a refused image needs.

@@ -103,7 +103,7 @@ impl<S: Store> Ploop<S> {
 
     /// Step 5, the space: best effort, since a cluster that keeps its space is still free. Where
     /// there are no holes, only clusters that are wanted again are zeroed, when they are.
-    async fn return_space(&self) {
+    pub(super) async fn return_space(&self) {
         if !self.store.info().punches {
             return;
         }

@@ -28,10 +28,14 @@ pub enum Operation {
     Punch,
     /// [`Store::room`], which fails in one way only: `NoSpace`.
     Room,
+    /// A change of a name, of a simulated folder.
+    Name,
+    /// What makes names durable, of a simulated folder.
+    SyncNames,
 }
 
 impl Operation {
-    /// Every kind.
+    /// Every kind that a store has.
     pub const ALL: [Operation; 6] = [
         Operation::Read,
         Operation::Write,
@@ -42,7 +46,10 @@ impl Operation {
     ];
 
     const fn takes_space(self) -> bool {
-        matches!(self, Operation::Write | Operation::SetLen | Operation::Room)
+        matches!(
+            self,
+            Operation::Write | Operation::SetLen | Operation::Room | Operation::Name
+        )
     }
 }
 
@@ -114,6 +121,22 @@ impl Faults {
     pub fn is_final(&self) -> bool {
         let state = self.lock();
         state.flush_failed || state.metadata_failed
+    }
+
+    /// Whether a change of a name works; if not, whether it happened nevertheless.
+    pub(super) fn name(&self) -> std::result::Result<(), (Error, bool)> {
+        let failed = self.check(Operation::Name);
+        failed.map_err(|(e, damage)| (e, matches!(damage, Damage::All)))
+    }
+
+    /// Whether a name can be looked at.
+    pub(super) fn look(&self) -> Result<()> {
+        self.check(Operation::Read).map_err(|(e, _)| e)
+    }
+
+    /// Whether names become durable.
+    pub(super) fn sync_names(&self) -> Result<()> {
+        self.check(Operation::SyncNames).map_err(|(e, _)| e)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -81,6 +81,12 @@ pub trait Store {
     /// Sets the length. New bytes read as zeros. Volatile until the next flush.
     async fn set_len(&self, len: u64) -> Result<()>;
 
+    /// As [`Store::set_len`] to no less than there is, but no space is taken ahead for the new bytes:
+    /// each takes its own when it is written.
+    async fn lengthen(&self, len: u64) -> Result<()> {
+        self.set_len(len).await
+    }
+
     /// Makes the range read as zeros. Any alignment. Volatile until the next flush.
     async fn punch(&self, at: u64, len: u64, space: Space) -> Result<()>;
 

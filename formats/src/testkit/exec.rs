@@ -158,6 +158,26 @@ impl Exec {
         slot
     }
 
+    /// Runs until a task that was started is done. Whenever an operation of its store has changed
+    /// something, `look` is called, and told whether the task is done.
+    pub fn watch<T>(
+        &mut self,
+        done: &Slot<T>,
+        mut look: impl FnMut(bool) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let mut clock = self.sim.clock();
+        while !done.is_full() {
+            if self.step() == Step::Stuck {
+                return Err("nothing can move any more".into());
+            }
+            if self.sim.clock() != clock {
+                clock = self.sim.clock();
+                look(done.is_full())?;
+            }
+        }
+        Ok(())
+    }
+
     /// Runs `future` beside the other tasks and gives its output; `None` when it can never end.
     pub fn block_on<T: 'static>(&mut self, future: impl Future<Output = T> + 'static) -> Option<T> {
         let slot = self.start(future);

@@ -1,30 +1,85 @@
-//! Copy: every cluster of one delta into the one below it.
+//! Copy: every cluster of one delta into the one below it, or what a stack reads as into a new image.
 //!
 //! Ordering: a cluster is named by the lower delta's table only when all of it is written, and the
 //! flush pass makes the data durable first. A cluster that the lower delta has is overwritten in
-//! place: the upper one hides it as long as this can be cut. Memory is bounded whatever the cluster
-//! size.
+//! place: the upper one hides it as long as this can be cut. Passes of the lower delta run beside the
+//! copying, so that a host's memory is not filled with what then has to be written all at once. Memory
+//! is bounded whatever the cluster size.
+//!
+//! In a new image nothing is hidden by what is not there: zeros are not stored, and holes of a
+//! source's files are not read.
 
-use crate::stack::AnyLayer;
-use futures_util::future::join_all;
-use ploop_formats::layer::{Below, Extent, Layer, Reservation};
+use crate::stack::{AnyLayer, Stack};
+use bytes::BytesMut;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use ploop_formats::layer::{Below, Extent, Geometry, Layer, Reservation};
+use ploop_formats::ploop::Reserved;
 use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::store::{Reach, Store};
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Kind, Result, buf};
+use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
+use std::rc::Rc;
 
-/// Clusters that are copied at once, and bytes of each that are held in memory.
-const AT_ONCE: usize = 8;
-const STEP: u64 = 1 << 20;
+/// Reads and writes at once.
+const AT_ONCE: usize = 128;
 
 /// How a copy is watched and slowed down.
 pub struct Work<'a> {
-    /// Told how far it is; may end it.
-    pub watch: &'a mut dyn Watch,
-    /// Returns when the next so many bytes may be copied.
-    pub pace: &'a dyn Pace,
+    watch: &'a mut dyn Watch,
+    pace: &'a dyn Pace,
+    window: Window,
+}
+
+impl<'a> Work<'a> {
+    /// `watch` is told how far it is, and may end it; `pace` returns when more may be copied.
+    pub fn new(watch: &'a mut dyn Watch, pace: &'a dyn Pace) -> Self {
+        let window = Window::default();
+        Self {
+            watch,
+            pace,
+            window,
+        }
+    }
+
+    /// Who is told.
+    pub fn watch(&mut self) -> &mut dyn Watch {
+        self.watch
+    }
+
+    /// Returns when `bytes` more may be copied.
+    pub async fn wait(&self, bytes: u64) {
+        self.pace.wait(bytes).await;
+    }
+
+    /// The same with another window.
+    #[must_use]
+    pub fn within(self, window: Window) -> Self {
+        Self { window, ..self }
+    }
+}
+
+/// How much is under way at once, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Window {
+    /// Held in memory; no less than `step`.
+    pub memory: u64,
+    /// Of one read or write; also what is copied between two reports.
+    pub step: u64,
+    /// Copied after which a pass begins.
+    pub unsynced: u64,
+}
+
+impl Default for Window {
+    fn default() -> Self {
+        Self {
+            memory: 8 << 20,
+            step: 1 << 20,
+            unsynced: 32 << 20,
+        }
+    }
 }
 
 /// Waits as long as a rate wants it.
@@ -47,104 +102,437 @@ pub async fn copy<S: Store>(
     to: &AnyLayer<S>,
     work: &mut Work<'_>,
 ) -> Result<u64> {
-    let geometry = from.geometry();
-    let mut copied = 0u64;
-    let mut at = 0u64;
-    while at < geometry.size {
-        let (batch, next) = present(from, at).await?;
-        copy_all(from, to, &batch).await?;
-        let bytes = (batch.len() as u64).saturating_mul(geometry.cluster.bytes());
-        copied = copied.saturating_add(bytes);
-        at = next;
+    carry_out(Source::Delta(from), to, work).await
+}
+
+/// Copies what a stack reads as into `to`, a new image with its clusters that is at least as large
+/// and reads as zeros. Zeros are not written. The bytes looked at; all is durable once `to` is closed.
+pub async fn flatten<S: Store>(
+    from: &Stack<S>,
+    to: &AnyLayer<S>,
+    work: &mut Work<'_>,
+) -> Result<u64> {
+    carry_out(Source::Stack(from), to, work).await
+}
+
+async fn carry_out<S: Store>(
+    from: Source<'_, S>,
+    to: &AnyLayer<S>,
+    work: &mut Work<'_>,
+) -> Result<u64> {
+    let mut copying = Copying::new(from, to, work.window);
+    let done = copying.run(work).await;
+    // What was begun lands before anybody closes the file.
+    while copying.under_way.next().await.is_some() {}
+    done.map(|()| copying.copied)
+}
+
+/// Where bytes come from.
+enum Source<'a, S> {
+    /// A delta, for the one below it: what it has is taken as it is, zeros too.
+    Delta(&'a AnyLayer<S>),
+    /// What a guest reads, for a new image.
+    Stack(&'a Stack<S>),
+}
+
+impl<S> Clone for Source<'_, S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Source<'_, S> {}
+
+/// A part of a source.
+struct Part<'a, S> {
+    /// Bytes, never 0.
+    len: u64,
+    /// The file that has it and where; none when it reads as zeros.
+    place: Option<(&'a S, u64)>,
+    /// Whether there is anything to copy.
+    present: bool,
+}
+
+impl<'a, S: Store> Source<'a, S> {
+    fn geometry(self) -> Geometry {
+        match self {
+            Self::Delta(layer) => layer.geometry(),
+            Self::Stack(stack) => stack.top().geometry(),
+        }
+    }
+
+    const fn phase(self) -> &'static str {
+        match self {
+            Self::Delta(_) => "merging",
+            Self::Stack(_) => "converting",
+        }
+    }
+
+    /// Whether zeros are left out.
+    const fn skips_zeros(self) -> bool {
+        matches!(self, Self::Stack(_))
+    }
+
+    async fn part(self, at: u64, len: u64) -> Result<Part<'a, S>> {
+        match self {
+            Self::Delta(layer) => Ok(match layer.map(at, len).await? {
+                Extent::Data { at, len } => Part {
+                    len,
+                    place: Some((layer.store(), at)),
+                    present: true,
+                },
+                Extent::Zero { len } => Part {
+                    len,
+                    place: None,
+                    present: true,
+                },
+                Extent::Absent { len } => Part::nothing(len),
+            }),
+            Self::Stack(stack) => {
+                let segment = stack.resolve(at, len, stack.depth()).await?;
+                let layer = segment.layer.and_then(|layer| stack.layers().get(layer));
+                match (layer, segment.at) {
+                    (Some(layer), Some(at)) => data(layer.store(), at, segment.len).await,
+                    _ => Ok(Part::nothing(segment.len)),
+                }
+            }
+        }
+    }
+
+    /// From `at`, the beginning of a cluster, to where something else begins, in whole clusters, and
+    /// whether there is anything.
+    async fn run(self, at: u64) -> Result<(u64, bool)> {
+        let geometry = self.geometry();
+        let part = self.part(at, geometry.size - at).await?;
+        let cluster = geometry.cluster;
+        let whole = part.len - cluster.within(part.len);
+        let rest = geometry.size - at;
+        Ok(match whole {
+            _ if part.len == rest => (rest, part.present),
+            // It ends within its first cluster.
+            0 => (cluster.bytes().min(rest), true),
+            whole => (whole, part.present),
+        })
+    }
+}
+
+impl<S> Part<'_, S> {
+    const fn nothing(len: u64) -> Self {
+        Self {
+            len,
+            place: None,
+            present: false,
+        }
+    }
+}
+
+/// The part of a file that is data or a hole.
+async fn data<S: Store>(store: &S, at: u64, len: u64) -> Result<Part<'_, S>> {
+    let (data, until) = match at < store.info().len {
+        true => store.extent(at).await?,
+        // Reading it says what is wrong.
+        false => (true, at.saturating_add(len)),
+    };
+    let len = len.min(until.saturating_sub(at)).max(1);
+    Ok(match data {
+        true => Part {
+            len,
+            place: Some((store, at)),
+            present: true,
+        },
+        false => Part::nothing(len),
+    })
+}
+
+/// What is copied in one go.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    /// Guest offset.
+    at: u64,
+    /// Bytes: any where the lower delta has them in one place already, else those of a cluster.
+    len: u64,
+    /// The place in the lower delta's file, if it has one.
+    host: Option<u64>,
+}
+
+impl Piece {
+    /// Bytes of memory, copied in such steps.
+    fn held(&self, step: u64) -> u64 {
+        self.len.min(step)
+    }
+}
+
+/// What came to its end.
+enum Done {
+    Copied(Piece, Result<()>),
+    /// A pass of the lower delta.
+    Synced(Result<()>),
+}
+
+/// A copy that is under way.
+struct Copying<'a, S> {
+    from: Source<'a, S>,
+    to: &'a AnyLayer<S>,
+    window: Window,
+    under_way: FuturesUnordered<Pin<Box<dyn Future<Output = Done> + 'a>>>,
+    /// Guest offset of what comes next, and the end of what the upper delta has there.
+    at: u64,
+    until: u64,
+    /// Bytes in memory; copied; of these, since the watch was told, and since the last pass began.
+    held: u64,
+    copied: u64,
+    untold: u64,
+    unsynced: u64,
+    /// Pieces that found the table of pending changes full: they come again after a pass.
+    again: Vec<Piece>,
+    full: bool,
+    syncing: bool,
+    spares: Rc<Spares>,
+}
+
+impl<'a, S: Store> Copying<'a, S> {
+    fn new(from: Source<'a, S>, to: &'a AnyLayer<S>, window: Window) -> Self {
+        Self {
+            from,
+            to,
+            window,
+            under_way: FuturesUnordered::new(),
+            at: 0,
+            until: 0,
+            held: 0,
+            copied: 0,
+            untold: 0,
+            unsynced: 0,
+            again: Vec::new(),
+            full: false,
+            syncing: false,
+            spares: Rc::new(Spares::new(window)),
+        }
+    }
+
+    async fn run(&mut self, work: &mut Work<'_>) -> Result<()> {
+        loop {
+            self.feed().await?;
+            match self.under_way.next().await {
+                None => return self.tell(work).await,
+                Some(Done::Synced(done)) => {
+                    done?;
+                    (self.syncing, self.full) = (false, false);
+                }
+                Some(Done::Copied(piece, done)) => {
+                    self.held -= piece.held(self.window.step);
+                    match done {
+                        Err(e) if e.kind() == Kind::Pending => self.put_back(piece),
+                        done => done.map(|()| self.count(piece))?,
+                    }
+                }
+            }
+            if self.untold >= self.window.step {
+                self.tell(work).await?;
+            }
+        }
+    }
+
+    fn put_back(&mut self, piece: Piece) {
+        self.again.push(piece);
+        self.full = true;
+    }
+
+    fn count(&mut self, piece: Piece) {
+        for count in [&mut self.copied, &mut self.untold, &mut self.unsynced] {
+            *count = count.saturating_add(piece.len);
+        }
+    }
+
+    async fn tell(&mut self, work: &mut Work<'_>) -> Result<()> {
+        let total = self.from.geometry().size;
         work.watch.tell(Progress {
-            phase: "merging",
-            done: at.min(geometry.size),
-            total: geometry.size,
+            phase: self.from.phase(),
+            done: self.at.min(total),
+            total,
         })?;
-        work.pace.wait(bytes).await;
+        work.pace.wait(std::mem::take(&mut self.untold)).await;
+        Ok(())
     }
-    Ok(copied)
-}
 
-/// The next clusters from guest offset `at` on that a delta has, a few at most, and where to look
-/// for more.
-async fn present<S: Store>(from: &AnyLayer<S>, mut at: u64) -> Result<(Vec<u32>, u64)> {
-    let geometry = from.geometry();
-    let mut found = Vec::new();
-    while at < geometry.size && found.len() < AT_ONCE {
-        let extent = from.map(at, geometry.size - at).await?;
-        if let Extent::Absent { len } = extent {
-            at += len;
-            if !found.is_empty() {
-                break;
+    /// Begins as much as there is memory for.
+    async fn feed(&mut self) -> Result<()> {
+        if !self.syncing && (self.full || self.unsynced >= self.window.unsynced) {
+            self.begin_sync();
+        }
+        let Window { memory, step, .. } = self.window;
+        while !self.full && self.held + step <= memory && self.under_way.len() < AT_ONCE {
+            let piece = match self.again.pop() {
+                Some(piece) => piece,
+                None => match self.next().await? {
+                    Some(piece) => piece,
+                    None => break,
+                },
+            };
+            self.begin_copy(piece);
+        }
+        Ok(())
+    }
+
+    fn begin_copy(&mut self, piece: Piece) {
+        let (from, to, spares) = (self.from, self.to, Rc::clone(&self.spares));
+        let copied = async move { Done::Copied(piece, copy_piece(from, to, piece, &spares).await) };
+        self.under_way.push(Box::pin(copied));
+        self.held += piece.held(self.window.step);
+    }
+
+    fn begin_sync(&mut self) {
+        let to = self.to;
+        let synced = async move { Done::Synced(to.sync().await) };
+        self.under_way.push(Box::pin(synced));
+        (self.syncing, self.unsynced) = (true, 0);
+    }
+
+    /// The next piece that the upper delta has, if there is one.
+    async fn next(&mut self) -> Result<Option<Piece>> {
+        let geometry = self.from.geometry();
+        while self.at >= self.until {
+            if self.at >= geometry.size {
+                return Ok(None);
             }
-            continue;
-        }
-        let cluster = geometry.cluster.cluster_of(at);
-        found.push(cluster.ok_or_else(|| Error::invalid("offset past the table"))?);
-        at += geometry.cluster.bytes();
-    }
-    Ok((found, at))
-}
-
-/// Copies clusters; those that find the table of pending changes full come again after a pass.
-async fn copy_all<S: Store>(from: &AnyLayer<S>, to: &AnyLayer<S>, clusters: &[u32]) -> Result<()> {
-    let mut left = clusters.to_vec();
-    while !left.is_empty() {
-        let all = join_all(left.iter().map(|n| copy_one(from, to, *n))).await;
-        let mut again = Vec::new();
-        for (n, done) in left.iter().zip(all) {
-            match done {
-                Err(e) if e.kind() == Kind::Pending => again.push(*n),
-                done => done?,
+            let (len, present) = self.from.run(self.at).await?;
+            match present {
+                true => self.until = self.at + len,
+                false => self.at += len,
             }
         }
-        if !again.is_empty() {
-            to.sync().await?;
-        }
-        left = again;
+        let at = self.at;
+        let (len, host) = match self
+            .to
+            .map(at, self.window.step.min(self.until - at))
+            .await?
+        {
+            Extent::Data { at, len } => (len, Some(at)),
+            // From here to the end of the cluster, which is its beginning, too: only what is in
+            // place is ever cut elsewhere.
+            Extent::Zero { .. } | Extent::Absent { .. } => {
+                let cluster = geometry.cluster.bytes();
+                (cluster.min(geometry.size - at), None)
+            }
+        };
+        self.at += len;
+        Ok(Some(Piece { at, len, host }))
     }
-    Ok(())
 }
 
-async fn copy_one<S: Store>(from: &AnyLayer<S>, to: &AnyLayer<S>, cluster: u32) -> Result<()> {
-    let size = to.geometry().cluster;
-    let start = size.start(cluster);
-    match to.map(start, size.bytes()).await? {
-        Extent::Data { at, .. } => copy_bytes(from, to, start, at).await,
-        Extent::Zero { .. } | Extent::Absent { .. } => {
+/// Where a piece goes.
+enum Spot<'a, S> {
+    /// It has its place.
+    Here(u64),
+    /// It gets a cluster when there is something to write.
+    Wanted(&'a AnyLayer<S>),
+    /// It has got one.
+    Taken(Reserved),
+}
+
+impl<S: Store> Spot<'_, S> {
+    async fn host(&mut self) -> Result<u64> {
+        if let Self::Wanted(to) = self {
             let mut reserved = to.reserve().await?;
             reserved.submitted();
-            copy_bytes(from, to, start, reserved.host()).await?;
-            to.publish(VirtCluster(cluster), reserved, Below::Data);
-            Ok(())
+            *self = Self::Taken(reserved);
+        }
+        match self {
+            Self::Here(host) => Ok(*host),
+            Self::Taken(reserved) => Ok(reserved.host()),
+            Self::Wanted(_) => Err(Error::invalid("a cluster that was taken and is not there")),
         }
     }
 }
 
-/// Copies the cluster at guest offset `start` to file offset `host`, in steps.
-async fn copy_bytes<S: Store>(
-    from: &AnyLayer<S>,
+async fn copy_piece<S: Store>(
+    from: Source<'_, S>,
     to: &AnyLayer<S>,
-    start: u64,
-    host: u64,
+    piece: Piece,
+    spares: &Spares,
 ) -> Result<()> {
-    let end = (start + to.geometry().cluster.bytes()).min(from.geometry().size);
-    let mut at = start;
-    while at < end {
-        let step = STEP.min(end - at);
-        let extent = from.map(at, step).await?;
-        let len = extent.len();
-        let bytes = buf::aligned(len as usize);
-        let bytes = match extent {
-            Extent::Data { at, .. } => from.store().read_at(at, bytes).await?,
-            Extent::Zero { .. } | Extent::Absent { .. } => bytes,
-        };
-        let place = host + (at - start);
-        to.store()
-            .write_at(place, bytes.freeze(), Reach::Cache)
-            .await?;
-        at += len;
+    let mut spot = match piece.host {
+        Some(host) => Spot::Here(host),
+        None => Spot::Wanted(to),
+    };
+    copy_bytes(from, to, piece, &mut spot, spares).await?;
+    if let Spot::Taken(reserved) = spot {
+        let cluster = to.geometry().cluster.cluster_of(piece.at);
+        let cluster = cluster.ok_or_else(|| Error::invalid("offset past the table"))?;
+        to.publish(VirtCluster(cluster), reserved, Below::Data);
     }
     Ok(())
+}
+
+/// Copies a piece, in steps. What is not written of a cluster reads as zeros.
+async fn copy_bytes<S: Store>(
+    from: Source<'_, S>,
+    to: &AnyLayer<S>,
+    piece: Piece,
+    spot: &mut Spot<'_, S>,
+    spares: &Spares,
+) -> Result<()> {
+    let end = piece.at + piece.len;
+    let mut at = piece.at;
+    while at < end {
+        let part = from.part(at, spares.window.step.min(end - at)).await?;
+        let (begin, len) = (at, part.len);
+        at += len;
+        let bytes = match part.place {
+            Some((store, at)) => store.read_at(at, spares.lend(len as usize)).await?,
+            None if from.skips_zeros() => continue,
+            None => buf::aligned(len as usize),
+        };
+        let bytes = bytes.freeze();
+        if !(from.skips_zeros() && is_zero(&bytes)) {
+            let place = spot.host().await? + (begin - piece.at);
+            let written = to.store().write_at(place, bytes.clone(), Reach::Cache);
+            written.await?;
+        }
+        // Nobody else holds it, unless the storage keeps it.
+        if let Ok(spare) = bytes.try_into_mut() {
+            spares.keep(spare);
+        }
+    }
+    Ok(())
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    // Without a way out of the inner loop it is done many bytes at once.
+    let mut blocks = bytes.chunks(4096);
+    blocks.all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// Buffers to be used again: a fresh one costs its page faults every time.
+struct Spares {
+    window: Window,
+    kept: RefCell<Vec<BytesMut>>,
+}
+
+impl Spares {
+    fn new(window: Window) -> Self {
+        let kept = RefCell::default();
+        Self { window, kept }
+    }
+
+    /// Keeps a buffer, unless there are enough.
+    fn keep(&self, spare: BytesMut) {
+        let mut kept = self.kept.borrow_mut();
+        let there: usize = kept.iter().map(BytesMut::capacity).sum();
+        if (there + spare.capacity()) as u64 <= self.window.memory {
+            kept.push(spare);
+        }
+    }
+
+    /// An aligned buffer to fill; what it holds is arbitrary.
+    fn lend(&self, len: usize) -> BytesMut {
+        let spare = self.kept.borrow_mut().pop();
+        match spare.filter(|spare| spare.capacity() >= len && buf::is_aligned(spare, buf::ALIGN)) {
+            Some(mut spare) => {
+                spare.resize(len, 0);
+                spare
+            }
+            None => buf::aligned(len),
+        }
+    }
 }

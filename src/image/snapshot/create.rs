@@ -20,15 +20,16 @@ pub struct Prepared<'f, F: Folder> {
     pub delta: F::File,
 }
 
-/// Announces snapshot `uuid` and makes the new top `file`. The old top is still written to.
+/// Announces the descriptor `new`, in which the top is frozen, and makes the new top `file`. The old
+/// top is still written to.
 pub async fn prepare<'f, F: Folder>(
     folder: &'f F,
     old: &Descriptor,
-    uuid: Guid,
+    new: Descriptor,
     file: &str,
     shape: Shape,
 ) -> Result<Prepared<'f, F>> {
-    let change = Change::announce(folder, old, old.with_snapshot(uuid, file)?).await?;
+    let change = Change::announce(folder, old, new).await?;
     match change.add_delta(file, shape).await {
         Ok(delta) => Ok(Prepared { change, delta }),
         Err(e) => {
@@ -56,7 +57,8 @@ pub async fn offline<F: Folder>(folder: &F, uuid: Guid, random: Guid) -> Result<
     let old = change::settle(folder).await?;
     let file = old.new_file_name(random);
     let shape = layers::shape_above(folder, &old, old.top()).await?;
-    let prepared = prepare(folder, &old, uuid, &file, shape).await?;
+    let new = old.with_snapshot(uuid, &file)?;
+    let prepared = prepare(folder, &old, new, &file, shape).await?;
     match layers::seal(folder, &old).await {
         Ok(()) => Ok(prepared.commit().await?),
         Err(e) => {

@@ -10,7 +10,21 @@ use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
 use ploop_formats::ploop::header::{IN_USE, Version};
 use ploop_formats::raw::Raw;
-use ploop_formats::{Error, Result};
+use ploop_formats::{Error, Kind, Result};
+
+/// Refuses, in the words of `refusal`, a file that has several names: who knows another one may read
+/// or write it.
+pub async fn refuse_names<F: Folder>(
+    folder: &F,
+    file: &str,
+    refusal: impl FnOnce(u64) -> Error,
+) -> Result<()> {
+    match folder.links(file).await? {
+        None => Err(Error::new(Kind::NotFound, format!("{file}: no such file"))),
+        Some(0 | 1) => Ok(()),
+        Some(names) => Err(refusal(names)),
+    }
+}
 
 /// Opens a delta for reading.
 pub async fn open_read<F: Folder>(

@@ -6,12 +6,14 @@
 use super::names::Names;
 use crate::image::change;
 use crate::image::target::DESCRIPTOR;
+use crate::image::views::{self, View};
 use crate::io::folder::DirFolder;
 use crate::policy;
 use ploop_formats::descriptor::{Descriptor, Shot};
 use ploop_formats::guid::Guid;
 use ploop_formats::{Error, Result};
 use rustix::fs::{AtFlags, Statx, StatxFlags, statx};
+use std::ffi::OsStr;
 use std::io;
 use std::time::{Duration, SystemTime};
 
@@ -40,15 +42,15 @@ pub struct Entry {
     pub shared: bool,
 }
 
-/// The snapshots of a disk, each before those that stand on it.
-pub async fn list(folder: &DirFolder) -> Result<Vec<Entry>> {
+/// The snapshots of a disk, each before those that stand on it. `views` are those of the disk.
+pub async fn list(folder: &DirFolder, views: &[View]) -> Result<Vec<Entry>> {
     let disk = change::read(folder, DESCRIPTOR).await?;
     let names = Names::read(folder).await;
     let mut all = Vec::new();
     let mut next = vec![(*disk.base(), 0)];
     while let Some((shot, depth)) = next.pop() {
         if shot.guid != disk.top() {
-            all.push(entry(folder, &disk, &names, &shot, depth)?);
+            all.push(entry(folder, &disk, &names, views, &shot, depth)?);
         }
         let mut children: Vec<Shot> = disk.children(shot.guid).copied().collect();
         children.reverse();
@@ -61,6 +63,7 @@ fn entry(
     folder: &DirFolder,
     disk: &Descriptor,
     names: &Names,
+    views: &[View],
     shot: &Shot,
     depth: usize,
 ) -> Result<Entry> {
@@ -82,7 +85,7 @@ fn entry(
         created,
         file: file.to_string(),
         allocated: bytes(&stat),
-        shared: stat.stx_nlink > 1,
+        shared: u64::from(stat.stx_nlink) > 1 + views::links(views, OsStr::new(file)),
     })
 }
 

@@ -5,7 +5,8 @@
 //! 1. The lower delta is marked temporary, by a change of its own: from now on it is no point that
 //!    anybody may go to, and its content no promise. What is read through the upper one is the same
 //!    throughout, because the upper one has everything that is changed below.
-//! 2. The upper one is copied into it, and it is closed.
+//! 2. The lower one is grown to the size of the upper one, the upper one is copied into it, and it is
+//!    closed. Nobody may have it open meanwhile whose clusters growing moves.
 //! 3. The change in which the upper one has the lower one's file and parent is committed. The upper
 //!    one's old file goes.
 //!
@@ -21,6 +22,7 @@ use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
 use ploop_formats::raw::Raw;
+use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 
 /// Merges the only delta that stands on `lower` into it, on a disk that is not attached.
@@ -33,7 +35,17 @@ pub async fn offline<F: Folder>(
     if only_child(&old, lower)? == old.top() {
         layers::seal(folder, &old).await?;
     }
-    Ok(prepare(folder, &old, lower, work).await?.commit().await?)
+    let prepared = prepare(folder, &old, lower, Readers::Nobody, work).await?;
+    Ok(prepared.commit().await?)
+}
+
+/// Who reads a delta while others are merged into it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readers {
+    /// Nobody.
+    Nobody,
+    /// A running disk, which knows where its clusters are.
+    Disk,
 }
 
 /// Steps 1 and 2, and all of step 3 but its commit. What stands on `lower` is closed. `old` is what
@@ -42,38 +54,19 @@ pub async fn prepare<'f, F: Folder>(
     folder: &'f F,
     old: &Descriptor,
     lower: Guid,
+    readers: Readers,
     work: &mut copy::Work<'_>,
 ) -> Result<Change<'f, F>> {
     let below = layers::image(old, lower)?;
     let above = layers::image(old, only_child(old, lower)?)?;
-    refuse_shared(folder, &below.file).await?;
     let child = layers::open_read(folder, old, &above).await?;
-    let judged = layers::open_read(folder, old, &below).await?;
-    layers::refuse_unclosed(&judged, &below)?;
     layers::refuse_unclosed(&child, &above)?;
-    refuse_smaller(&judged, &child, &below)?;
-    drop(judged);
-    let marked = match old.shot(lower).and_then(|shot| shot.mark) {
-        Some(_) => old.clone(),
-        None => {
-            let marked = old.marked(lower, Some(Mark::Temporary))?;
-            Change::announce(folder, old, marked)
-                .await?
-                .commit()
-                .await?
-        }
-    };
+    let marked = claim(folder, old, lower, &child, readers).await?;
     let new = marked.dissolved(lower)?;
-    // A clone looks for the mark after it has made its links, we for links after the mark.
-    if let Err(e) = refuse_shared(folder, &below.file).await {
-        if marked != *old {
-            let unmark = Change::announce(folder, &marked, old.clone()).await?;
-            unmark.commit().await?;
-        }
-        return Err(e);
-    }
     let filled = async {
-        let target = open_target(folder, &marked, &below).await?;
+        let mut target = open_target(folder, &marked, &below).await?;
+        let grown = take_size(&mut target, &child).await;
+        grown.map_err(|e| e.at(&below.file))?;
         let copied = copy::copy(&child, &target, work).await;
         // Also one that was cut gives the space back that it took ahead.
         let closed = target.close().await.map_err(|e| e.at(&below.file));
@@ -83,8 +76,39 @@ pub async fn prepare<'f, F: Folder>(
     Change::announce(folder, &marked, new).await
 }
 
+/// Step 1: `lower` can take in `child`, is marked, and no other disk has its file. The descriptor
+/// that says so.
+pub async fn claim<F: Folder>(
+    folder: &F,
+    old: &Descriptor,
+    lower: Guid,
+    child: &AnyLayer<F::File>,
+    readers: Readers,
+) -> Result<Descriptor> {
+    let below = layers::image(old, lower)?;
+    refuse_shared(folder, &below.file).await?;
+    let judged = layers::open_read(folder, old, &below).await?;
+    refuse_size(&judged, child, readers).map_err(|e| e.at(&below.file))?;
+    if old.shot(lower).is_some_and(|shot| shot.mark.is_some()) {
+        // Cut in the middle, it may say that it is in use. A clone never has what is marked.
+        return Ok(old.clone());
+    }
+    layers::refuse_unclosed(&judged, &below)?;
+    drop(judged);
+    let marked = old.marked(lower, Some(Mark::Temporary))?;
+    let change = Change::announce(folder, old, marked).await?;
+    let marked = change.commit().await?;
+    // A clone looks for the mark after it has made its links, we for links after the mark.
+    if let Err(e) = refuse_shared(folder, &below.file).await {
+        let unmark = Change::announce(folder, &marked, old.clone()).await?;
+        unmark.commit().await?;
+        return Err(e);
+    }
+    Ok(marked)
+}
+
 /// Says what is left of a point that could not be merged away.
-fn left_marked(e: Error, lower: Guid) -> Error {
+pub fn left_marked(e: Error, lower: Guid) -> Error {
     let left = format!(
         "{e}; {} is temporary now and cannot be gone back to; the same command goes on with it",
         lower.bare()
@@ -117,40 +141,67 @@ pub async fn open_target<F: Folder>(
         LayerFormat::Raw => {
             Raw::open_write(file, disk.cluster(), Ledger::local()).map(AnyLayer::Raw)
         }
-        _ => Ploop::open_target(file).await.map(AnyLayer::Ploop),
+        _ => {
+            let target = Ploop::open_target(file, Ledger::local()).await;
+            target.map(AnyLayer::Ploop)
+        }
     };
     opened.map_err(|e| e.at(&image.file))
 }
 
 /// What other disks read is written by nobody.
 pub async fn refuse_shared<F: Folder>(folder: &F, file: &str) -> Result<()> {
-    match folder.links(file).await? {
-        None => Err(Error::new(Kind::NotFound, format!("{file}: no such file"))),
-        Some(0 | 1) => Ok(()),
-        Some(n) => Err(Error::new(
-            Kind::Busy,
-            format!("{file}: {n} disks share it, so nothing may be merged into it"),
-        )),
+    layers::refuse_names(folder, file, |n| {
+        let what = format!(
+            "{file}: {n} disks share it, so nothing may be merged into it (or a `replace` was cut that \
+             moved it here, and its old name is to be removed)"
+        );
+        Error::new(Kind::Busy, what)
+    })
+    .await
+}
+
+/// A delta that was made before the disk grew is as large as the one that it takes in.
+pub async fn take_size<S: Store>(lower: &mut AnyLayer<S>, upper: &AnyLayer<S>) -> Result<()> {
+    let size = upper.geometry().size;
+    match lower.geometry().size < size {
+        true => lower.grow(size).await,
+        false => Ok(()),
     }
 }
 
-fn refuse_smaller<S: ploop_formats::store::Store>(
-    lower: &AnyLayer<S>,
-    upper: &AnyLayer<S>,
-    image: &ImageRef,
-) -> Result<()> {
-    if lower.geometry().cluster != upper.geometry().cluster {
-        return Err(Error::damaged(format!(
-            "{}: its clusters are not of the size of those above it",
-            image.file
-        )));
+/// Whether a delta can take in another one, by the clusters and sizes of the two.
+fn refuse_size<S: Store>(lower: &AnyLayer<S>, upper: &AnyLayer<S>, readers: Readers) -> Result<()> {
+    let (was, is) = (lower.geometry(), upper.geometry());
+    if was.cluster != is.cluster {
+        return Err(Error::damaged(
+            "its clusters are not of the size of those above it",
+        ));
     }
-    let (lower, upper) = (lower.geometry().size, upper.geometry().size);
-    if lower >= upper {
+    if was.size >= is.size {
         return Ok(());
     }
-    Err(Error::unsupported(format!(
-        "{}: a delta of {lower} bytes, made before the disk grew, cannot take in one of {upper}",
-        image.file
-    )))
+    let grown = lower.grown(is.size)?;
+    if grown != is.size {
+        return Err(Error::unsupported(format!(
+            "to take in what stands on it, it has to grow from {} to {grown} bytes, a whole cluster, \
+             and the disk has {}: grow the disk to that first",
+            was.size, is.size
+        )));
+    }
+    let moves = match lower {
+        AnyLayer::Ploop(ploop) => {
+            ploop.header().grown(is.size)?.data_start != ploop.header().data_start
+        }
+        AnyLayer::Raw(_) => false,
+    };
+    match readers {
+        Readers::Disk if moves => Err(Error::unsupported(format!(
+            "made before the disk grew from {} to {} bytes; to take in what stands on it, it needs a \
+             larger table, for which its clusters are moved, and the running disk reads them: the same \
+             command does it once the disk is detached",
+            was.size, is.size
+        ))),
+        _ => Ok(()),
+    }
 }

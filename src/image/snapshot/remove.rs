@@ -21,6 +21,42 @@ pub enum Removed {
     Marked(usize),
 }
 
+/// How a point goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// Nothing stands on it: its file goes.
+    Drop,
+    /// One delta stands on it, and is merged into it.
+    Merge,
+    /// The top of a running disk does, and nothing else.
+    Fold,
+    /// So many do: it is marked temporary.
+    Mark(usize),
+}
+
+/// The way that a point of a disk goes, which is running or not. `NotFound` when there is none.
+pub fn way(disk: &Descriptor, uuid: Guid, running: bool) -> Result<Way> {
+    if disk.shot(uuid).is_none() {
+        return Err(unknown(uuid));
+    }
+    let mut children = disk.children(uuid).map(|shot| shot.guid);
+    Ok(match (children.next(), children.count()) {
+        (None, _) => Way::Drop,
+        (Some(child), 0) if running && child == disk.top() => Way::Fold,
+        (Some(_), 0) => Way::Merge,
+        (Some(_), others) => Way::Mark(others.saturating_add(1)),
+    })
+}
+
+/// A temporary point that can go while nobody waits, and was not tried yet.
+pub fn ripe(disk: &Descriptor, tried: &[Guid], running: bool) -> Option<Guid> {
+    let can_go = |guid| matches!(way(disk, guid, running), Ok(Way::Drop | Way::Merge));
+    let marked = disk.shots().iter();
+    let marked = marked.filter(|shot| shot.mark == Some(Mark::Temporary));
+    let mut marked = marked.map(|shot| shot.guid);
+    marked.find(|guid| !tried.contains(guid) && can_go(*guid))
+}
+
 /// Removes a snapshot of a disk that is not attached, or its top.
 pub async fn offline<F: Folder>(
     folder: &F,
@@ -28,25 +64,39 @@ pub async fn offline<F: Folder>(
     work: &mut copy::Work<'_>,
 ) -> Result<Removed> {
     let old = change::settle(folder).await?;
-    let children = old.children(uuid).count();
-    if old.shot(uuid).is_none() {
-        return Err(unknown(uuid));
-    }
-    match children {
-        0 if uuid == old.top() => drop_top(folder, &old).await,
-        0 => {
+    match way(&old, uuid, false)? {
+        Way::Drop if uuid == old.top() => drop_top(folder, &old).await,
+        Way::Drop => {
             let new = old.without_leaf(uuid)?;
             Change::announce(folder, &old, new).await?.commit().await?;
             Ok(Removed::Dropped)
         }
-        1 => {
+        Way::Merge | Way::Fold => {
             merge::offline(folder, uuid, work).await?;
             Ok(Removed::Merged)
         }
-        n => {
-            let new = old.marked(uuid, Some(Mark::Temporary))?;
-            Change::announce(folder, &old, new).await?.commit().await?;
+        Way::Mark(n) => {
+            if let Some(change) = mark(folder, &old, uuid).await? {
+                change.commit().await?;
+            }
             Ok(Removed::Marked(n))
+        }
+    }
+}
+
+/// Announces that a point is temporary; none when it is so already. `old` is what
+/// [`change::settle`] gave.
+pub async fn mark<'f, F: Folder>(
+    folder: &'f F,
+    old: &Descriptor,
+    uuid: Guid,
+) -> Result<Option<Change<'f, F>>> {
+    let shot = old.shot(uuid).filter(|shot| shot.guid != old.top());
+    match shot.ok_or_else(|| unknown(uuid))?.mark {
+        Some(_) => Ok(None),
+        None => {
+            let new = old.marked(uuid, Some(Mark::Temporary))?;
+            Change::announce(folder, old, new).await.map(Some)
         }
     }
 }
@@ -58,7 +108,13 @@ async fn drop_top<F: Folder>(folder: &F, old: &Descriptor) -> Result<Removed> {
     merge::refuse_shared(folder, &parent.file).await?;
     // It may have been shared with a clone that is gone.
     folder.set_shared(&parent.file, false).await?;
-    Change::announce(folder, old, new).await?.commit().await?;
+    let change = Change::announce(folder, old, new).await?;
+    // A clone looks for the record after it has made its links, we for links after the record.
+    if let Err(e) = merge::refuse_shared(folder, &parent.file).await {
+        change.undo().await?;
+        return Err(e);
+    }
+    change.commit().await?;
     Ok(Removed::Dropped)
 }
 
@@ -78,15 +134,11 @@ pub async fn temporaries<F: Folder>(folder: &F, work: &mut copy::Work<'_>) -> Re
     let mut tried = Vec::new();
     loop {
         let disk = change::settle(folder).await?;
-        let ripe = disk.shots().iter().find(|shot| {
-            let few = disk.children(shot.guid).count() <= 1;
-            shot.mark == Some(Mark::Temporary) && few && !tried.contains(&shot.guid)
-        });
-        let Some(shot) = ripe else {
+        let Some(guid) = ripe(&disk, &tried, false) else {
             return failed.map_or(Ok(done), Err);
         };
-        tried.push(shot.guid);
-        match offline(folder, shot.guid, work).await {
+        tried.push(guid);
+        match offline(folder, guid, work).await {
             Ok(_) => done = done.saturating_add(1),
             Err(e) if e.kind() == Kind::Cancelled => return Err(e),
             Err(e) => {

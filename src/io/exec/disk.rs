@@ -162,6 +162,12 @@ pub(crate) async fn fdatasync(target: Target<'_>) -> io::Result<()> {
     plain(target, entry, || rustix::fs::fdatasync(target.fd)).await
 }
 
+/// fsync(2).
+pub(crate) async fn fsync(target: Target<'_>) -> io::Result<()> {
+    let entry = opcode::Fsync::new(target.raw()).build();
+    plain(target, entry, || rustix::fs::fsync(target.fd)).await
+}
+
 /// fallocate(2).
 pub(crate) async fn fallocate(
     target: Target<'_>,
@@ -189,7 +195,7 @@ async fn plain(
         let result = match target.ring() {
             Some(core) => {
                 let op = target.op(Memory::None);
-                // SAFETY: both callers' entries name no memory.
+                // SAFETY: no caller's entry names memory.
                 count(unsafe { Pending::start(&core, entry.clone(), op) }.await.1)
             }
             None => {

@@ -607,6 +607,26 @@ fn growth_beyond_the_space_fails_at_once_in_the_page_cache_mode() {
 }
 
 #[test]
+fn a_file_that_is_lengthened_takes_its_space_as_it_is_written_to() {
+    for small in Small::all() {
+        for driver in DRIVERS {
+            let free = small.free();
+            let store = new_file(&small.path(), 64 << 10, Cache::Writeback);
+            drive(driver, async {
+                store.lengthen(32 << 20).await.unwrap();
+                assert_eq!(store.info().len, 32 << 20);
+                assert!(small.free() + (32 << 10) >= free, "it took space");
+                let data = aligned_copy(&[3; 16 << 10]);
+                store.write_at(31 << 20, data, Reach::Cache).await.unwrap();
+                store.flush().await.unwrap();
+            });
+            drop(store);
+            small.clean(free);
+        }
+    }
+}
+
+#[test]
 fn a_punched_range_needs_space_again() {
     for small in Small::all() {
         for driver in DRIVERS {

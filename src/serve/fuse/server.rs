@@ -118,7 +118,8 @@ async fn take_requests<D: Device + 'static>(server: &Rc<Server<D>>) -> Result<En
             }
             // ENOENT: a request whose caller was killed before it was read.
             Err(Errno::INTR | Errno::NOENT) => {}
-            Err(Errno::NODEV) => return Ok(End::Unmounted),
+            // ECONNABORTED: the session ended while a request was being handed over.
+            Err(Errno::NODEV | Errno::CONNABORTED) => return Ok(End::Unmounted),
             Err(e) => return Err(Error::from(io::Error::from(e)).at("reading /dev/fuse")),
         }
     }

@@ -10,7 +10,11 @@
 //!
 //! Never touches the file system itself, which may be waiting for us.
 
+use crate::serve::loopdev;
 use std::path::{Path, PathBuf};
+
+/// Where the kernel has a folder for the device of each ext4 that is mounted.
+const MOUNTED: &str = "/sys/fs/ext4";
 
 /// A file system that gives out no space.
 #[derive(Debug)]
@@ -21,12 +25,14 @@ pub(super) struct Brake {
 }
 
 impl Brake {
-    /// Stops the ext4 on this device; none when there is none.
+    /// Stops the ext4 on this device, or on a partition of it; none when there is none.
     pub(super) fn pull(device: &Path) -> Option<Self> {
+        Self::pull_on(device).or_else(|| Self::pull_on(&mounted_part(device)?))
+    }
+
+    fn pull_on(device: &Path) -> Option<Self> {
         let name = device.file_name()?;
-        let setting = Path::new("/sys/fs/ext4")
-            .join(name)
-            .join("reserved_clusters");
+        let setting = Path::new(MOUNTED).join(name).join("reserved_clusters");
         let before = read(&setting)?;
         let now = most(before, |value| write(&setting, value))?;
         Some(Self {
@@ -47,6 +53,13 @@ impl Brake {
             write(&self.setting, self.before);
         }
     }
+}
+
+/// The partition of this device that an ext4 is mounted from.
+fn mounted_part(device: &Path) -> Option<PathBuf> {
+    let all = std::fs::read_dir(MOUNTED).ok()?.flatten();
+    let mut all = all.map(|e| Path::new("/dev").join(e.file_name()));
+    all.find(|part| loopdev::whole(part).as_deref() == Some(device))
 }
 
 /// The largest value that is taken, which is then set: everything that the file system has. It

@@ -5,32 +5,33 @@
 //! goes on with. It is confined to the disk's directory before it looks at anything, because a merge
 //! reads images.
 
-use super::child::CONTROL_FD;
+use super::child::{Aide, Baggage, CONTROL_FD};
 use super::inherit;
 use super::message::Failure;
 use super::packet;
 use crate::image::change::{self, Change, Shape, Uncommitted};
-use crate::image::snapshot::{copy, create, layers, merge, remove};
+use crate::image::grow;
+use crate::image::limit;
+use crate::image::newfile::NewFile;
+use crate::image::replace::{self, Replaced};
+use crate::image::snapshot::merge::Readers;
+use crate::image::snapshot::rate::Rate;
+use crate::image::snapshot::remove::{self, Way};
+use crate::image::snapshot::{copy, create, fold, layers, merge, switch};
 use crate::io::exec::{self, Engine};
 use crate::io::folder::DirFolder;
-use crate::sandbox;
-use command_fds::{CommandFdExt, FdMapping};
+use crate::sandbox::{self, Files, Place};
 use ploop_formats::descriptor::{Descriptor, Mark};
 use ploop_formats::guid::Guid;
 use ploop_formats::ploop::header::Version;
 use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
-use std::cell::Cell;
-use std::future::Future;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::process::CommandExt;
-use std::pin::Pin;
-use std::process::{Child, Command, Stdio};
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The disk's directory, in a changer.
@@ -40,9 +41,6 @@ const LOCK_FD: RawFd = CONTROL_FD + 2;
 
 /// Time between two words about how far it is.
 const TELL_PAUSE: Duration = Duration::from_millis(200);
-
-/// How long the end of the keeper may go unnoticed.
-const BLINK: Duration = Duration::from_millis(50);
 
 /// What is wanted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,12 +55,47 @@ pub enum Wanted {
         version: u8,
         /// Its size in bytes.
         size: u64,
+        /// Whether the frozen one is temporary.
+        temporary: bool,
+    },
+    /// The top goes, and a new one stands on a frozen point.
+    Switch {
+        /// GUID of that.
+        uuid: String,
+        /// What names the new top's file.
+        random: String,
     },
     /// A frozen point goes.
     Remove {
         /// Its GUID.
         uuid: String,
         /// Bytes a second to copy at most.
+        rate: Option<u64>,
+    },
+    /// The descriptor says what size the disk has got.
+    Resize {
+        /// In bytes.
+        size: u64,
+    },
+    /// A frozen point is temporary from now on.
+    Mark {
+        /// Its GUID.
+        uuid: String,
+    },
+    /// A delta takes no more of the host than this from now on.
+    Limit {
+        /// In bytes; none for as much as there is.
+        bytes: Option<u64>,
+    },
+    /// A frozen point gets another file.
+    Replace {
+        /// Its GUID.
+        uuid: String,
+        /// What names the file in the disk's directory.
+        random: String,
+        /// Where that is now, absolute.
+        file: String,
+        /// Bytes a second to compare or copy at most.
         rate: Option<u64>,
     },
 }
@@ -93,6 +126,16 @@ pub enum Said {
         /// File of the old one.
         below: String,
     },
+    /// A switch lacks nothing but the worker's end and the commit.
+    Switchable {
+        /// File of the new top.
+        top: String,
+    },
+    /// A merge of the top lacks nothing but its end, its copy and the commit.
+    Foldable {
+        /// File of the layer below, which is to be the top.
+        into: String,
+    },
     /// A merge lacks nothing but the commit.
     Merged,
     /// It is the new disk.
@@ -113,10 +156,28 @@ pub enum Made {
         /// The file.
         into: String,
     },
+    /// A top of what was the top and the point below it.
+    Folded,
     /// A leaf is gone.
     Dropped,
-    /// So many deltas stand on the point, or the running top does: it is marked temporary.
+    /// A descriptor that says its disk's size.
+    Sized,
+    /// A descriptor that says what a delta may take.
+    Limited(Option<u64>),
+    /// A point that has another file.
+    Replaced {
+        /// File that it had.
+        old: String,
+        /// File that it has.
+        new: String,
+        /// Whether that was copied; else it was moved.
+        copied: bool,
+    },
+    /// So many deltas stand on the point: it is marked temporary.
     Marked(usize),
+    /// The running top stands on the point, which is marked temporary, and has too much to be copied
+    /// while the guest waits.
+    TooMuch,
 }
 
 /// What it is told.
@@ -126,104 +187,15 @@ pub enum Told {
     Commit,
 }
 
-/// A changer as its keeper sees it.
-#[derive(Debug)]
-pub struct Changer {
-    child: Child,
-    pidfd: OwnedFd,
-    /// None once it was left alone.
-    talk: Option<OwnedFd>,
-}
-
-impl Changer {
-    /// Starts one for the disk in `dir`, which `lock` keeps to ourselves.
-    pub fn start(dir: impl AsFd, lock: impl AsFd, task: &Task) -> Result<Self> {
-        let text = serde_json::to_string(task).map_err(io::Error::from)?;
-        let pair = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        );
-        let (talk, theirs) = pair.map_err(io::Error::from)?;
-        let mut command = Command::new("/proc/self/exe");
-        let mappings = vec![
-            FdMapping {
-                parent_fd: theirs,
-                child_fd: CONTROL_FD,
-            },
-            FdMapping {
-                parent_fd: dir.as_fd().try_clone_to_owned()?,
-                child_fd: DIR_FD,
-            },
-            FdMapping {
-                parent_fd: lock.as_fd().try_clone_to_owned()?,
-                child_fd: LOCK_FD,
-            },
-        ];
-        command
-            .arg0("ploopd")
-            .args(["--change", &text])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .process_group(0)
-            .fd_mappings(mappings)
-            .map_err(|e| Error::invalid(e.to_string()))?;
-        let child = command.spawn();
-        let child = child.map_err(|e| Error::from(e).at("starting a changer"))?;
-        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-        Ok(Self {
-            child,
-            pidfd: pidfd.map_err(io::Error::from)?,
-            talk: Some(talk),
-        })
-    }
-
-    /// Becomes readable when it has ended.
-    pub fn ended(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
-    }
-
-    /// Becomes readable when it has said something.
-    pub fn spoke(&self) -> Option<BorrowedFd<'_>> {
-        self.talk.as_ref().map(AsFd::as_fd)
-    }
-
-    /// What it said, if anything.
-    pub fn said(&mut self) -> Option<Said> {
-        match packet::receive(self.talk.as_ref()?) {
-            Ok(said) => said.map(|(said, _)| said),
-            Err(_) => {
-                self.talk = None;
-                None
-            }
-        }
-    }
-
-    /// Has it commit. Whether it heard that.
-    pub fn commit(&self) -> bool {
-        let told = |talk| packet::send(talk, &Told::Commit, &[]).is_ok();
-        self.talk.as_ref().is_some_and(told)
-    }
-
-    /// Ends it where it is. What it leaves is for the next change.
-    pub fn kill(&mut self) {
-        if let Err(e) = self.child.kill() {
-            tracing::debug!("{e}");
-        }
-    }
-
-    /// Has it undo what it did, unless it was told to commit.
-    pub fn leave_alone(&mut self) {
-        self.talk = None;
-    }
-
-    /// Call when [`Changer::ended`] is readable.
-    pub fn reap(&mut self) {
-        if let Err(e) = self.child.wait() {
-            tracing::debug!("{e}");
-        }
-    }
+/// Starts one for the disk in `dir`, which `lock` keeps to ourselves. Left alone, it undoes what it
+/// did, unless it was told to commit; killed, it leaves that to the next change.
+pub fn start(dir: impl AsFd, lock: impl AsFd, task: &Task) -> Result<Aide> {
+    let text = serde_json::to_string(task).map_err(io::Error::from)?;
+    let mut bag = Baggage::default();
+    // In the order of their numbers there.
+    bag.pack(dir)?;
+    bag.pack(lock)?;
+    Aide::start(&["--change", &text], bag).map_err(|e| e.at("starting a changer"))
 }
 
 /// Changes a disk; this is what the process does.
@@ -232,51 +204,97 @@ pub fn run(task: &str) -> Result<()> {
         serde_json::from_str(task).map_err(|e| Error::invalid(format!("--change: {e}")))?;
     let (talk, dir) = (inherit::take(CONTROL_FD)?, inherit::take(DIR_FD)?);
     let _lock = inherit::take(LOCK_FD)?;
-    if task.sandbox {
-        sandbox::enter(&dir, sandbox::Files::Change)?;
-    }
-    let folder = DirFolder::new(dir);
-    let said = exec::run(Engine::detect().0, async {
-        let done = match task.wanted {
-            Wanted::Freeze {
-                uuid,
-                random,
-                version,
-                size,
-            } => freeze(&folder, &uuid, &random, version, size, &talk).await,
-            Wanted::Remove { uuid, rate } => remove(&folder, &uuid, rate, &talk).await,
-        };
-        done.unwrap_or_else(|e| Said::Undone(Failure::from(&e)))
-    })?;
+    let said = begin(task, dir, &talk).unwrap_or_else(|e| Said::Undone(Failure::from(&e)));
     // Who is not there any more reads the descriptor.
     let _ = packet::send(&talk, &said, &[]);
     Ok(())
+}
+
+/// Is confined, and does it.
+fn begin(task: Task, dir: OwnedFd, talk: &OwnedFd) -> Result<Said> {
+    let new = match &task.wanted {
+        Wanted::Replace { file, .. } => Some(NewFile::open(Path::new(file))?),
+        _ => None,
+    };
+    if task.sandbox {
+        let mut places = vec![Place {
+            dir: dir.as_fd(),
+            files: Files::Change,
+        }];
+        places.extend(new.iter().flat_map(NewFile::places));
+        sandbox::enter_all(&places)?;
+    }
+    let folder = DirFolder::new(dir);
+    exec::run(Engine::detect().0, change(&folder, task.wanted, new, talk))?
+}
+
+async fn change(
+    folder: &DirFolder,
+    wanted: Wanted,
+    new: Option<NewFile>,
+    talk: &OwnedFd,
+) -> Result<Said> {
+    match wanted {
+        Wanted::Freeze {
+            uuid,
+            random,
+            version,
+            size,
+            temporary,
+        } => {
+            let mark = temporary.then_some(Mark::Temporary);
+            let version = match version {
+                1 => Version::V1,
+                _ => Version::V2,
+            };
+            let shape = Shape { version, size };
+            freeze(folder, &uuid, &random, shape, mark, talk).await
+        }
+        Wanted::Switch { uuid, random } => switch(folder, &uuid, &random, talk).await,
+        Wanted::Mark { uuid } => mark(folder, &uuid).await,
+        Wanted::Resize { size } => resize(folder, size).await,
+        Wanted::Limit { bytes } => limit(folder, bytes).await,
+        Wanted::Remove { uuid, rate } => remove(folder, &uuid, rate, talk).await,
+        Wanted::Replace {
+            uuid, random, rate, ..
+        } => {
+            let new = new.ok_or_else(|| Error::invalid("no file"))?;
+            replace(folder, &uuid, &random, &new, rate, talk).await
+        }
+    }
 }
 
 async fn freeze(
     folder: &DirFolder,
     uuid: &str,
     random: &str,
-    version: u8,
-    size: u64,
+    shape: Shape,
+    mark: Option<Mark>,
     talk: &OwnedFd,
 ) -> Result<Said> {
-    let version = match version {
-        1 => Version::V1,
-        _ => Version::V2,
-    };
+    let uuid: Guid = uuid.parse()?;
     let old = change::settle(folder).await?;
     let file = old.new_file_name(random.parse()?);
-    let below = old.image(old.top()).map(|image| image.file.clone());
-    let below = below.ok_or_else(|| Error::damaged("the top has no image"))?;
-    let shape = Shape { version, size };
-    let prepared = create::prepare(folder, &old, uuid.parse()?, &file, shape).await?;
+    let below = layers::image(&old, old.top())?.file;
+    let new = old.with_snapshot(uuid, &file)?.marked(uuid, mark)?;
+    let prepared = create::prepare(folder, &old, new, &file, shape).await?;
     let said = Said::Prepared { top: file, below };
     if packet::send(talk, &said, &[]).is_err() || !told_to_commit(talk) {
         prepared.undo().await?;
         return Err(Error::new(Kind::Cancelled, "the snapshot was given up"));
     }
     settled(folder, prepared.commit().await.map(|_| Made::Top)).await
+}
+
+async fn switch(folder: &DirFolder, uuid: &str, random: &str, talk: &OwnedFd) -> Result<Said> {
+    let old = change::settle(folder).await?;
+    let top = old.new_file_name(random.parse()?);
+    let change = switch::prepare(folder, &old, uuid.parse()?, &top).await?;
+    if packet::send(talk, &Said::Switchable { top }, &[]).is_err() || !told_to_commit(talk) {
+        change.undo().await?;
+        return Err(Error::new(Kind::Cancelled, "the switch was given up"));
+    }
+    settled(folder, change.commit().await.map(|_| Made::Top)).await
 }
 
 /// What came of a commit.
@@ -297,19 +315,48 @@ async fn settled(
 async fn remove(folder: &DirFolder, uuid: &str, rate: Option<u64>, talk: &OwnedFd) -> Result<Said> {
     let uuid: Guid = uuid.parse()?;
     let old = change::settle(folder).await?;
-    if old.shot(uuid).is_none() {
-        return Err(remove::unknown(uuid));
-    }
-    let children = old.children(uuid).count();
-    let new = match (merge::only_child(&old, uuid), children) {
-        (Ok(child), _) if child != old.top() => {
-            return merge_away(folder, &old, uuid, rate, talk).await;
-        }
-        (_, 0) => (old.without_leaf(uuid)?, Made::Dropped),
-        (_, n) => (old.marked(uuid, Some(Mark::Temporary))?, Made::Marked(n)),
+    let (new, made) = match remove::way(&old, uuid, true)? {
+        Way::Merge => return merge_away(folder, &old, uuid, rate, talk).await,
+        Way::Fold => return fold_top(folder, &old, uuid, talk).await,
+        Way::Drop => (old.without_leaf(uuid)?, Made::Dropped),
+        Way::Mark(_) => return mark_temporary(folder, &old, uuid).await,
     };
-    let change = Change::announce(folder, &old, new.0).await?;
-    settled(folder, change.commit().await.map(|_| new.1)).await
+    let change = Change::announce(folder, &old, new).await?;
+    settled(folder, change.commit().await.map(|_| made)).await
+}
+
+async fn resize(folder: &DirFolder, size: u64) -> Result<Said> {
+    let old = change::settle(folder).await?;
+    settled(
+        folder,
+        grow::describe(folder, &old, size)
+            .await
+            .map(|()| Made::Sized),
+    )
+    .await
+}
+
+async fn limit(folder: &DirFolder, bytes: Option<u64>) -> Result<Said> {
+    let old = change::settle(folder).await?;
+    let made = Made::Limited(bytes);
+    match limit::prepare(folder, &old, bytes).await? {
+        None => Ok(Said::Committed(made)),
+        Some(change) => settled(folder, change.commit().await.map(|_| made)).await,
+    }
+}
+
+async fn mark(folder: &DirFolder, uuid: &str) -> Result<Said> {
+    let uuid: Guid = uuid.parse()?;
+    let old = change::settle(folder).await?;
+    mark_temporary(folder, &old, uuid).await
+}
+
+async fn mark_temporary(folder: &DirFolder, old: &Descriptor, uuid: Guid) -> Result<Said> {
+    let made = Made::Marked(old.children(uuid).count());
+    match remove::mark(folder, old, uuid).await? {
+        None => Ok(Said::Committed(made)),
+        Some(change) => settled(folder, change.commit().await.map(|_| made)).await,
+    }
 }
 
 async fn merge_away(
@@ -321,17 +368,75 @@ async fn merge_away(
 ) -> Result<Said> {
     let into = layers::image(old, uuid)?.file;
     let mut watch = Teller::new(talk);
-    let pace = Rate::new(rate, talk);
-    let mut work = copy::Work {
-        watch: &mut watch,
-        pace: &pace,
-    };
-    let change = merge::prepare(folder, old, uuid, &mut work).await?;
+    // Whoever wants it to end is heard meanwhile.
+    let goes_on = || packet::receive::<Told>(talk).is_ok();
+    let pace = Rate::new(rate.and_then(NonZeroU64::new), goes_on);
+    let mut work = copy::Work::new(&mut watch, &pace);
+    let change = merge::prepare(folder, old, uuid, Readers::Disk, &mut work).await?;
     if packet::send(talk, &Said::Merged, &[]).is_err() || !told_to_commit(talk) {
         change.undo().await?;
         return Err(Error::new(Kind::Cancelled, "the merge was given up"));
     }
     settled(folder, change.commit().await.map(|_| Made::Merged { into })).await
+}
+
+async fn replace(
+    folder: &DirFolder,
+    uuid: &str,
+    random: &str,
+    new: &NewFile,
+    rate: Option<u64>,
+    talk: &OwnedFd,
+) -> Result<Said> {
+    let uuid: Guid = uuid.parse()?;
+    let old = change::settle(folder).await?;
+    replace::refuse_own(folder, &old, uuid, new).await?;
+    let source = new.source(folder)?;
+    let mut watch = Teller::new(talk);
+    let goes_on = || packet::receive::<Told>(talk).is_ok();
+    let pace = Rate::new(rate.and_then(NonZeroU64::new), goes_on);
+    let mut work = copy::Work::new(&mut watch, &pace);
+    let prepared =
+        replace::prepare(folder, &old, uuid, &source, random.parse()?, &mut work).await?;
+    if packet::send(talk, &Said::Merged, &[]).is_err() || !told_to_commit(talk) {
+        prepared.change.undo().await?;
+        return Err(Error::new(Kind::Cancelled, "the replacement was given up"));
+    }
+    let committed = prepared.change.commit().await;
+    let said = settled(folder, committed.map(|_| prepared.replaced.into())).await?;
+    if matches!(said, Said::Committed(_)) {
+        source.leave().await;
+    }
+    Ok(said)
+}
+
+impl From<Replaced> for Made {
+    fn from(done: Replaced) -> Self {
+        Self::Replaced {
+            old: done.old,
+            new: done.new,
+            copied: done.way == replace::Way::Copied,
+        }
+    }
+}
+
+async fn fold_top(
+    folder: &DirFolder,
+    old: &Descriptor,
+    uuid: Guid,
+    talk: &OwnedFd,
+) -> Result<Said> {
+    let Some(prepared) = fold::prepare(folder, old, uuid).await? else {
+        return Ok(Said::Committed(Made::TooMuch));
+    };
+    let into = prepared.into;
+    if packet::send(talk, &Said::Foldable { into }, &[]).is_err() || !told_to_commit(talk) {
+        prepared.change.undo().await?;
+        let why = Error::new(Kind::Cancelled, "the merge was given up");
+        return Err(merge::left_marked(why, uuid));
+    }
+    let committed = prepared.change.commit().await;
+    settled(folder, committed.map(|_| Made::Folded)).await
 }
 
 /// Tells the keeper how far it is, and ends the work when that has left.
@@ -359,44 +464,9 @@ impl Watch for Teller<'_> {
         let said = packet::send(self.talk, &Said::Progress { done, total }, &[]);
         let heard = packet::receive::<Told>(self.talk);
         if said.is_err() || heard.is_err() {
-            return Err(Error::new(Kind::Cancelled, "the merge was given up"));
+            return Err(Error::new(Kind::Cancelled, "it was given up"));
         }
         Ok(())
-    }
-}
-
-/// A limit of bytes a second, or none.
-struct Rate<'a> {
-    limit: Option<u64>,
-    due: Cell<Instant>,
-    talk: &'a OwnedFd,
-}
-
-impl<'a> Rate<'a> {
-    fn new(limit: Option<u64>, talk: &'a OwnedFd) -> Self {
-        Self {
-            limit: limit.filter(|limit| *limit > 0),
-            due: Cell::new(Instant::now()),
-            talk,
-        }
-    }
-}
-
-impl copy::Pace for Rate<'_> {
-    fn wait(&self, bytes: u64) -> Pin<Box<dyn Future<Output = ()> + '_>> {
-        Box::pin(async move {
-            let Some(limit) = self.limit else {
-                return;
-            };
-            let cost = Duration::from_secs_f64(bytes as f64 / limit as f64);
-            let due = self.due.get().max(Instant::now()) + cost;
-            self.due.set(due);
-            // Whoever wants it to end is heard meanwhile.
-            while Instant::now() < due && packet::receive::<Told>(self.talk).is_ok() {
-                let left = due.saturating_duration_since(Instant::now());
-                exec::sleep(left.min(BLINK)).await;
-            }
-        })
     }
 }
 

@@ -1,4 +1,4 @@
-//! Child: a worker process as its keeper sees it.
+//! Child: a worker, or an aide, as its keeper sees it.
 //!
 //! Started from our own binary, with descriptors at fixed numbers and its configuration as the
 //! first message on a socket pair. The worker cannot outlive the keeper: the kernel kills it when
@@ -7,9 +7,8 @@
 use super::message::{Event, Order, WorkerConfig};
 use super::packet;
 use command_fds::{CommandFdExt, FdMapping};
-use ploop_formats::{Error, Result};
-use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
+use ploop_formats::{Error, Kind, Result};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::process::{Pid, PidfdFlags};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
@@ -58,46 +57,129 @@ impl Baggage {
     }
 }
 
+/// A process that does one thing for its keeper, and is left alone when that is not wanted any more.
+#[derive(Debug)]
+pub struct Aide {
+    child: Child,
+    pidfd: OwnedFd,
+    /// None once it was left alone.
+    talk: Option<OwnedFd>,
+}
+
+impl Aide {
+    /// Starts one with these arguments.
+    pub fn start(args: &[&str], bag: Baggage) -> Result<Self> {
+        let launched = launch(args, bag, Stdio::inherit())?;
+        Ok(Self {
+            child: launched.child,
+            pidfd: launched.pidfd,
+            talk: Some(launched.control),
+        })
+    }
+
+    /// Becomes readable when it has ended.
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Becomes readable when it has said something.
+    pub fn spoke(&self) -> Option<BorrowedFd<'_>> {
+        self.talk.as_ref().map(AsFd::as_fd)
+    }
+
+    /// What it said, if anything.
+    pub fn said<T: serde::de::DeserializeOwned>(&mut self) -> Option<T> {
+        match packet::receive(self.talk.as_ref()?) {
+            Ok(said) => said.map(|(said, _)| said),
+            Err(_) => {
+                self.talk = None;
+                None
+            }
+        }
+    }
+
+    /// Tells it something. Whether it heard that.
+    pub fn tell(&self, what: &impl serde::Serialize) -> bool {
+        let told = |talk| packet::send(talk, what, &[]).is_ok();
+        self.talk.as_ref().is_some_and(told)
+    }
+
+    /// Ends it where it is.
+    pub fn kill(&mut self) {
+        if let Err(e) = self.child.kill() {
+            tracing::debug!("{e}");
+        }
+    }
+
+    /// Says no more to it: it ends by itself, and leaves things as they should be.
+    pub fn leave_alone(&mut self) {
+        self.talk = None;
+    }
+
+    /// Call when [`Aide::ended`] is readable.
+    pub fn reap(&mut self) {
+        if let Err(e) = self.child.wait() {
+            tracing::debug!("{e}");
+        }
+    }
+}
+
+/// A process of our own binary that was just started.
+struct Launched {
+    child: Child,
+    pidfd: OwnedFd,
+    /// Our end of a socket pair, whose other end it has at [`CONTROL_FD`].
+    control: OwnedFd,
+}
+
+/// Starts our own binary.
+fn launch(args: &[&str], mut baggage: Baggage, stderr: Stdio) -> Result<Launched> {
+    let (control, theirs) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(io::Error::from)?;
+    baggage.mappings.push(FdMapping {
+        parent_fd: theirs,
+        child_fd: CONTROL_FD,
+    });
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("ploopd")
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr)
+        // A terminal's Ctrl-C is for the keeper, which then stops its processes in order.
+        .process_group(0)
+        .fd_mappings(baggage.mappings)
+        .map_err(|e| Error::invalid(e.to_string()))?;
+    let child = command.spawn()?;
+    drop(command);
+    let pid = Pid::from_child(&child);
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty());
+    Ok(Launched {
+        child,
+        pidfd: pidfd.map_err(io::Error::from)?,
+        control,
+    })
+}
+
 impl Worker {
     /// Starts a worker. With `capture` what it prints comes through a pipe.
-    pub fn start(config: &WorkerConfig, mut baggage: Baggage, capture: bool) -> Result<Self> {
-        let (control, theirs) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(io::Error::from)?;
-        baggage.mappings.push(FdMapping {
-            parent_fd: theirs,
-            child_fd: CONTROL_FD,
-        });
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("ploopd")
-            .arg("--worker")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(if capture {
-                Stdio::piped()
-            } else {
-                Stdio::inherit()
-            })
-            // A terminal's Ctrl-C is for the keeper, which then stops the worker in order.
-            .process_group(0)
-            .fd_mappings(baggage.mappings)
-            .map_err(|e| Error::invalid(e.to_string()))?;
-        if capture {
-            command.arg("--captured");
-        }
-        let mut child = command
-            .spawn()
-            .map_err(|e| Error::from(e).at("starting a worker"))?;
-        drop(command);
-        let pid = Pid::from_child(&child);
-        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty());
+    pub fn start(config: &WorkerConfig, baggage: Baggage, capture: bool) -> Result<Self> {
+        let launched = match capture {
+            true => launch(&["--worker", "--captured"], baggage, Stdio::piped()),
+            false => launch(&["--worker"], baggage, Stdio::inherit()),
+        };
+        let Launched {
+            mut child,
+            pidfd,
+            control,
+        } = launched.map_err(|e| e.at("starting a worker"))?;
         let output = child.stderr.take().map(OwnedFd::from);
-        let pidfd = pidfd.map_err(io::Error::from)?;
         let worker = Self {
             child,
             pidfd,
@@ -108,21 +190,17 @@ impl Worker {
             condemned: false,
             mute: false,
         };
-        worker.send(config)?;
+        worker.tell(config, &[])?;
         Ok(worker)
     }
 
-    fn send(&self, message: &impl serde::Serialize) -> Result<()> {
-        self.pass(message, &[])
-    }
-
-    fn pass(&self, message: &impl serde::Serialize, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    fn tell(&self, message: &impl serde::Serialize, fds: &[BorrowedFd<'_>]) -> Result<()> {
         packet::send(&self.control, message, fds).map_err(|e| e.at("telling the worker"))
     }
 
     /// Gives it an order and what belongs to that.
     pub fn order(&self, order: &Order, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        self.pass(order, fds)
+        self.tell(order, fds)
     }
 
     /// Tells it, once, to close the image and go. A worker that is dead already is no error: its
@@ -131,7 +209,7 @@ impl Worker {
         if std::mem::replace(&mut self.told, true) {
             return;
         }
-        if let Err(e) = self.send(&Order::Stop) {
+        if let Err(e) = self.order(&Order::Stop, &[]) {
             tracing::debug!("{e}");
         }
     }
@@ -146,14 +224,14 @@ impl Worker {
 
     /// Its next message, if one is there.
     pub fn event(&mut self) -> Option<Event> {
-        let mut buf = vec![0u8; MESSAGE_MAX];
-        let flags = RecvFlags::DONTWAIT;
-        let len = match rustix::net::recv(&self.control, buf.as_mut_slice(), flags) {
-            Err(Errno::AGAIN | Errno::INTR) => return None,
-            done => done.map_or(0, |(_, len)| len),
-        };
-        self.mute = len == 0;
-        serde_json::from_slice(buf.get(..len).filter(|b| !b.is_empty())?).ok()
+        match packet::receive(&self.control) {
+            Ok(event) => event.map(|(event, _)| event),
+            Err(e) => {
+                // What nobody understands is said all the same.
+                self.mute = e.kind() != Kind::Invalid;
+                None
+            }
+        }
     }
 
     /// Its process id.

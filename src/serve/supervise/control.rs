@@ -9,6 +9,7 @@ use super::host::Footprint;
 use super::message::Failure;
 use super::metrics::prometheus;
 use crate::counters::Stat;
+use crate::image::grow::Wanted;
 use crate::rundir::{Phase, State};
 use ploop_formats::{Error, Result};
 use rustix::event::{PollFd, PollFlags};
@@ -79,6 +80,15 @@ pub enum Ask {
         /// Its GUID; a random one when none is given.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         uuid: Option<String>,
+        /// Whether the file system on the device is frozen meanwhile; `frozen_us` says for how long.
+        #[serde(default)]
+        freeze: bool,
+    },
+    /// Go back to a frozen point, of a disk whose device nobody has mounted. What was written since
+    /// is given up. Answered when that is done, with `uuid`.
+    Switch {
+        /// Its GUID.
+        uuid: String,
     },
     /// Take a frozen point away. Answered when that is done, with `uuid`, `outcome` and
     /// `children`; before, answers that have `progress` and neither result nor error tell how far it
@@ -89,6 +99,53 @@ pub enum Ask {
         /// Bytes a second to copy at most.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rate: Option<u64>,
+    },
+    /// Make the disk larger: to `size` bytes, or by `by` bytes. Answered when that is done, with
+    /// `old` and `size`, the bytes before and after, and `stall_us`, the time that requests waited
+    /// (null when it took a new worker). With `smaller` it gets smaller, to `size` bytes: who asks
+    /// has seen to it that nobody uses what is behind.
+    Grow {
+        /// Bytes that it is to have.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
+        /// Bytes that it is to have more.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        by: Option<u64>,
+        /// Whether `size` is less than it has.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        smaller: bool,
+    },
+    /// Move clusters of the top to where they leave no holes in its file, and cut it, while the disk
+    /// is used. Answered when that is done, with `moved` (clusters), `length` (bytes of the file when
+    /// it was cut) and `stall_us`, the time that requests waited in the end; before, answers that have `progress` and neither result nor error tell how far it is. Who hangs up
+    /// before ends it.
+    Compact {
+        /// Bytes a second to copy at most.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
+    /// Say what each delta of the disk may take of the host. Answered when that is durable and in
+    /// effect.
+    Limit {
+        /// In bytes; null for as much as there is.
+        bytes: Option<u64>,
+    },
+    /// Give a frozen point another file that holds the same. Answered when that is done, with `uuid`,
+    /// `old`, `new`, `way` and `stall_us`; before, as a removal is. Who hangs up before ends it.
+    Replace {
+        /// Its GUID.
+        uuid: String,
+        /// The file's path, absolute.
+        file: String,
+        /// Bytes a second to compare or copy at most.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rate: Option<u64>,
+    },
+    /// Mark a frozen point temporary: nobody goes back to it, clones it or compares it from now on,
+    /// and it goes when it can. Answered as a removal is.
+    Mark {
+        /// Its GUID.
+        uuid: String,
     },
 }
 
@@ -158,10 +215,22 @@ pub(crate) struct Orders {
     pub(super) stop: bool,
     /// Use it again although it failed.
     pub(super) recover: bool,
-    /// Freeze its top under this GUID, or a random one.
-    pub(super) snapshots: Vec<(Asker, Option<String>)>,
+    /// Freeze its top under this GUID, or a random one, and the file system on it, too.
+    pub(super) snapshots: Vec<(Asker, Option<String>, bool)>,
+    /// Go back to this point.
+    pub(super) switches: Vec<(Asker, String)>,
     /// Take this point away, copying so many bytes a second at most.
     pub(super) removals: Vec<(Asker, String, Option<u64>)>,
+    /// Make it so large.
+    pub(super) growths: Vec<(Asker, Wanted)>,
+    /// Make its file shorter, copying so many bytes a second at most.
+    pub(super) compactions: Vec<(Asker, Option<u64>)>,
+    /// Let a delta take so much.
+    pub(super) limits: Vec<(Asker, Option<u64>)>,
+    /// Give this point this file, copying so many bytes a second at most.
+    pub(super) replacements: Vec<(Asker, String, String, Option<u64>)>,
+    /// Points to mark temporary.
+    pub(super) marks: Vec<(Asker, String)>,
 }
 
 /// Whom an answer belongs to that takes time.
@@ -246,6 +315,11 @@ impl Control {
                 Err(e) => client.refuse(asker.request, &e),
             }
         }
+    }
+
+    /// Whether whoever asked still waits.
+    pub(super) fn is_there(&self, asker: Asker) -> bool {
+        self.clients.iter().any(|c| c.number == asker.client)
     }
 
     /// Tells who asked how far it is. Whether anybody is there to hear it.
@@ -386,6 +460,10 @@ impl Client {
                 return self.refuse(0, &error);
             }
         };
+        let asker = Asker {
+            client: self.number,
+            request: request.id,
+        };
         let result = match request.ask {
             Ask::State => json!(oracle.state()),
             Ask::Stat => json!(oracle.stat()),
@@ -417,20 +495,30 @@ impl Client {
                 let error = Error::invalid("the disk has not failed");
                 return self.refuse(request.id, &error);
             }
-            Ask::Snapshot { uuid } => {
-                let asker = Asker {
-                    client: self.number,
-                    request: request.id,
-                };
-                return orders.snapshots.push((asker, uuid));
+            Ask::Snapshot { uuid, freeze } => {
+                return orders.snapshots.push((asker, uuid, freeze));
             }
-            Ask::Remove { uuid, rate } => {
-                let asker = Asker {
-                    client: self.number,
-                    request: request.id,
-                };
-                return orders.removals.push((asker, uuid, rate));
+            Ask::Switch { uuid } => return orders.switches.push((asker, uuid)),
+            Ask::Grow { size, by, smaller } => match (size, by) {
+                (Some(size), None) if smaller => {
+                    return orders.growths.push((asker, Wanted::Down(size)));
+                }
+                (Some(size), None) => return orders.growths.push((asker, Wanted::To(size))),
+                (None, Some(by)) if !smaller => {
+                    return orders.growths.push((asker, Wanted::By(by)));
+                }
+                _ => {
+                    let error = Error::invalid("either `size` or `by` says how large");
+                    return self.refuse(request.id, &error);
+                }
+            },
+            Ask::Compact { rate } => return orders.compactions.push((asker, rate)),
+            Ask::Limit { bytes } => return orders.limits.push((asker, bytes)),
+            Ask::Replace { uuid, file, rate } => {
+                return orders.replacements.push((asker, uuid, file, rate));
             }
+            Ask::Mark { uuid } => return orders.marks.push((asker, uuid)),
+            Ask::Remove { uuid, rate } => return orders.removals.push((asker, uuid, rate)),
         };
         self.accept(request.id, result);
     }

@@ -25,6 +25,13 @@ pub enum Task {
         /// Whether the device refuses writes.
         read_only: bool,
     },
+    /// Have this loop device look at its file, which has another size.
+    Resize {
+        /// The device.
+        device: PathBuf,
+        /// Bytes that it must have afterwards.
+        size: u64,
+    },
     /// Detach this loop device from this file and wait until the kernel has let go.
     Detach {
         /// The device.
@@ -89,6 +96,7 @@ impl Errand {
 pub fn run(task: &Task) -> Done {
     let done = match task {
         Task::Attach { file, read_only } => attach(file, *read_only),
+        Task::Resize { device, size } => resize(device, *size),
         Task::Detach { device, file } => detach(device, file),
     };
     done.map_err(|e| Failure::from(&e))
@@ -107,11 +115,20 @@ fn attach(file: &Path, read_only: bool) -> Result<PathBuf> {
     Ok(device.path())
 }
 
-fn detach(device: &Path, file: &Path) -> Result<PathBuf> {
+fn resize(device: &Path, size: u64) -> Result<PathBuf> {
+    loopdev::set_capacity(number(device)?, size)?;
+    Ok(device.to_path_buf())
+}
+
+fn number(device: &Path) -> Result<u32> {
     let number = device
         .to_str()
         .and_then(|d| d.strip_prefix("/dev/loop")?.parse().ok());
-    let number = number.ok_or_else(|| Error::invalid("not a loop device").at(device.display()))?;
+    number.ok_or_else(|| Error::invalid("not a loop device").at(device.display()))
+}
+
+fn detach(device: &Path, file: &Path) -> Result<PathBuf> {
+    let number = number(device)?;
     let gone = |e: &Error| e.kind() == Kind::NotFound;
     match loopdev::status(number) {
         Ok(status) if status.backing.starts_with(file) => loopdev::detach(number),

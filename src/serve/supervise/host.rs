@@ -3,7 +3,7 @@
 //! The keeper waits for nobody, also not for a file server: it looks through [`Look`].
 
 use crate::io::look::Look;
-use crate::io::room::HostSpace;
+use crate::io::room::{HostSpace, KeepFree, Limit};
 use rustix::fs::{Mode, OFlags, fstat, open};
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -18,6 +18,21 @@ pub struct Footprint {
     pub host_size: u64,
     /// What the top layer's file takes there.
     pub allocated: u64,
+}
+
+impl Footprint {
+    /// Space of the host.
+    pub(super) const fn host(self) -> HostSpace {
+        HostSpace {
+            size: self.host_size,
+            free: self.host_free,
+        }
+    }
+
+    /// Whether there is clearly enough, on the host and below the top's own limit.
+    pub(super) fn is_ample(self, keep: KeepFree, limit: Option<Limit>) -> bool {
+        self.host().is_ample(keep) && limit.is_none_or(|limit| limit.is_far(self.allocated))
+    }
 }
 
 /// A way to look at a directory's file system and at a file in it.

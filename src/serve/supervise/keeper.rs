@@ -6,24 +6,29 @@
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
+use super::compaction::{self, Compaction};
 use super::control::{Asker, Control, Far, Figures, Oracle};
 use super::errand::{Errand, Task};
+use super::growth::{self, Growth};
 use super::host::{self, Footprint};
 use super::listen::Sockets;
 use super::log::Log;
 use super::message::{
-    Event, Failure, KeeperConfig, Mode, WorkerConfig, WorkerMode, WorkerTls, kind_name,
+    Event, Failure, KeeperConfig, Mode, Order, WorkerConfig, WorkerMode, WorkerTls, kind_name,
 };
 use super::restart::Restarts;
-use super::snapshot::{self, Next, Place, Snapshot, Turn};
+use super::snapshot::{End, Next, Place, Snapshot, Turn};
 use super::space::Space;
+use super::still::{self, Still};
 use super::{inherit, leftover};
 use crate::counters::Counters;
+use crate::image::detached::random_guid;
+use crate::image::grow::Wanted;
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::look::Look;
 use crate::io::memfd::SharedWords;
-use crate::io::room::HostSpace;
+use crate::io::room::Limit;
 use crate::rundir::{Outcome, Phase, RunDir, State};
 use crate::serve::{fuse, loopdev};
 use ploop_formats::ledger::Ledger;
@@ -90,6 +95,12 @@ struct Keeper {
     errand: Option<Errand>,
     /// A snapshot under way, and who asked for it.
     snapshot: Option<(Snapshot, Asker)>,
+    /// Keeps the users of the device still for it.
+    still: Option<Still>,
+    /// The disk is being made larger.
+    growth: Option<Growth>,
+    /// Its file is being made shorter.
+    compaction: Option<Compaction>,
     restarts: Restarts,
     space: Space,
     health: Health,
@@ -101,6 +112,8 @@ struct Keeper {
     next_detach: Option<Instant>,
     /// Format version of a delta that would stand on the top.
     version: u8,
+    /// What the top may take of the host.
+    limit: Option<Limit>,
     /// A worker has served: from now on a death is survived.
     served: bool,
     stopping: bool,
@@ -162,6 +175,8 @@ struct Ready {
     errand: bool,
     changer: bool,
     changed: bool,
+    still: bool,
+    quit: bool,
     control: bool,
 }
 
@@ -207,6 +222,9 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         worker: None,
         errand: None,
         snapshot: None,
+        still: None,
+        growth: None,
+        compaction: None,
         restarts: Restarts::default(),
         space: Space::default(),
         health: Health::Sound,
@@ -214,6 +232,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         next_start: Some(Instant::now()),
         next_detach: None,
         version: 2,
+        limit: None,
         served: false,
         stopping: false,
         settled: false,
@@ -390,13 +409,9 @@ impl Holdings {
         Ok((config, bag))
     }
 
-    /// What the host has left, if it tells.
-    fn space(&self) -> Option<HostSpace> {
-        let seen = self.host.as_ref()?.now()?;
-        Some(HostSpace {
-            size: seen.host_size,
-            free: seen.host_free,
-        })
+    /// What the host has left and the top takes, if that can be told.
+    fn footprint(&self) -> Option<Footprint> {
+        self.host.as_ref()?.now()
     }
 
     /// Whether requests wait for a new worker, or are lost with the old one.
@@ -455,7 +470,9 @@ impl Keeper {
     fn wait(&self) -> Result<Ready> {
         let snapshot = self.snapshot.as_ref().map(|(snapshot, _)| snapshot);
         // Its end is heard of; a start that is due until then would be no sleep.
-        let barred = snapshot.is_some_and(Snapshot::bars_workers);
+        let growth = self.growth.as_ref();
+        let barred = snapshot.is_some_and(Snapshot::bars_workers)
+            || growth.is_some_and(Growth::bars_workers);
         let start = self.next_start.filter(|_| !barred);
         let overdue = snapshot.and_then(Snapshot::due);
         let due = [start, self.next_detach, self.space.due(), overdue]
@@ -469,7 +486,11 @@ impl Keeper {
             tv_nsec: (i64::from(d.subsec_micros()) + 1) * 1000 % 1_000_000_000,
         });
         let worker = self.worker.as_ref();
-        let [changer, changed] = snapshot.map_or([None; 2], Snapshot::polled);
+        let [changer, changed] = match (snapshot, growth) {
+            (Some(snapshot), _) => snapshot.polled(),
+            (None, growth) => growth.map_or([None; 2], Growth::polled),
+        };
+        let [still, quit] = self.still.as_ref().map_or([None; 2], Still::polled);
         let sources = [
             Some(self.signals.as_fd()),
             worker.and_then(|w| w.output.as_ref()).map(AsFd::as_fd),
@@ -478,6 +499,8 @@ impl Keeper {
             self.errand.as_ref().map(Errand::back),
             changer,
             changed,
+            still,
+            quit,
         ];
         let own = sources.iter().flatten();
         let mut polled: Vec<PollFd<'_>> = own
@@ -489,8 +512,17 @@ impl Keeper {
             Err(e) => return Err(Error::from(io::Error::from(e)).at("poll")),
         }
         let mut hit = polled.iter().map(|p| !p.revents().is_empty());
-        let [signal, output, spoke, ended, errand, changer, changed] =
-            sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
+        let [
+            signal,
+            output,
+            spoke,
+            ended,
+            errand,
+            changer,
+            changed,
+            still,
+            quit,
+        ] = sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
         let control = hit.any(|hit| hit);
         Ok(Ready {
             control,
@@ -501,6 +533,8 @@ impl Keeper {
             errand,
             changer,
             changed,
+            still,
+            quit,
         })
     }
 
@@ -527,6 +561,9 @@ impl Keeper {
         if ready.changer || ready.changed {
             self.on_changer(ready.changed);
         }
+        if ready.still || ready.quit {
+            self.on_still(ready.quit);
+        }
         if ready.control {
             self.on_control();
         }
@@ -549,8 +586,42 @@ impl Keeper {
         if orders.recover {
             self.recover();
         }
-        for (asker, uuid) in orders.snapshots {
-            if let Err(e) = self.begin_snapshot(asker, uuid.as_deref()) {
+        for (asker, uuid, freeze) in orders.snapshots {
+            let begun = match freeze {
+                true => self.begin_still(asker, still::Change::Snapshot(uuid)),
+                false => self.begin_snapshot(asker, uuid.as_deref()),
+            };
+            if let Err(e) = begun {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, uuid) in orders.switches {
+            if let Err(e) = self.begin_still(asker, still::Change::Switch(uuid)) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, wanted) in orders.growths {
+            if let Err(e) = self.begin_growth(asker, wanted) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, rate) in orders.compactions {
+            if let Err(e) = self.begin_compaction(asker, rate) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, uuid) in orders.marks {
+            if let Err(e) = self.begin_mark(asker, &uuid) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, bytes) in orders.limits {
+            if let Err(e) = self.begin_limit(asker, bytes) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for (asker, uuid, file, rate) in orders.replacements {
+            if let Err(e) = self.begin_replace(asker, &uuid, file, rate) {
                 self.control.answer(asker, Err(e));
             }
         }
@@ -561,15 +632,169 @@ impl Keeper {
         }
     }
 
+    fn begin_mark(&mut self, asker: Asker, uuid: &str) -> Result<()> {
+        let uuid = uuid.parse()?;
+        self.may_change()?;
+        self.snapshot = Some((Snapshot::begin_mark(&self.place(), uuid)?, asker));
+        Ok(())
+    }
+
+    fn begin_limit(&mut self, asker: Asker, bytes: Option<u64>) -> Result<()> {
+        self.may_change()?;
+        self.snapshot = Some((Snapshot::begin_limit(&self.place(), bytes)?, asker));
+        Ok(())
+    }
+
+    fn begin_replace(
+        &mut self,
+        asker: Asker,
+        uuid: &str,
+        file: String,
+        rate: Option<u64>,
+    ) -> Result<()> {
+        let uuid = uuid.parse()?;
+        self.may_change()?;
+        let begun = Snapshot::begin_replace(&self.place(), uuid, file, rate)?;
+        tracing::info!("giving snapshot {} another file", uuid.bare());
+        self.snapshot = Some((begun, asker));
+        Ok(())
+    }
+
+    /// What a delta may take from now on. A worker that cannot be told is followed by one that reads it.
+    fn set_limit(&mut self, bytes: Option<u64>) {
+        self.limit = bytes.map(Limit);
+        if let Some(worker) = &self.worker
+            && let Err(e) = worker.order(&Order::Limit { bytes }, &[])
+        {
+            tracing::debug!("{e}");
+        }
+    }
+
+    fn begin_growth(&mut self, asker: Asker, wanted: Wanted) -> Result<()> {
+        self.may_change()?;
+        if self.is_device() && self.state.device.is_none() {
+            return Err(Error::new(Kind::Busy, "it has no device yet"));
+        }
+        let (old, to) = (self.state.size, wanted.of(self.state.size)?);
+        if let Some(worker) = &self.worker {
+            worker.order(&Order::Resize { to }, &[])?;
+            tracing::info!("from {old} to {} bytes", to.bytes());
+            self.growth = Some(Growth::asked(asker, old, to));
+        }
+        Ok(())
+    }
+
+    fn begin_compaction(&mut self, asker: Asker, rate: Option<u64>) -> Result<()> {
+        self.may_change()?;
+        if self.is_device() && self.state.device.is_none() {
+            return Err(Error::new(Kind::Busy, "it has no device yet"));
+        }
+        if let Some(worker) = &self.worker {
+            worker.order(&Order::Compact { rate }, &[])?;
+            tracing::info!("compacting");
+            let ending = false;
+            self.compaction = Some(Compaction { asker, ending });
+        }
+        Ok(())
+    }
+
+    /// Hears of a compaction. One that nobody waits for is given up.
+    fn on_compaction(&mut self, turn: compaction::Turn) {
+        let Some(compaction) = &self.compaction else {
+            return;
+        };
+        match turn {
+            compaction::Turn::Progress(far) => {
+                if !self.control.progress(compaction.asker, far) {
+                    self.end_compaction();
+                }
+            }
+            compaction::Turn::Over(answer) => {
+                match &answer {
+                    Ok(made) => tracing::info!("compacted: {made}"),
+                    Err(e) => tracing::warn!("compacting: {e}"),
+                }
+                self.control.answer(compaction.asker, answer);
+                self.compaction = None;
+            }
+        }
+    }
+
+    /// Gives a compaction up, if one is under way.
+    fn end_compaction(&mut self) {
+        let Some(compaction) = self.compaction.as_mut().filter(|c| !c.ending) else {
+            return;
+        };
+        compaction.ending = true;
+        let order = |worker: &Worker| worker.order(&Order::EndCompact, &[]);
+        if let Some(Err(e)) = self.worker.as_ref().map(order) {
+            // Its end is seen elsewhere.
+            tracing::debug!("{e}");
+        }
+    }
+
+    /// Goes on with a growth, or answers who asked for it.
+    fn advance_growth(&mut self) {
+        let Some(mut growth) = self.growth.take() else {
+            return;
+        };
+        let gone = self.state.state == Phase::Failed || self.settled;
+        if gone {
+            growth.lost("the disk has failed before it had another size");
+        }
+        let described = self.held.source == Source::Bundle;
+        let device = self.state.device.as_deref();
+        match growth.advance(device, &self.place(), described) {
+            growth::Turn::Wait => self.growth = Some(growth),
+            growth::Turn::Send(task) => {
+                let started = Errand::start(task);
+                let failed = started.map(|errand| self.errand = Some(errand)).err();
+                if let Some(e) = &failed {
+                    growth.sized(Err(Failure::from(e)));
+                }
+                self.growth = Some(growth);
+                if failed.is_some() {
+                    // Nothing else would have this go on.
+                    self.advance_growth();
+                }
+            }
+            growth::Turn::Over(asker, answer) => {
+                match &answer {
+                    Ok(made) => tracing::info!("resized: {made}"),
+                    Err(e) => tracing::warn!("resizing: {e}"),
+                }
+                if let Some(asker) = asker {
+                    self.control.answer(asker, answer);
+                }
+            }
+        }
+    }
+
     /// Refuses a change of the tree that cannot be begun now.
     fn may_change(&self) -> Result<()> {
-        if self.snapshot.is_some() {
+        if self.growth.is_some() {
+            return Err(Error::new(Kind::Busy, "it is being given another size"));
+        }
+        if self.snapshot.is_some() || self.still.is_some() {
             return Err(Error::new(Kind::Busy, "its snapshots are being changed"));
         }
+        if self.compaction.is_some() {
+            return Err(Error::new(
+                Kind::Busy,
+                "it is being compacted; wait for the end of that, or end it (Ctrl-C), and try again",
+            ));
+        }
+        self.may_go_on()
+    }
+
+    /// Refuses a step of a change that cannot be begun now.
+    fn may_go_on(&self) -> Result<()> {
         if self.config.read_only {
             return Err(Error::new(Kind::ReadOnly, "the disk is attached read-only"));
         }
-        if self.state.state != Phase::Serving || self.worker.is_none() || self.stopping {
+        let serves = |worker: &Worker| worker.ready.is_some() && !worker.condemned;
+        let serves = self.worker.as_ref().is_some_and(serves);
+        if self.state.state != Phase::Serving || !serves || self.stopping {
             let what = "only a disk that serves can be changed; try again, or see `ploopctl list`";
             return Err(Error::new(Kind::Busy, what));
         }
@@ -581,6 +806,8 @@ impl Keeper {
             dir: self.held.dir.as_fd(),
             locks: &self.held.locks,
             sandbox: self.config.sandbox,
+            version: self.version,
+            size: self.state.size,
         }
     }
 
@@ -594,15 +821,83 @@ impl Keeper {
     }
 
     fn begin_snapshot(&mut self, asker: Asker, uuid: Option<&str>) -> Result<()> {
-        let uuid = uuid.map_or_else(|| Ok(snapshot::random()), str::parse)?;
         self.may_change()?;
-        let begun = Snapshot::begin(&self.place(), uuid, self.state.size, self.version)?;
+        self.freeze_top(asker, uuid)
+    }
+
+    fn freeze_top(&mut self, asker: Asker, uuid: Option<&str>) -> Result<()> {
+        let uuid = uuid.map_or_else(|| Ok(random_guid()), str::parse)?;
+        self.may_go_on()?;
+        let begun = Snapshot::begin(&self.place(), uuid)?;
         tracing::info!("freezing the top as snapshot {}", uuid.bare());
         self.snapshot = Some((begun, asker));
         Ok(())
     }
 
+    fn begin_still(&mut self, asker: Asker, change: still::Change) -> Result<()> {
+        if !self.is_device() {
+            return Err(Error::unsupported(match change {
+                still::Change::Snapshot(_) => {
+                    "its file system is its client's, to be frozen there (fsfreeze -f)"
+                }
+                still::Change::Switch(_) => {
+                    "its clients may hold what they have read: stop serving it first"
+                }
+            }));
+        }
+        self.may_change()?;
+        let no_device = || Error::new(Kind::Busy, "it has no device yet");
+        let device = self.state.device.as_ref().ok_or_else(no_device)?;
+        self.still = Some(Still::start(PathBuf::from(device), asker, change)?);
+        Ok(())
+    }
+
+    fn on_still(&mut self, ended: bool) {
+        let Some(mut still) = self.still.take() else {
+            return;
+        };
+        let mut turn = still.hear();
+        if ended {
+            // Whatever it said is heard first. That everybody is still is not true any more.
+            while !matches!(still.hear(), still::Turn::Wait) {}
+            let under_way = |(_, asker): &(Snapshot, Asker)| *asker == still.asker;
+            turn = still.ended(self.snapshot.as_ref().is_some_and(under_way));
+        }
+        if let still::Turn::Begin = turn {
+            let begun = match &still.change {
+                still::Change::Snapshot(uuid) => self.freeze_top(still.asker, uuid.as_deref()),
+                still::Change::Switch(uuid) => self.begin_switch(still.asker, uuid),
+            };
+            turn = begun.map_or_else(|e| still.finish(Err(e)), |()| still::Turn::Wait);
+        }
+        if let (still::Turn::Abandon, Some((snapshot, _))) = (&turn, self.snapshot.as_mut()) {
+            snapshot.abandon();
+        }
+        self.after_still(still, turn);
+    }
+
+    /// Answers who asked, once everybody goes on.
+    fn after_still(&mut self, still: Still, turn: still::Turn) {
+        match turn {
+            still::Turn::Over(Some(answer)) => self.control.answer(still.asker, answer),
+            still::Turn::Over(None) => {}
+            _ => self.still = Some(still),
+        }
+    }
+
+    fn begin_switch(&mut self, asker: Asker, uuid: &str) -> Result<()> {
+        let uuid = uuid.parse()?;
+        self.may_go_on()?;
+        let begun = Snapshot::begin_switch(&self.place(), uuid)?;
+        tracing::info!("going back to snapshot {}", uuid.bare());
+        self.snapshot = Some((begun, asker));
+        Ok(())
+    }
+
     fn on_changer(&mut self, ended: bool) {
+        if let Some(growth) = self.growth.as_mut().filter(|_| self.snapshot.is_none()) {
+            return growth.hear(ended);
+        }
         let Some((snapshot, asker)) = self.snapshot.as_mut() else {
             return;
         };
@@ -624,6 +919,7 @@ impl Keeper {
                 }
             }
             Turn::Take(next, unknown) => self.take_top(next, unknown),
+            Turn::Limit(bytes) => self.set_limit(bytes),
         }
         self.end_snapshot();
     }
@@ -662,21 +958,34 @@ impl Keeper {
         self.end_snapshot();
     }
 
-    /// Answers who asked for a snapshot, once nothing of it is under way.
+    /// Goes on with the next step of what changes the tree, or answers who asked for it, once
+    /// nothing is under way.
     fn end_snapshot(&mut self) {
-        let Some((snapshot, asker)) = self.snapshot.as_mut() else {
+        let Some((mut snapshot, asker)) = self.snapshot.take() else {
             return;
         };
-        let Some(answer) = snapshot.answer() else {
-            return;
-        };
-        match &answer {
-            Ok(made) => tracing::info!("its snapshots are changed: {made}"),
-            Err(e) => tracing::warn!("its snapshots are not changed: {e}"),
+        let goes_on = self.may_go_on().is_ok() && self.control.is_there(asker);
+        match snapshot.end(&self.place(), goes_on) {
+            None => self.snapshot = Some((snapshot, asker)),
+            Some(End::Begun(next)) => self.snapshot = Some((*next, asker)),
+            Some(End::Answer(answer)) => {
+                // The base may be another file now, and until here the old one was it.
+                if let Err(e) = self.held.locks.follow_base(&self.held.dir) {
+                    tracing::warn!("other tools may take the disk for one that nobody uses: {e}");
+                }
+                match &answer {
+                    Ok(made) => tracing::info!("its snapshots are changed: {made}"),
+                    Err(e) => tracing::warn!("its snapshots are not changed: {e}"),
+                }
+                match self.still.take_if(|still| still.asker == asker) {
+                    None => self.control.answer(asker, answer),
+                    Some(mut still) => {
+                        let turn = still.finish(answer);
+                        self.after_still(still, turn);
+                    }
+                }
+            }
         }
-        let asker = *asker;
-        self.snapshot = None;
-        self.control.answer(asker, answer);
     }
 
     /// Uses a failed disk again: what it lost is lost, and what is there is looked at anew.
@@ -685,6 +994,10 @@ impl Keeper {
             return;
         }
         tracing::warn!("asked to recover from: {:?}", self.state.error);
+        if let Err(e) = self.held.locks.follow(&self.held.dir) {
+            self.state.error = Some(format!("it cannot be looked at anew: {e}"));
+            return self.publish();
+        }
         self.failure = None;
         self.state.error = None;
         self.state.state = Phase::Recovering;
@@ -701,26 +1014,42 @@ impl Keeper {
     /// Looks whether the host has space again, when that is due.
     fn look_at_space(&mut self) {
         let device = self.state.device.as_deref().map(Path::new);
-        let (now, keep) = (Instant::now(), self.config.keep_free);
-        let host = || self.held.space();
-        if self.space.look(now, host, keep, device) {
-            tracing::info!("the host has space again");
+        let (held, keep, limit) = (&self.held, self.config.keep_free, self.limit);
+        let is_ample = || {
+            held.footprint()
+                .is_none_or(|seen| seen.is_ample(keep, limit))
+        };
+        if self.space.look(Instant::now(), is_ample, device) {
+            tracing::info!("the disk can take space again");
             self.publish();
         }
     }
 
     fn on_low(&mut self) {
-        let keep = self.config.keep_free;
-        let is_seen = || self.held.space().is_some_and(|space| !space.is_ample(keep));
+        let (seen, keep) = (self.held.footprint(), self.config.keep_free);
+        let is_ample = |seen: Footprint| seen.is_ample(keep, self.limit);
+        let is_seen = || seen.is_some_and(|seen| !is_ample(seen));
         if !self.space.report(Instant::now(), is_seen) {
             return;
         }
-        let space = self.held.space();
-        let space = space.map_or_else(|| "nobody knows how low".into(), |s| s.to_string());
-        tracing::warn!(
-            "the host is low on space ({space}): the disk takes no more, or soon will not, \
-             until there is more than --keep-free"
-        );
+        let near = seen.zip(self.limit);
+        let near = near.filter(|(seen, limit)| limit.is_near(seen.allocated));
+        match (near, seen) {
+            (Some((seen, limit)), _) => tracing::warn!(
+                "its top has {} bytes of the {} that a delta of it may have: the disk takes no more, \
+                 or soon will not; see `ploopctl limit`",
+                seen.allocated,
+                limit.0
+            ),
+            (None, seen) => {
+                let space = seen.map(|seen| seen.host().to_string());
+                let space = space.unwrap_or_else(|| "nobody knows how low".into());
+                tracing::warn!(
+                    "the host is low on space ({space}): the disk takes no more, or soon will not, \
+                     until there is more than --keep-free"
+                );
+            }
+        }
         self.publish();
     }
 
@@ -744,12 +1073,17 @@ impl Keeper {
         let changing = self
             .snapshot
             .as_ref()
-            .is_some_and(|(s, _)| s.bars_workers());
+            .is_some_and(|(s, _)| s.bars_workers())
+            || self.growth.as_ref().is_some_and(Growth::bars_workers);
         if due(self.next_start) && self.worker.is_none() && !changing {
             self.next_start = None;
             self.start_worker();
         }
-        if self.errand.is_some() || self.snapshot.is_some() {
+        if self.errand.is_some() || self.snapshot.is_some() || self.still.is_some() {
+            return;
+        }
+        self.advance_growth();
+        if self.growth.is_some() || self.errand.is_some() || self.compaction.is_some() {
             return;
         }
         match (self.stopping, self.is_device(), &self.state.device) {
@@ -779,13 +1113,19 @@ impl Keeper {
 
     fn is_finished(&self) -> bool {
         let idle = self.worker.is_none() && self.errand.is_none() && self.state.device.is_none();
-        self.stopping && self.settled && idle && self.snapshot.is_none()
+        let idle = idle && self.snapshot.is_none() && self.still.is_none();
+        let idle = idle && self.growth.is_none() && self.compaction.is_none();
+        self.stopping && self.settled && idle
     }
 
     fn stop(&mut self) {
         self.stopping = true;
-        if let Some((snapshot, _)) = self.snapshot.as_mut() {
-            snapshot.hurry();
+        self.end_compaction();
+        match (self.snapshot.as_mut(), self.still.as_mut()) {
+            (Some((snapshot, _)), _) => snapshot.hurry(),
+            // It may wait for a file system that hangs.
+            (None, Some(still)) => still.kill(),
+            (None, None) => {}
         }
         if self.state.state != Phase::Failed {
             self.state.state = Phase::Stopping;
@@ -854,6 +1194,9 @@ impl Keeper {
         let Some(errand) = self.errand.take() else {
             return;
         };
+        if let (Task::Resize { .. }, Some(growth)) = (&errand.task, self.growth.as_mut()) {
+            return growth.sized(errand.result());
+        }
         let attaching = matches!(errand.task, Task::Attach { .. });
         match errand.result() {
             Ok(device) if attaching => {
@@ -928,6 +1271,7 @@ impl Keeper {
                     cache,
                     poisoned,
                     version,
+                    limit,
                 } => {
                     if let Some(worker) = self.worker.as_mut() {
                         worker.ready = Some(Instant::now());
@@ -940,8 +1284,9 @@ impl Keeper {
                         continue;
                     }
                     self.health = Health::Sound;
-                    self.state.size = size;
+                    self.sized(size);
                     self.version = version;
+                    self.limit = limit.map(Limit);
                     self.state.engine = Some(engine);
                     self.state.cache = cache.name().into();
                     if poisoned {
@@ -954,11 +1299,45 @@ impl Keeper {
                     }
                     self.publish();
                 }
+                Event::Resized { size, stall_us } => {
+                    match self.growth.as_mut() {
+                        Some(growth) => {
+                            self.state.size = size;
+                            growth.resized(size, stall_us);
+                        }
+                        None => self.sized(size),
+                    }
+                    self.publish();
+                }
+                Event::NotResized(why) => {
+                    if let Some(growth) = self.growth.as_mut() {
+                        growth.not_resized(why);
+                    }
+                }
+                event @ (Event::Compacting { .. }
+                | Event::Compacted { .. }
+                | Event::NotCompacted(_)) => {
+                    if let Some(turn) = Compaction::heard(event) {
+                        self.on_compaction(turn);
+                    }
+                }
                 Event::Low => self.on_low(),
                 Event::Poisoned => self.on_poison(),
                 Event::Frozen | Event::NotFrozen(_) | Event::Went { .. } => self.on_turnover(event),
                 words => self.last_words = Some(words),
             }
+        }
+    }
+
+    /// A worker serves a disk of this size. A predecessor may have died after it had another.
+    fn sized(&mut self, size: u64) {
+        let old = std::mem::replace(&mut self.state.size, size);
+        match self.growth.as_mut() {
+            Some(growth) => growth.serves(size),
+            None if self.state.device.is_some() && old != size => {
+                self.growth = Some(Growth::found(old, size));
+            }
+            None => {}
         }
     }
 
@@ -997,6 +1376,7 @@ impl Keeper {
             .reap()
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
+        self.on_compaction(compaction::Turn::Over(Err(Compaction::lost())));
         if let Some((snapshot, _)) = self.snapshot.as_mut() {
             snapshot.lost_worker();
             snapshot.serves(None);

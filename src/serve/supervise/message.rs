@@ -4,6 +4,7 @@
 use crate::image::target::{Format, Source};
 use crate::io::file;
 use crate::io::room::KeepFree;
+use crate::stack::NewSize;
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -307,12 +308,38 @@ pub enum Order {
         /// Name of the old one.
         below: String,
     },
-    /// Two of the lower layers have become one. Brings that one's file, to be read.
+    /// Close the top, let nobody in until told to go on, and copy it into the layer below, which is
+    /// to be the top. Brings that layer's file to be written, the memfd of its ledger, and the file
+    /// again to be read, should it stay what it is.
+    Fold {
+        /// Name of the layer below, for messages.
+        into: String,
+    },
+    /// Two of the lower layers have become one, or one has another file. Brings that one's file, to be
+    /// read.
     Reload {
         /// Names of the lower layers, base first.
         lower: Vec<String>,
         /// The one that is new under its name.
         merged: String,
+    },
+    /// Let nobody in, give the top another size, and go on with that.
+    Resize {
+        /// What the disk is to have.
+        to: NewSize,
+    },
+    /// Move clusters of the top to where they leave no holes, beside the guest, and cut its file. Is
+    /// answered with `Compacting`, some a second, and in the end with `Compacted` or `NotCompacted`.
+    Compact {
+        /// Bytes a second to copy at most.
+        rate: Option<u64>,
+    },
+    /// Give up compacting, if that is under way.
+    EndCompact,
+    /// From now on the top takes no more of the host than this, and each that follows it.
+    Limit {
+        /// In bytes; none for as much as there is.
+        bytes: Option<u64>,
     },
     /// Go on after `Frozen`.
     Go {
@@ -336,6 +363,8 @@ pub enum Event {
         poisoned: bool,
         /// Format version of a delta that would stand on the top.
         version: u8,
+        /// What the top may take of the host, in bytes.
+        limit: Option<u64>,
     },
     /// The top is closed, and the guest waits.
     Frozen,
@@ -346,6 +375,33 @@ pub enum Event {
         /// How long it waited, in microseconds.
         stall_us: u64,
     },
+    /// The disk has another size, and the guest goes on.
+    Resized {
+        /// Bytes that it has.
+        size: u64,
+        /// How long the guest waited, in microseconds.
+        stall_us: u64,
+    },
+    /// It could not be given another size.
+    NotResized(Failure),
+    /// How far compacting is.
+    Compacting {
+        /// Bytes moved.
+        done: u64,
+        /// Bytes to move.
+        total: u64,
+    },
+    /// The top's file has no holes, and the guest goes on.
+    Compacted {
+        /// Clusters that moved.
+        moved: u64,
+        /// Bytes of the file when it was cut.
+        length: u64,
+        /// How long the guest waited in the end, in microseconds.
+        stall_us: u64,
+    },
+    /// It was not compacted, or not all of it.
+    NotCompacted(Failure),
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
     /// more than four times a second.
     Low,

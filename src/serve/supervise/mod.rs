@@ -10,15 +10,19 @@
 //! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
 //! [`control`] what others may ask, [`metrics`] what Prometheus reads, [`host`] what a disk takes on
 //! the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a top
-//! under a running guest, [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what is done while
-//! the host is nearly full.
+//! under a running guest while users of the device are kept [`still`], [`growth`] how they give the
+//! disk another size, [`compaction`] its file shorter, [`trim`] what its file system gives back,
+//! [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what
+//! is done while the host is nearly full.
 
 mod announce;
 mod brake;
 mod changer;
 mod child;
+mod compaction;
 pub mod control;
 mod errand;
+mod growth;
 pub mod host;
 pub mod inherit;
 pub mod keeper;
@@ -29,11 +33,15 @@ pub mod message;
 pub mod metrics;
 pub mod mounts;
 mod packet;
+mod removal;
 mod restart;
 mod snapshot;
 mod space;
+mod still;
+pub mod trim;
 mod turnover;
 pub mod worker;
 
 pub use changer::run as run_changer;
 pub use errand::{Task, run as run_errand};
+pub use still::run as run_still;

@@ -11,17 +11,25 @@
 //!
 //! To take a frozen point away, a changer merges it with what stands on it, which the running disk
 //! does not notice: what it reads is the same throughout. It commits when told, and the worker is
-//! given the files anew.
+//! given the files anew. When it is the top that stands on it, the worker holds the guest and copies
+//! that itself, and the same happens as with a freeze, but that the point's file is the new top.
+//! [`super::removal`] has the steps.
+//!
+//! To go back to a frozen point, the worker is ended in place of step 3: what it holds is given up.
+//! Nobody has the device mounted ([`super::still`]). The next worker finds the new top.
 //!
 //! Who dies on the way is replaced or done without. Until the changer was told to commit, its end
 //! is the end of the change. From then on only the descriptor says what is. No worker is started
 //! while files may come and go under it.
 
-use super::changer::{Changer, Made, Said, Task, Wanted};
-use super::child::Worker;
+use super::changer::{self, Made, Said, Task, Told, Wanted};
+use super::child::{Aide, Worker};
 use super::message::{Failure, Order};
+use super::removal::{Removal, Step};
 use crate::image::chain::Chain;
+use crate::image::detached::random_guid;
 use crate::image::lock::DiskLocks;
+use crate::image::snapshot::merge;
 use crate::image::target::Source;
 use crate::io::beneath::{self, Access};
 use crate::io::lock::Held;
@@ -45,6 +53,17 @@ pub(super) struct Next {
     name: String,
 }
 
+impl Next {
+    /// Locks what is to be the top, and makes its ledger.
+    fn hold(dir: impl AsFd, name: String) -> Result<Self> {
+        Ok(Self {
+            top: DiskLocks::lock_next(dir, &name)?,
+            ledger: SharedWords::create(Ledger::WORDS)?,
+            name,
+        })
+    }
+}
+
 /// What the keeper is to do next.
 #[derive(Debug)]
 pub(super) enum Turn {
@@ -58,6 +77,8 @@ pub(super) enum Turn {
     Renew,
     /// Tell whoever asked how far it is: bytes done, and to do.
     Progress(u64, u64),
+    /// Tell the worker what a delta may take of the host.
+    Limit(Option<u64>),
 }
 
 /// The disk, to whoever changes it.
@@ -68,14 +89,41 @@ pub(super) struct Place<'a> {
     pub locks: &'a DiskLocks,
     /// Whether who looks at images is confined.
     pub sandbox: bool,
+    /// Format version of a delta that would stand on the top.
+    pub version: u8,
+    /// Its size in bytes.
+    pub size: u64,
+}
+
+/// What is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// The top is frozen.
+    Freeze,
+    /// A point goes of which the guest need not know.
+    Remove,
+    /// The top is merged into what it stands on.
+    Fold,
+    /// The top goes, and another one stands on a frozen point.
+    Switch,
+}
+
+/// What there is to do when nothing is under way any more.
+pub(super) enum End {
+    /// To tell whoever asked.
+    Answer(Result<Value>),
+    /// To go on with another step.
+    Begun(Box<Snapshot>),
 }
 
 /// A snapshot under way.
 #[derive(Debug)]
 pub(super) struct Snapshot {
-    changer: Option<Changer>,
+    changer: Option<Aide>,
     uuid: Guid,
-    freezes: bool,
+    what: What,
+    /// The removal that this is a step of.
+    removal: Option<Removal>,
     next: Option<Next>,
     /// The worker waits for word, or will.
     asked: bool,
@@ -83,7 +131,7 @@ pub(super) struct Snapshot {
     told: bool,
     /// A merge is to be committed once a worker that is starting serves.
     merged: bool,
-    /// What came of a removal.
+    /// What the changer made.
     made: Option<Made>,
     /// What came of it, once that is settled.
     outcome: Option<Result<()>>,
@@ -96,35 +144,91 @@ pub(super) struct Snapshot {
 const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Snapshot {
-    /// Begins to freeze the top; `size` and `version` are those of the new one.
-    pub fn begin(place: &Place<'_>, uuid: Guid, size: u64, version: u8) -> Result<Self> {
-        let wanted = Wanted::Freeze {
-            uuid: uuid.to_string(),
-            random: random().to_string(),
-            version,
-            size,
-        };
-        Self::start(place, uuid, wanted)
+    /// Begins to freeze the top.
+    pub fn begin(place: &Place<'_>, uuid: Guid) -> Result<Self> {
+        Self::freeze(place, uuid, false)
     }
 
     /// Begins to take a point away, copying so many bytes a second at most.
     pub fn begin_removal(place: &Place<'_>, uuid: Guid, rate: Option<u64>) -> Result<Self> {
-        let wanted = Wanted::Remove {
-            uuid: uuid.to_string(),
-            rate,
-        };
-        Self::start(place, uuid, wanted)
+        let removal = Removal::new(uuid, rate);
+        let mut first = Self::step(place, removal.first())?;
+        first.removal = Some(removal);
+        Ok(first)
     }
 
-    fn start(place: &Place<'_>, uuid: Guid, wanted: Wanted) -> Result<Self> {
+    /// Begins to go back to a point.
+    pub fn begin_switch(place: &Place<'_>, uuid: Guid) -> Result<Self> {
+        let wanted = Wanted::Switch {
+            uuid: uuid.to_string(),
+            random: random_guid().to_string(),
+        };
+        Self::start(place, uuid, What::Switch, wanted)
+    }
+
+    /// Begins to mark a point temporary.
+    pub fn begin_mark(place: &Place<'_>, uuid: Guid) -> Result<Self> {
+        let wanted = Wanted::Mark {
+            uuid: uuid.to_string(),
+        };
+        Self::start(place, uuid, What::Remove, wanted)
+    }
+
+    /// Begins to say what a delta may take of the host, in bytes.
+    pub fn begin_limit(place: &Place<'_>, bytes: Option<u64>) -> Result<Self> {
+        let wanted = Wanted::Limit { bytes };
+        Self::start(place, Guid::NONE, What::Remove, wanted)
+    }
+
+    /// Begins to give a point another file, comparing so many bytes a second at most.
+    pub fn begin_replace(
+        place: &Place<'_>,
+        uuid: Guid,
+        file: String,
+        rate: Option<u64>,
+    ) -> Result<Self> {
+        let wanted = Wanted::Replace {
+            uuid: uuid.to_string(),
+            random: random_guid().to_string(),
+            file,
+            rate,
+        };
+        Self::start(place, uuid, What::Remove, wanted)
+    }
+
+    fn step(place: &Place<'_>, step: Step) -> Result<Self> {
+        match step {
+            Step::Freeze(uuid) => Self::freeze(place, uuid, true),
+            Step::Remove(uuid, rate) => {
+                let wanted = Wanted::Remove {
+                    uuid: uuid.to_string(),
+                    rate,
+                };
+                Self::start(place, uuid, What::Remove, wanted)
+            }
+        }
+    }
+
+    fn freeze(place: &Place<'_>, uuid: Guid, temporary: bool) -> Result<Self> {
+        let wanted = Wanted::Freeze {
+            uuid: uuid.to_string(),
+            random: random_guid().to_string(),
+            version: place.version,
+            size: place.size,
+            temporary,
+        };
+        Self::start(place, uuid, What::Freeze, wanted)
+    }
+
+    fn start(place: &Place<'_>, uuid: Guid, what: What, wanted: Wanted) -> Result<Self> {
         let lock = place.locks.disk().ok_or_else(bare)?;
-        let freezes = matches!(wanted, Wanted::Freeze { .. });
         let sandbox = place.sandbox;
         let task = Task { wanted, sandbox };
         Ok(Self {
-            changer: Some(Changer::start(place.dir, lock, &task)?),
+            changer: Some(changer::start(place.dir, lock, &task)?),
             uuid,
-            freezes,
+            what,
+            removal: None,
             next: None,
             asked: false,
             told: false,
@@ -132,17 +236,19 @@ impl Snapshot {
             made: None,
             outcome: None,
             stall_us: None,
-            due: freezes.then(|| Instant::now() + PATIENCE),
+            due: (what != What::Remove).then(|| Instant::now() + PATIENCE),
         })
+    }
+
+    /// Whether the guest is to wait for it.
+    fn freezes(&self) -> bool {
+        self.what != What::Remove
     }
 
     /// What to wait for.
     pub fn polled(&self) -> [Option<BorrowedFd<'_>>; 2] {
         let changer = self.changer.as_ref();
-        [
-            changer.and_then(Changer::spoke),
-            changer.map(Changer::ended),
-        ]
+        [changer.and_then(Aide::spoke), changer.map(Aide::ended)]
     }
 
     /// Whether no worker may be started.
@@ -173,22 +279,32 @@ impl Snapshot {
 
     /// Whether the disk cannot be let go of yet. A merge can be given up for that.
     pub fn hurry(&mut self) {
-        if !self.freezes && !self.told {
+        if !self.freezes() && !self.told {
             self.give_up(Error::new(Kind::Cancelled, "the disk is being detached"));
         }
     }
 
     /// Hears the changer.
     pub fn hear(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
-        let Some(said) = self.changer.as_mut().and_then(Changer::said) else {
+        let Some(said) = self.changer.as_mut().and_then(Aide::said) else {
             return Turn::Wait;
         };
         match said {
             Said::Prepared { top, below } => {
-                if let Err(e) = self.ask(dir, worker, top, below) {
-                    self.give_up(e);
-                }
-                Turn::Wait
+                let order = Order::Freeze {
+                    top: top.clone(),
+                    below: below.clone(),
+                };
+                self.ask(dir, worker, &order, top, &below)
+            }
+            Said::Switchable { top } => self.end_worker(dir, worker, top),
+            // It was given up, and the changer heard that too late.
+            Said::Foldable { .. } if self.outcome.is_some() => Turn::Wait,
+            Said::Foldable { into } => {
+                self.what = What::Fold;
+                self.due = Some(Instant::now() + PATIENCE);
+                let order = Order::Fold { into: into.clone() };
+                self.ask(dir, worker, &order, into.clone(), &into)
             }
             Said::Progress { done, total } => Turn::Progress(done, total),
             Said::Merged => {
@@ -196,20 +312,25 @@ impl Snapshot {
                 self.serves(worker);
                 Turn::Wait
             }
-            Said::Committed(Made::Top) => self.committed(false),
             Said::Committed(made) => {
                 self.outcome.get_or_insert(Ok(()));
-                let knows = match &made {
-                    Made::Merged { into } => self.reload(&dir, worker, into),
-                    _ => true,
+                let turn = match &made {
+                    Made::Top | Made::Folded => self.committed(false),
+                    Made::Merged { into: file } | Made::Replaced { new: file, .. }
+                        if !self.reload(&dir, worker, file) =>
+                    {
+                        Turn::Renew
+                    }
+                    Made::Limited(bytes) => Turn::Limit(*bytes),
+                    _ => Turn::Wait,
                 };
                 self.made = Some(made);
-                if knows { Turn::Wait } else { Turn::Renew }
+                turn
             }
             Said::Undone(failure) => self.undone(failure.into()),
             Said::Unknown(failure) => {
                 self.outcome = Some(Err(failure.into()));
-                match self.freezes {
+                match self.freezes() {
                     true => self.committed(true),
                     false => Turn::Renew,
                 }
@@ -217,35 +338,61 @@ impl Snapshot {
         }
     }
 
-    /// Step 2.
+    /// Step 2, with the file that is to be the top, and one that is not.
     fn ask(
         &mut self,
         dir: impl AsFd,
         worker: Option<&Worker>,
+        order: &Order,
         top: String,
-        below: String,
+        below: &str,
+    ) -> Turn {
+        if let Err(e) = self.try_ask(dir, worker, order, top, below) {
+            self.give_up(e);
+        }
+        Turn::Wait
+    }
+
+    fn try_ask(
+        &mut self,
+        dir: impl AsFd,
+        worker: Option<&Worker>,
+        order: &Order,
+        top: String,
+        below: &str,
     ) -> Result<()> {
         let worker = worker.ok_or_else(|| Error::new(Kind::Busy, "no worker serves the disk"))?;
-        let next = Next {
-            top: DiskLocks::lock_next(&dir, &top)?,
-            ledger: SharedWords::create(Ledger::WORDS)?,
-            name: top.clone(),
-        };
+        let next = Next::hold(&dir, top)?;
         // Descriptions of the worker's own: its fence must not live in this process.
-        let file = beneath::open_file(&dir, Path::new(&top), Access::Write)?;
-        let old = beneath::open_file(&dir, Path::new(&below), Access::Read)?;
-        let fds = [file.as_fd(), next.ledger.as_fd(), old.as_fd()];
-        worker.order(&Order::Freeze { top, below }, &fds)?;
+        let file = beneath::open_file(&dir, Path::new(&next.name), Access::Write)?;
+        let old = beneath::open_file(&dir, Path::new(below), Access::Read)?;
+        worker.order(order, &[file.as_fd(), next.ledger.as_fd(), old.as_fd()])?;
         self.asked = true;
         self.next = Some(next);
         Ok(())
+    }
+
+    /// Has the worker end, so that what it holds is given up.
+    fn end_worker(&mut self, dir: impl AsFd, worker: Option<&Worker>, top: String) -> Turn {
+        match Next::hold(dir, top) {
+            Ok(next) => self.next = Some(next),
+            Err(e) => {
+                self.give_up(e);
+                return Turn::Wait;
+            }
+        }
+        if worker.is_some() {
+            return Turn::Renew;
+        }
+        self.commit();
+        Turn::Wait
     }
 
     /// Commits a merge, unless a worker is just opening the files that will go.
     pub fn serves(&mut self, worker: Option<&Worker>) {
         if self.merged && worker.is_none_or(|worker| worker.ready.is_some()) {
             self.merged = false;
-            self.told = self.changer.as_ref().is_some_and(Changer::commit);
+            self.commit();
         }
     }
 
@@ -284,13 +431,18 @@ impl Snapshot {
 
     /// The worker holds the guest: step 4.
     pub fn frozen(&mut self, worker: Option<&Worker>) {
-        let waited_for = self.freezes && self.asked && !self.told;
+        let waited_for = self.freezes() && self.asked && !self.told;
         if waited_for && self.next.is_some() {
-            self.told = self.changer.as_ref().is_some_and(Changer::commit);
+            self.commit();
         }
         if waited_for && !self.told {
             go(worker, false);
         }
+    }
+
+    fn commit(&mut self) {
+        let told = |changer: &Aide| changer.tell(&Told::Commit);
+        self.told = self.changer.as_ref().is_some_and(told);
     }
 
     /// The worker could not, and holds nobody.
@@ -308,16 +460,34 @@ impl Snapshot {
     /// The worker died: nobody is held any more.
     pub fn lost_worker(&mut self) {
         self.asked = false;
-        if self.freezes && !self.told {
+        if self.what == What::Switch {
+            // What it had is to be given up. It may also have died before anybody wanted it to.
+            if self.next.is_some() && !self.told {
+                self.commit();
+            }
+        } else if self.freezes() && !self.told {
             let why = "the worker died before the disk was frozen; try again";
             self.give_up(Error::new(Kind::Io, why));
         }
     }
 
+    /// Whoever kept others off the device is gone: what is not committed is not done.
+    pub fn abandon(&mut self) {
+        if self.what == What::Switch && !self.told {
+            let why = "the process that kept others off the device died; try again";
+            self.give_up(Error::new(Kind::Io, why));
+        }
+    }
+
     fn give_up(&mut self, why: Error) {
+        let why = match self.what {
+            What::Fold => merge::left_marked(why, self.uuid),
+            _ => why,
+        };
         self.outcome.get_or_insert(Err(why));
+        let freezes = self.freezes();
         if let Some(changer) = &mut self.changer {
-            match self.freezes {
+            match freezes {
                 true => changer.leave_alone(),
                 // A merge that is cut is begun again; one that sleeps would not hear.
                 false => changer.kill(),
@@ -352,7 +522,7 @@ impl Snapshot {
                 ))
             };
             self.outcome.get_or_insert_with(why);
-            let untold = self.freezes || !self.told || self.made.is_some();
+            let untold = self.freezes() || !self.told || self.made.is_some();
             return if untold { Turn::Keep } else { Turn::Renew };
         }
         let top = match self.told {
@@ -383,25 +553,60 @@ impl Snapshot {
         }
     }
 
-    /// The answer, once nothing is under way any more.
-    pub fn answer(&mut self) -> Option<Result<Value>> {
+    /// What there is to do, once nothing is under way any more. A removal goes on if it may.
+    pub fn end(&mut self, place: &Place<'_>, goes_on: bool) -> Option<End> {
         if self.changer.is_some() || self.asked {
             return None;
         }
         let outcome = self.outcome.take()?;
-        let (uuid, stall) = (self.uuid.bare(), self.stall_us);
-        let (did, children) = match &self.made {
-            None | Some(Made::Top) => {
-                return Some(outcome.map(|()| json!({ "uuid": uuid, "stall_us": stall })));
-            }
-            Some(Made::Merged { .. }) => ("merged", 0),
-            Some(Made::Dropped) => ("dropped", 0),
-            Some(Made::Marked(n)) => ("temporary", *n),
+        let Some(mut removal) = self.removal.take() else {
+            return Some(End::Answer(outcome.map(|()| self.answer())));
         };
-        Some(outcome.map(
-            |()| json!({ "uuid": uuid, "outcome": did, "children": children, "stall_us": stall }),
-        ))
+        let begun = outcome.and_then(|()| {
+            // A changer that died before it could say so may have committed all the same.
+            let committed = match self.what {
+                What::Freeze | What::Switch => Made::Top,
+                What::Fold | What::Remove => Made::Folded,
+            };
+            let made = self.made.take().unwrap_or(committed);
+            match removal.next(made, self.stall_us) {
+                None => Ok(None),
+                Some(_) if !goes_on => Err(unfinished()),
+                Some(step) => Self::step(place, step).map(Some),
+            }
+        });
+        Some(match begun {
+            Ok(None) => End::Answer(Ok(removal.answer())),
+            Ok(Some(mut next)) => {
+                next.removal = Some(removal);
+                End::Begun(Box::new(next))
+            }
+            Err(e) => End::Answer(removal.failed(e)),
+        })
     }
+}
+
+impl Snapshot {
+    /// What came of one that is no removal.
+    fn answer(&self) -> Value {
+        let (uuid, stall_us) = (self.uuid.bare(), self.stall_us);
+        match &self.made {
+            Some(Made::Replaced { old, new, copied }) => json!({
+                "uuid": uuid,
+                "old": old,
+                "new": new,
+                "way": if *copied { "copied" } else { "moved" },
+                "stall_us": stall_us,
+            }),
+            Some(Made::Limited(bytes)) => json!({ "delta_limit": bytes }),
+            _ => json!({ "uuid": uuid, "stall_us": stall_us }),
+        }
+    }
+}
+
+fn unfinished() -> Error {
+    let why = "the disk does not serve any more, or nobody waits: the same command goes on with it";
+    Error::new(Kind::Cancelled, why)
 }
 
 fn bare() -> Error {
@@ -413,9 +618,4 @@ fn go(worker: Option<&Worker>, new: bool) {
         // Its end is seen elsewhere.
         tracing::debug!("{e}");
     }
-}
-
-/// A GUID that nobody has.
-pub(super) fn random() -> Guid {
-    Guid::random(uuid::Uuid::new_v4().into_bytes())
 }

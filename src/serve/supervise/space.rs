@@ -5,7 +5,6 @@
 //! until a worker reports that space is wanted and low.
 
 use super::brake::Brake;
-use crate::io::room::{HostSpace, KeepFree};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -67,20 +66,18 @@ impl Space {
         }
     }
 
-    /// Looks at the host, and sees to it that the file system on `device` gives out no space.
-    /// True when there is enough again: that file system may go on.
+    /// Looks whether there is clearly enough, as `is_ample` tells, and sees to it meanwhile that the
+    /// file system on `device` gives out no space. True when there is: that file system may go on.
     pub(super) fn look(
         &mut self,
         now: Instant,
-        host: impl FnOnce() -> Option<HostSpace>,
-        keep: KeepFree,
+        is_ample: impl FnOnce() -> bool,
         device: Option<&Path>,
     ) -> bool {
         let Some(low) = self.low.as_mut().filter(|low| low.next_look <= now) else {
             return false;
         };
-        let ample = host().is_none_or(|space| space.is_ample(keep));
-        if ample && now.duration_since(low.reported) >= low.quiet {
+        if is_ample() && now.duration_since(low.reported) >= low.quiet {
             if let Some(brake) = low.brake.take() {
                 brake.release();
             }
@@ -103,18 +100,13 @@ mod tests {
 
     #[test]
     fn space_that_is_back_only_to_be_gone_again_is_believed_in_ever_more_slowly() {
-        let ample = || {
-            Some(HostSpace {
-                size: 1 << 40,
-                free: 1 << 39,
-            })
-        };
+        let ample = || true;
         let (mut space, mut now) = (Space::default(), Instant::now());
         let mut waits = Vec::new();
         for _ in 0..9 {
             assert!(space.report(now, || false), "news");
             let reported = now;
-            while !space.look(now, ample, KeepFree::Auto, None) {
+            while !space.look(now, ample, None) {
                 assert!(!space.report(reported, || false) && space.is_low());
                 now += LOOK;
             }
@@ -126,9 +118,9 @@ mod tests {
             [500, 1000, 2000, 4000, 8000, 16000, 32000, 60000, 60000]
         );
         assert!(space.report(now, || true));
-        assert!(!space.look(now, ample, KeepFree::Auto, None));
+        assert!(!space.look(now, ample, None));
         assert!(
-            space.look(now + QUIET, ample, KeepFree::Auto, None),
+            space.look(now + QUIET, ample, None),
             "the host had less, and has more"
         );
     }

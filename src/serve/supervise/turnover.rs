@@ -10,19 +10,29 @@
 //! 3. The keeper has the descriptor renamed, or not, and orders to go on: with the new top, or with
 //!    the old one, opened anew.
 //!
+//! To merge the top into the layer below it ([`crate::image::snapshot::fold`]), which becomes the top,
+//! order `Fold` brings that layer and its ledger. While the disk is held and the top sealed, that is
+//! copied. With the old top again, the layer below is opened anew as well: it may hold some of it.
+//!
+//! To give the disk another size, order `Resize` says which: [`Hold::resize`] does it. To compact it,
+//! order `Compact` has clusters moved while requests run ([`super::compaction`]).
+//!
 //! A worker that dies on the way leaves nothing of its own: its successor reads the descriptor, and
 //! is given the ledger of the top that this names.
 
+use super::compaction;
 use super::message::{Event, Failure, Order};
 use super::worker::say;
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::hold::Hold;
+use crate::image::snapshot::copy::Window;
+use crate::image::snapshot::fold;
 use crate::io::file::{Cache, FileStore};
 use crate::io::lock;
 use crate::io::memfd::SharedWords;
-use crate::io::room::KeepFree;
-use crate::stack::{AnyLayer, Stack};
+use crate::io::room::{KeepFree, Limit};
+use crate::stack::{AnyLayer, NewSize, Stack};
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
@@ -54,6 +64,8 @@ pub(super) struct Turnover {
     pub cache: Cache,
     /// Space that the disk leaves to the host.
     pub keep_free: KeepFree,
+    /// What a top may take there. What is not the guest's writing is not held to it: merges, growth.
+    pub limit: Option<Limit>,
 }
 
 /// A stack that is ready but for the old top, which is still written to.
@@ -65,6 +77,26 @@ struct Next {
     name: String,
 }
 
+/// The layer below the top, as it is to be the top.
+struct Target {
+    layer: AnyLayer<FileStore>,
+    store: FileStore,
+    ledger: Ledger,
+    /// Its file, should it stay below.
+    read: OwnedFd,
+}
+
+impl Target {
+    /// It stays below after all: the layers below the top, in which it is opened anew.
+    async fn give_back(self, stack: &Stack<FileStore>) -> Result<Vec<Arc<AnyLayer<FileStore>>>> {
+        let store = FileStore::new(self.read, self.store.path(), Cache::Writeback)?;
+        let mut layers = lower(stack);
+        layers.pop();
+        layers.push(Arc::new(open_lower(store, &self.layer).await?));
+        Ok(layers)
+    }
+}
+
 impl Turnover {
     /// Carries out orders until there are no more.
     pub async fn run(mut self, mut orders: mpsc::UnboundedReceiver<Ordered>) -> Result<()> {
@@ -73,8 +105,18 @@ impl Turnover {
                 Order::Freeze { top, below } => {
                     self.freeze(&top, below, fds, &mut orders).await?;
                 }
+                Order::Fold { into } => self.fold(&into, fds, &mut orders).await?,
+                Order::Resize { to } => self.resize(to).await?,
+                Order::Compact { rate } => {
+                    let (disk, ledger) = (&self.disk, self.ledger.clone());
+                    compaction::carry_out(disk, ledger, &self.control, rate, &mut orders).await?;
+                }
+                Order::Limit { bytes } => {
+                    self.limit = bytes.map(Limit);
+                    self.top.borrow().set_limit(self.limit);
+                }
                 Order::Reload { lower, merged } => self.reload(&lower, &merged, fds).await?,
-                Order::Stop | Order::Go { .. } => {}
+                Order::Stop | Order::Go { .. } | Order::EndCompact => {}
             }
         }
         Ok(())
@@ -99,16 +141,126 @@ impl Turnover {
         let start = Instant::now();
         let hold = disk.hold().await;
         if let Err(e) = hold.seal().await {
-            let resumed = self.resume(hold).await;
+            let resumed = self.resume(hold, lower(&disk.stack())).await;
             self.not_frozen(&e).await?;
             return resumed;
         }
         say(&self.control, &Event::Frozen).await?;
         match orders.recv().await {
             Some((Order::Go { new: true }, _)) => self.go(hold, next).await?,
-            _ => self.resume(hold).await?,
+            _ => self.resume(hold, lower(&disk.stack())).await?,
         }
-        let stall_us = start.elapsed().as_micros() as u64;
+        self.went(start).await
+    }
+
+    async fn fold(
+        &mut self,
+        into: &str,
+        fds: Vec<OwnedFd>,
+        orders: &mut mpsc::UnboundedReceiver<Ordered>,
+    ) -> Result<()> {
+        let prepared = match self.target(into, fds).await {
+            Ok(target) => self.disk.flush().await.map(|()| target),
+            Err(e) => Err(e),
+        };
+        let little = |target| fold::refuse_much(self.disk.stack().top()).map(|()| target);
+        let prepared = prepared.and_then(little);
+        let mut target = match prepared {
+            Ok(target) => target,
+            Err(e) => return self.not_frozen(&e).await,
+        };
+        let disk = Arc::clone(&self.disk);
+        let start = Instant::now();
+        let hold = disk.hold().await;
+        let stack = disk.stack();
+        let filled = match hold.seal().await {
+            Ok(()) => fold::fill(stack.top(), &mut target.layer, Window::default()).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = filled {
+            let resumed = self.unfold(hold, target, &stack).await;
+            self.not_frozen(&e).await?;
+            return resumed;
+        }
+        say(&self.control, &Event::Frozen).await?;
+        match orders.recv().await {
+            Some((Order::Go { new: true }, _)) => {
+                let mut layers = lower(&stack);
+                layers.pop();
+                layers.push(Arc::new(target.layer));
+                go_on(hold, layers)?;
+                self.ledger = target.ledger;
+                target.store.set_limit(self.limit);
+                self.top.send_replace(target.store);
+            }
+            _ => {
+                if let Err(e) = target.layer.close().await {
+                    std::mem::forget(hold);
+                    return Err(e);
+                }
+                self.unfold(hold, target, &stack).await?;
+            }
+        }
+        self.went(start).await
+    }
+
+    /// Gives the disk another size. After a failure that is final this process ends: the next one
+    /// looks at what is in the file.
+    async fn resize(&self, to: NewSize) -> Result<()> {
+        // While requests run, so that little is left for later.
+        if let Err(e) = self.disk.flush().await {
+            return say(&self.control, &Event::NotResized(Failure::from(&e))).await;
+        }
+        let start = Instant::now();
+        let hold = self.disk.hold().await;
+        let top = self.top.borrow().clone();
+        top.set_limit(None);
+        let resized = hold.resize(to, self.ledger.clone()).await;
+        top.set_limit(self.limit);
+        match resized {
+            Ok(()) => {
+                let stall_us = start.elapsed().as_micros() as u64;
+                let size = self.disk.size();
+                say(&self.control, &Event::Resized { size, stall_us }).await
+            }
+            Err(e) => {
+                say(&self.control, &Event::NotResized(Failure::from(&e))).await?;
+                match e.kind() {
+                    Kind::Invalid | Kind::NoSpace => Ok(()),
+                    _ => Err(e),
+                }
+            }
+        }
+    }
+
+    /// Opens the layer below the top to be copied into, before anybody waits.
+    async fn target(&self, into: &str, fds: Vec<OwnedFd>) -> Result<Target> {
+        let (file, words, read) = three(fds)?;
+        let stack = self.disk.stack();
+        let below = lower(&stack).pop();
+        let below = below.filter(|layer| layer.store().path() == Path::new(into));
+        let below = below.ok_or_else(|| Error::invalid(format!("{into}: not below the top")))?;
+        let store = self.own(file, into)?;
+        let ledger = Ledger::new(Arc::new(SharedWords::from_fd(words)?));
+        let layer = fold::open_target(store.clone(), &below, ledger.clone()).await;
+        Ok(Target {
+            layer: layer.map_err(|e| e.at(into))?,
+            store,
+            ledger,
+            read,
+        })
+    }
+
+    /// The store of a file that is to be the top.
+    fn own(&self, file: OwnedFd, name: &str) -> Result<FileStore> {
+        lock::fence(&file, Instant::now() + FENCE)?;
+        let store = FileStore::new(file, Path::new(name), self.cache)?;
+        store.keep_free(self.keep_free);
+        Ok(store)
+    }
+
+    async fn went(&self, since: Instant) -> Result<()> {
+        let stall_us = since.elapsed().as_micros() as u64;
         say(&self.control, &Event::Went { stall_us }).await
     }
 
@@ -118,17 +270,17 @@ impl Turnover {
 
     /// Opens the new top, before anybody waits.
     async fn prepare(&self, top: &str, below: String, fds: Vec<OwnedFd>) -> Result<Next> {
-        let mut fds = fds.into_iter();
-        let (Some(file), Some(words), Some(old)) = (fds.next(), fds.next(), fds.next()) else {
-            return Err(Error::invalid("an order that lacks its descriptors"));
-        };
-        lock::fence(&file, Instant::now() + FENCE)?;
-        let store = FileStore::new(file, Path::new(top), self.cache)?;
-        store.keep_free(self.keep_free);
+        let (file, words, old) = three(fds)?;
+        let store = self.own(file, top)?;
         let ledger = Ledger::new(Arc::new(SharedWords::from_fd(words)?));
         let layer = Ploop::open_write(store.clone(), ledger.clone()).await;
+        let layer = layer.map_err(|e| e.at(top))?;
+        if layer.geometry().size < self.disk.size() {
+            let what = "the disk has grown meanwhile; try again";
+            return Err(Error::new(Kind::Busy, what));
+        }
         Ok(Next {
-            top: AnyLayer::Ploop(layer.map_err(|e| e.at(top))?),
+            top: AnyLayer::Ploop(layer),
             store,
             ledger,
             below: old,
@@ -142,9 +294,18 @@ impl Turnover {
         let stack = self.disk.stack();
         let mut fds = fds.into_iter();
         let mut layers = Vec::with_capacity(lower.len());
-        for name in lower {
+        let same_depth = lower.len().checked_add(1) == Some(stack.depth());
+        for (n, name) in lower.iter().enumerate() {
             let path = Path::new(name);
             let known = stack.layers().iter().find(|l| l.store().path() == path);
+            // A file in another one's place holds the same.
+            let place = || {
+                stack
+                    .layers()
+                    .get(n)
+                    .filter(|_| same_depth && name == merged)
+            };
+            let known = known.or_else(place);
             let known = known.ok_or_else(|| Error::invalid(format!("{name}: not a layer")))?;
             layers.push(match (name == merged, fds.len()) {
                 (true, 1..) => {
@@ -159,8 +320,7 @@ impl Turnover {
         let hold = self.disk.hold().await;
         layers.extend(stack.layers().last().cloned());
         hold.switch(Stack::new(layers)?)?;
-        let stall_us = start.elapsed().as_micros() as u64;
-        say(&self.control, &Event::Went { stall_us }).await
+        self.went(start).await
     }
 
     /// Goes on with the new top, above the old one.
@@ -171,25 +331,61 @@ impl Turnover {
         let layers = lower(&stack).into_iter().chain(above);
         hold.switch(Stack::new(layers)?)?;
         self.ledger = next.ledger;
+        next.store.set_limit(self.limit);
         self.top.send_replace(next.store);
         Ok(())
     }
 
-    /// Goes on with the old top, which is opened anew when its end had begun.
-    async fn resume(&self, hold: Hold<'_, FileStore>) -> Result<()> {
+    /// Goes on with the old top, over the layer below as it is now, whose clusters may have moved.
+    async fn unfold(
+        &self,
+        hold: Hold<'_, FileStore>,
+        target: Target,
+        stack: &Stack<FileStore>,
+    ) -> Result<()> {
+        match target.give_back(stack).await {
+            Ok(layers) => self.resume(hold, layers).await,
+            Err(e) => {
+                std::mem::forget(hold);
+                Err(e)
+            }
+        }
+    }
+
+    /// Goes on with the old top above these layers. It is opened anew when its end had begun; else
+    /// nothing has changed.
+    async fn resume(
+        &self,
+        hold: Hold<'_, FileStore>,
+        lower: Vec<Arc<AnyLayer<FileStore>>>,
+    ) -> Result<()> {
         let stack = self.disk.stack();
         if !hold.is_sealed() || self.ledger.is_poisoned() {
             return Ok(());
         }
         let (store, ledger) = (stack.top().store().clone(), self.ledger.clone());
-        let top = match stack.top() {
-            AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
-            AnyLayer::Raw(raw) => {
-                AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
+        match stack.top().open_again(store, ledger).await {
+            Ok(top) => go_on(hold, lower.into_iter().chain([Arc::new(top)])),
+            Err(e) => {
+                std::mem::forget(hold);
+                Err(e)
             }
-        };
-        let layers = lower(&stack).into_iter().chain([Arc::new(top)]);
-        hold.switch(Stack::new(layers)?)
+        }
+    }
+}
+
+/// Goes on with these layers. After an error nobody goes on, and this process ends: the clusters of the
+/// layers that are there may not be where they are looked for.
+fn go_on(
+    hold: Hold<'_, FileStore>,
+    layers: impl IntoIterator<Item = Arc<AnyLayer<FileStore>>>,
+) -> Result<()> {
+    match Stack::new(layers) {
+        Ok(stack) => hold.switch(stack),
+        Err(e) => {
+            std::mem::forget(hold);
+            Err(e)
+        }
     }
 }
 
@@ -199,6 +395,14 @@ async fn open_lower(store: FileStore, was: &AnyLayer<FileStore>) -> Result<AnyLa
         AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_read(store).await?),
         AnyLayer::Raw(raw) => AnyLayer::Raw(Raw::open_read(store, raw.geometry().cluster)?),
     })
+}
+
+/// The descriptors of an order that brings three.
+fn three(fds: Vec<OwnedFd>) -> Result<(OwnedFd, OwnedFd, OwnedFd)> {
+    let fds: [OwnedFd; 3] = fds
+        .try_into()
+        .map_err(|_| Error::invalid("an order that lacks its descriptors"))?;
+    Ok(fds.into())
 }
 
 /// All layers but the top.

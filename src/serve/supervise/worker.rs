@@ -18,6 +18,7 @@ use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
 use crate::io::file::FileStore;
 use crate::io::memfd::{self, SharedWords};
+use crate::io::room::Limit;
 use crate::sandbox;
 use crate::serve::broken::Broken;
 use crate::serve::nbd::credentials::Credentials;
@@ -25,6 +26,7 @@ use crate::serve::{fuse, nbd};
 use crate::stack::AnyLayer;
 use bytes::Bytes;
 use futures_util::future::{Either, select};
+use ploop_formats::descriptor::Descriptor;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::header::Version;
@@ -125,11 +127,16 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let ledger = ledger(&config)?;
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
+    let disk_now = chain.descriptor.as_ref();
+    let limit = disk_now.and_then(Descriptor::max_delta_size);
+    // Others may have written 0, and meant none.
+    let limit = limit.filter(|bytes| *bytes > 0).map(Limit);
     let disk = match &ledger {
         Some(ledger) => open_write(&config, &dir, &chain, witness, ledger.clone()).await?,
         None => open::open_read(&dir, &chain, config.cache.into()).await?,
     };
     let (top, watched) = watch::channel(disk.stack().top().store().clone());
+    top.borrow().set_limit(limit);
     let disk = Arc::new(disk);
     // What a predecessor had not answered is asked again, of this one.
     counters.forget_unanswered();
@@ -148,6 +155,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
         cache: watched.borrow().cache().into(),
         poisoned: disk.stack().is_poisoned(),
         version: version(disk.stack().top()),
+        limit: limit.map(|limit| limit.0),
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
@@ -161,6 +169,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
             ledger,
             cache: config.cache.into(),
             keep_free: config.keep_free,
+            limit,
         }),
         Arc::clone(control),
         ordered,
@@ -207,7 +216,7 @@ async fn open_write(
     if config.heal {
         ledger.heal();
     }
-    let opened = open::open_write(dir, chain, store, ledger.clone()).await;
+    let opened = open::open_write(dir, chain, store, ledger.clone(), patience).await;
     opened.inspect_err(|_| {
         if failed {
             ledger.poison();
@@ -233,6 +242,7 @@ async fn serve_errors(
         cache: Cache::None,
         poisoned: true,
         version: 2,
+        limit: None,
     };
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);

@@ -4,7 +4,10 @@
 //! was done. Exits with 1 when a promise was broken or a planted bug was missed.
 
 use clap::{Parser, Subcommand};
-use ploop::testkit::{Engine, Report, crash, death, faults, models, mutate, switches};
+use ploop::testkit::forest::{self, Answers};
+use ploop::testkit::{
+    Engine, Report, changes, compacts, crash, death, faults, grows, models, mutate, switches,
+};
 use ploop_formats::planted::Bug;
 use std::process::ExitCode;
 use std::time::Instant;
@@ -30,6 +33,14 @@ enum Campaign {
     Faults(Effort),
     /// The disk gets layer upon layer while its guest writes, and the power goes or the process dies.
     Switch(Effort),
+    /// The disk grows while its guest writes, and the power goes or the process dies.
+    Grow(Effort),
+    /// The disk is compacted while its guest writes, and the power goes or the process dies.
+    Compact(Effort),
+    /// A disk's tree is changed, and the power goes, the process dies or an operation fails.
+    Changes(Effort),
+    /// Random sequences of all verbs on several disks at once, against a model.
+    Forest(Effort),
     /// Every planted bug and broken barrier must be caught.
     Mutate(Effort),
 }
@@ -119,6 +130,13 @@ fn main() -> ExitCode {
         Campaign::Model(effort) => timed(models::campaign::<Engine>, effort),
         Campaign::Faults(effort) => timed(faults::campaign::<Engine>, effort),
         Campaign::Switch(effort) => timed(switches::campaign::<Engine>, effort),
+        Campaign::Grow(effort) => timed(grows::campaign, effort),
+        Campaign::Compact(effort) => timed(compacts::campaign, effort),
+        Campaign::Changes(effort) => timed(changes::campaign, effort),
+        Campaign::Forest(effort) => timed(
+            |seed, sequences| forest::campaign(seed, sequences, &mut Answers::new()),
+            effort,
+        ),
         Campaign::Mutate(effort) => power(effort),
     };
     if good {

@@ -6,26 +6,36 @@ use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
 use crate::{attach, size};
-use ploop::formats::ploop::check::{Finding, Report};
+use ploop::formats::ploop::check::{Finding, Grade, Repair, Report};
+use ploop::image::chain::{Chain, LayerFile};
 use ploop::image::check;
+use ploop::image::convert::version;
 use ploop::image::lock::{Access, DiskLocks};
-use ploop::image::target::Target;
+use ploop::image::target::{Format, Target};
 use ploop::io::exec::{self, Engine};
+use ploop::io::folder::DirFolder;
 use ploop::sandbox::Files;
 use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-/// Check every layer of an unattached disk
+/// Check every layer of an unattached disk, its snapshots included
 ///
-/// Exit code 0: sound; 3: space is lost, data is not; 6: a rule of the format is broken.
+/// Exit code 0: sound; 3: space is lost, data is not; 6: a rule of the format is broken. Without
+/// options nothing is changed. --repair mends what loses nothing: what can be read reads the same
+/// afterwards. --repair --force also clears the entries whose data nobody can read any more: these
+/// places then read as the layers below have them, or as zeros.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
     disk: PathBuf,
-    /// Mend what can be mended; data that can be read stays readable
+    /// Mend what loses nothing; an image that takes more is not touched
     #[arg(long)]
     repair: bool,
+    /// With --repair: clear also the entries whose data is gone
+    #[arg(long, requires = "repair")]
+    force: bool,
     /// Format of a bare image file
     #[arg(long)]
     format: Option<FormatArg>,
@@ -42,7 +52,14 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     // Not before: cleaning up after others is no part of a check that takes long.
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;
-    confine(&dir, Files::Write)?;
+    confine(
+        &dir,
+        if args.repair {
+            Files::Change
+        } else {
+            Files::Write
+        },
+    )?;
     let chain = target.chain(&dir)?;
     let access = if args.repair {
         Access::Write
@@ -51,9 +68,16 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     };
     let _locks = DiskLocks::take(&dir, &target.source(), access)
         .map_err(|e| e.at(target.path().display()))?;
+    let allowed = Repair {
+        give_up: args.force,
+        ..Repair::default()
+    };
     let reports = exec::run(Engine::Poll, async {
+        if args.repair {
+            undo_conversion(&target, &dir, &chain).await?;
+        }
         match args.repair {
-            true => check::mend(&dir, &chain, &mut meter).await,
+            true => check::mend(&dir, &chain, &allowed, &mut meter).await,
             false => check::layers(&dir, &chain, &mut meter).await,
         }
     })?;
@@ -61,12 +85,16 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let place = target.path().display();
     let reports = reports.map_err(|e| ended(e, args.repair).at(place))?;
     let code = reports.iter().map(Report::exit_code).max().unwrap_or(0);
-    let both = || chain.layers.iter().zip(&reports);
-    let text: String = both()
+    let files = chain.tree()?;
+    let both = || files.iter().zip(&reports);
+    let mut text: String = both()
         .map(|(layer, report)| report_text(&layer.display().to_string(), report))
         .collect();
+    if args.repair && !args.force && reports.iter().any(loses) {
+        text += "not touched is what has lost data: --repair --force clears the entries of that\n";
+    }
     let layers: Vec<Value> = both()
-        .map(|(layer, report)| report_json(&layer.display().to_string(), report))
+        .map(|(layer, report)| report_json(layer, report))
         .collect();
     let json = json!({
         "path": target.path().display().to_string(),
@@ -74,6 +102,22 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
         "layers": layers,
     });
     Ok(Answer { text, json, code })
+}
+
+/// A conversion that was interrupted is undone first: nothing true can be said of it.
+async fn undo_conversion(target: &Target, dir: &OwnedFd, chain: &Chain) -> Result<()> {
+    let folder = DirFolder::new(dir.try_clone()?);
+    match (&chain.descriptor, target) {
+        (Some(disk), _) => version::settle(&folder, disk).await,
+        (None, Target::Bare { file, format }) if *format == Format::Ploop => {
+            let name = file.file_name().and_then(|name| name.to_str());
+            match name {
+                Some(name) => version::settle_bare(&folder, name).await,
+                None => Ok(()),
+            }
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What a signal left.
@@ -114,9 +158,16 @@ fn report_text(file: &str, report: &Report) -> String {
     )
 }
 
+/// Whether something is found that takes --force.
+fn loses(report: &Report) -> bool {
+    let mut findings = report.findings.iter();
+    findings.any(|finding| finding.kind.grade() == Grade::Loss)
+}
+
 fn finding_json(finding: &Finding) -> Value {
     json!({
         "kind": finding.kind.as_str(),
+        "repair": finding.kind.grade().as_str(),
         "severity": format!("{:?}", finding.severity).to_lowercase(),
         "entry": finding.entry,
         "offset": finding.offset,
@@ -124,9 +175,10 @@ fn finding_json(finding: &Finding) -> Value {
     })
 }
 
-fn report_json(file: &str, report: &Report) -> Value {
+fn report_json(layer: &LayerFile, report: &Report) -> Value {
     json!({
-        "file": file,
+        "file": layer.display().to_string(),
+        "guid": layer.guid.map(|guid| guid.to_string()),
         "errors": report.errors,
         "leaks": report.leaks,
         "notices": report.notices,

@@ -1,16 +1,17 @@
 //! `clone`: one more disk, of the same frozen files.
 
 use super::snapshot::attached::{self, Running};
-use super::snapshot::{create, resolve};
+use super::snapshot::{create, mount, resolve, views};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
 use ploop::formats::descriptor::Descriptor;
+use ploop::formats::folder::Folder;
 use ploop::formats::guid::Guid;
 use ploop::image::change;
 use ploop::image::clone;
-use ploop::image::detached::{Detached, random_guid};
+use ploop::image::detached::{self, Detached, random_guid};
 use ploop::image::site::Site;
 use ploop::image::snapshot::copy::Work;
 use ploop::image::snapshot::remove::unknown;
@@ -42,6 +43,10 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
     let (source, uuid) = parse(&args.source);
+    let target = detached::resolve(&source)?;
+    mount::refuse_view(&target)?;
+    views::settle(&target);
+    views::refuse_temporary(&target, uuid)?;
     let running = attached::find(&source)?;
     let target = match &running {
         None => resolve(&source)?,
@@ -61,10 +66,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
         (Some(_), Some(uuid)) => share(&DirFolder::new(dir), uuid, &mut site),
         _ => {
             let disk = Detached::take(dir).map_err(place)?;
-            let mut work = Work {
-                watch: &mut meter,
-                pace: &(),
-            };
+            let mut work = Work::new(&mut meter, &());
             disk.run(make(disk.folder(), uuid, &mut site, &mut work))
         }
     };
@@ -110,7 +112,8 @@ async fn make(
     site: &mut Site,
     work: &mut Work<'_>,
 ) -> Result<Guid> {
-    let disk = change::settle(from).await?;
+    // Its folder was fsynced when it was locked.
+    let disk = change::settle_synced(from).await?;
     let (disk, uuid, made) = match uuid {
         Some(uuid) if disk.shot(uuid).is_none() => return Err(unknown(uuid)),
         Some(uuid) => (disk, uuid, false),
@@ -129,6 +132,8 @@ async fn make(
 fn share(from: &DirFolder, uuid: Guid, site: &mut Site) -> Result<Guid> {
     let made = exec::run(Engine::detect().0, async {
         let disk = change::read(from, DESCRIPTOR).await?;
+        // Its rename may still be lost, with what it calls frozen.
+        from.sync().await?;
         clone_of(from, &disk, uuid, site).await
     });
     made?.map(|()| uuid)
@@ -137,8 +142,8 @@ fn share(from: &DirFolder, uuid: Guid, site: &mut Site) -> Result<Guid> {
 async fn clone_of(from: &DirFolder, disk: &Descriptor, uuid: Guid, site: &mut Site) -> Result<()> {
     let random = random_guid();
     site.expect(clone::files(disk, uuid, random)?);
-    let made = clone::clone(from, disk, uuid, site.folder(), random).await;
-    made.map(|_| ())
+    let made = clone::clone(from, disk, uuid, site.folder(), random);
+    site.fill(made).await.map(|_| ())
 }
 
 /// The snapshot of an attached disk that is meant: that of this moment where none is named.
@@ -147,7 +152,7 @@ fn frozen(running: &Running, uuid: Option<Guid>, meter: &mut Meter<'_>) -> Resul
         return Ok(uuid);
     }
     let uuid = random_guid();
-    running.freeze(uuid)?;
+    running.freeze(uuid, false)?;
     // What is temporary cannot be shared, and can go now that no running top stands on it.
     let merged = running.remove_temporaries(None, meter);
     let made = format!("snapshot {} was made for it and stays", uuid.bare());

@@ -1,6 +1,7 @@
 //! `delete`: a disk goes for good.
 
 use super::FormatArg;
+use super::snapshot::views;
 use crate::answer::Answer;
 use crate::{attach, size};
 use ploop::image::delete;
@@ -13,7 +14,8 @@ use std::path::{Path, PathBuf};
 /// Delete an unattached disk, its images and its directory
 ///
 /// A directory that holds anything else is left as it is. Images that other disks share stay with
-/// those. Interrupted, the same command finishes it.
+/// those. Interrupted, the same command finishes it. A disk or clone whose making was interrupted goes
+/// the same way.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
@@ -29,6 +31,16 @@ pub fn run(args: &Args) -> Result<Answer> {
         .or_else(|e| delete::interrupted(&args.disk).ok_or(e))?;
     if let Some(attached) = attach::by_identity(&target.identity()?)? {
         let what = format!("{}: attached; umount it first", attached.state.path);
+        return Err(Error::new(Kind::Busy, what));
+    }
+    views::settle(&target);
+    if let Some(view) = views::in_use(&target)?.first() {
+        let what = format!(
+            "{}: snapshot {} of it is mounted at {place}; `ploopctl umount {place}` first",
+            target.path().display(),
+            view.point.bare(),
+            place = view.place()
+        );
         return Err(Error::new(Kind::Busy, what));
     }
     let deleted = delete::delete(&target)?;

@@ -2,6 +2,7 @@
 //! cannot say anything else than `--help`. For packagers.
 
 use crate::answer::Answer;
+use crate::persona;
 use clap::CommandFactory;
 use clap_complete::Shell;
 use ploop::{Error, Result};
@@ -15,10 +16,17 @@ pub struct Args {
     what: What,
 }
 
+/// A name that this binary has.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Program {
+    Ploopctl,
+    Ploop,
+}
+
 /// What to make.
 #[derive(Debug, Clone, clap::Subcommand)]
 enum What {
-    /// One page for ploopctl and one for each verb, into a directory
+    /// A page for ploopctl, one for ploop, and one for each of their verbs, into a directory
     Man {
         /// Directory, which must exist
         dir: PathBuf,
@@ -27,6 +35,9 @@ enum What {
     Completions {
         /// The shell
         shell: Shell,
+        /// Of which command
+        #[arg(long, value_enum, default_value = "ploopctl")]
+        of: Program,
     },
 }
 
@@ -34,22 +45,28 @@ enum What {
 pub fn run(args: &Args) -> Result<Answer> {
     match &args.what {
         What::Man { dir } => man(dir),
-        What::Completions { shell } => completions(*shell),
+        What::Completions { shell, of } => completions(*shell, *of),
     }
 }
 
 fn man(dir: &Path) -> Result<Answer> {
-    clap_mangen::generate_to(crate::Cli::command(), dir)
-        .map_err(|e| Error::from(e).at(dir.display()))?;
+    for command in [crate::Cli::command(), persona::command()] {
+        let made = clap_mangen::generate_to(command, dir);
+        made.map_err(|e| Error::from(e).at(dir.display()))?;
+    }
     Ok(Answer::new(
         "",
         json!({ "path": dir.display().to_string() }),
     ))
 }
 
-fn completions(shell: Shell) -> Result<Answer> {
+fn completions(shell: Shell, of: Program) -> Result<Answer> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut crate::Cli::command(), "ploopctl", &mut script);
+    let (mut command, name) = match of {
+        Program::Ploopctl => (crate::Cli::command(), "ploopctl"),
+        Program::Ploop => (persona::command(), "ploop"),
+    };
+    clap_complete::generate(shell, &mut command, name, &mut script);
     let script = String::from_utf8(script).map_err(|e| Error::invalid(e.to_string()))?;
     Ok(Answer::new(script.clone(), json!({ "script": script })))
 }

@@ -2,10 +2,12 @@
 
 use super::{FormatArg, confine};
 use crate::answer::Answer;
-use crate::{attach, size, view};
+use crate::{attach, balloon, size, view};
 use ploop::Result;
+use ploop::image::chain::Chain;
 use ploop::image::survey::{self, Closed, LayerInfo};
 use ploop::image::target::{Format, Target};
+use ploop::image::views;
 use ploop::rundir::State;
 use ploop::sandbox::Files;
 use rustix::fs::statvfs;
@@ -32,19 +34,38 @@ pub fn run(args: &Args) -> Result<Answer> {
     let attached = attach::by_identity(&identity)?.map(|a| view::of(vec![a]));
     let attached = attached.and_then(|mut views| Some(views.pop()?.disk.state));
     let used = attached.as_ref().and_then(used);
+    let taken = attached.as_ref().and_then(attach::root_of);
+    let taken = taken.and_then(|root| balloon::show(&root).ok());
     let dir = target.open_dir()?;
+    let views = views::all(&dir)?;
     confine(&dir, Files::Read)?;
     let chain = target.chain(&dir)?;
     let place = |e: ploop::Error| e.at(target.path().display());
-    let layers = survey::layers(&dir, &chain).map_err(place)?;
+    let mut layers = survey::layers(&dir, &chain).map_err(place)?;
+    let others = Chain {
+        layers: chain.tree()?.split_off(layers.len()),
+        ..chain.clone()
+    };
+    // What other points lack is the business of a check.
+    let mut others = survey::layers(&dir, &others).unwrap_or_default();
+    for layer in layers.iter_mut().chain(&mut others) {
+        // Who looks at a snapshot of the disk is no other disk.
+        let own = views::links(&views, &layer.layer.name);
+        layer.links = layer.links.saturating_sub(own);
+    }
     let size = layers.last().map_or(0, |l| l.size);
     let allocated = |shared: bool| -> u64 {
-        let of = layers.iter().filter(|l| (l.links > 1) == shared);
+        let all = layers.iter().chain(&others);
+        let of = all.filter(|l| (l.links > 1) == shared);
         of.map(|l| l.allocated).sum()
     };
     let (exclusive, shared) = (allocated(false), allocated(true));
     let snapshots = chain.descriptor.as_ref().map(|d| d.shots().len() - 1);
+    let disk = chain.descriptor.as_ref();
+    let delta_limit = disk.and_then(|disk| disk.max_delta_size());
     let base_shared = layers.first().is_some_and(|base| base.links > 1);
+    let limit = taken.filter(|bytes| *bytes > 0);
+    let limit = limit.map(|bytes| size.saturating_sub(bytes));
     let json = json!({
         "path": target.path().display().to_string(),
         "uuid": identity.uuid(),
@@ -52,6 +73,8 @@ pub fn run(args: &Args) -> Result<Answer> {
         "cluster": chain.cluster.bytes(),
         "allocated": exclusive + shared,
         "sizes": { "virtual": size, "used": used, "exclusive": exclusive, "shared": shared },
+        "limit": limit,
+        "delta_limit": delta_limit,
         "snapshots": snapshots,
         "shared": base_shared,
         "layers": layers.iter().map(layer_json).collect::<Vec<_>>(),
@@ -69,6 +92,9 @@ pub fn run(args: &Args) -> Result<Answer> {
 "
         .into(),
     };
+    if let Some(limit) = limit {
+        text += &format!("limit      {} (of the virtual size)\n", size::show(limit));
+    }
     text += &format!(
         "exclusive  {} (on the host, this disk's alone)\n",
         size::show(exclusive)
@@ -77,6 +103,12 @@ pub fn run(args: &Args) -> Result<Answer> {
         "shared     {} (on the host, with other disks)\n",
         size::show(shared)
     );
+    if let Some(limit) = delta_limit {
+        text += &format!(
+            "limit      {} (of each delta, on the host)\n",
+            size::show(limit)
+        );
+    }
     if let Some(snapshots) = snapshots {
         let with = if base_shared {
             " (the base is shared)"

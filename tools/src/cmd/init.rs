@@ -9,7 +9,7 @@ use crate::settings::Settings;
 use crate::{attach, size};
 use ploop::formats::ploop::header::{Header, Version};
 use ploop::formats::units::ClusterSize;
-use ploop::image::init::{self, New};
+use ploop::image::init::{self, Form, New};
 use ploop::image::target::{Format, Target};
 use ploop::{Error, Kind, Result};
 use serde_json::json;
@@ -46,7 +46,7 @@ fn cluster(text: &str) -> std::result::Result<ClusterSize, String> {
 
 /// A file system to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Fs {
+pub enum Fs {
     Ext4,
     Xfs,
     Btrfs,
@@ -69,10 +69,15 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     };
     let new = New {
         dir: &args.dir,
+        beside: None,
         size: args.size,
         cluster: args.cluster,
         version,
-        preallocate: args.preallocate,
+        form: if args.preallocate {
+            Form::Preallocated
+        } else {
+            Form::Expanded
+        },
     };
     Header::new(version, args.size, args.cluster)
         .map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
@@ -80,7 +85,10 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let mut meter = Meter::new(global.progress, &cancel);
     let draft = init::begin(&new, &mut meter)?;
     if args.fs != Fs::None {
-        make_fs(&draft.image(), args.fs, &settings, &cancel, &mut meter)?;
+        let image = Target::resolve(&draft.image(), Some(Format::Ploop))?;
+        on_device(&image, &settings, &cancel, &mut meter, |device, meter| {
+            make_fs(args.fs, device, &[], &cancel, meter)
+        })?;
     }
     cancel.check()?;
     let disk = draft.finish()?;
@@ -102,31 +110,40 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     ))
 }
 
-/// Attaches the image as a bare file (there is no descriptor yet) and makes a file system on it.
-fn make_fs(
-    image: &Path,
-    fs: Fs,
+/// Attaches the image as a bare file (there is no descriptor yet) and does something with its device.
+pub fn on_device(
+    image: &Target,
     settings: &Settings,
     cancel: &Cancel,
     meter: &mut Meter<'_>,
+    work: impl FnOnce(&Path, &mut Meter<'_>) -> Result<()>,
 ) -> Result<()> {
     meter.begin("making the file system")?;
-    let target = Target::resolve(image, Some(Format::Ploop))?;
-    let config = device_config(&target, Some(super::FormatArg::Ploop), settings);
+    let format = match image {
+        Target::Bare { format, .. } => Some((*format).into()),
+        Target::Bundle { .. } => None,
+    };
+    let config = device_config(image, format, settings);
     let state = cancel.or(attach::start(config))?;
     let device = state.device.clone().unwrap_or_default();
     let made = cancel
         .check()
-        .and_then(|()| run_mkfs(fs, Path::new(&device), cancel, meter));
-    let attached = attach::find(image)?;
+        .and_then(|()| work(Path::new(&device), meter));
+    let attached = attach::find(image.path())?;
     // Whoever looks at the device in passing must not keep a disk attached whose file goes.
     let stopped = attach::stop(&attached).or_else(|e| attach::abandon(&attached).and(Err(e)));
     made.and(stopped)
 }
 
 /// A new disk reads as zeros and has nothing to discard: what mkfs would do about that is left
-/// out.
-fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel, meter: &mut Meter<'_>) -> Result<()> {
+/// out. `more` options come behind our own.
+pub fn make_fs(
+    fs: Fs,
+    device: &Path,
+    more: &[String],
+    cancel: &Cancel,
+    meter: &mut Meter<'_>,
+) -> Result<()> {
     let (program, attempts): (&str, &[&[&str]]) = match fs {
         Fs::Ext4 => (
             "mkfs.ext4",
@@ -148,7 +165,9 @@ fn run_mkfs(fs: Fs, device: &Path, cancel: &Cancel, meter: &mut Meter<'_>) -> Re
     let mut said = String::new();
     for options in attempts {
         let mut command = Command::new(program);
-        let output = cancel.run(command.args(*options).arg(device), || meter.tick());
+        let output = cancel.run(command.args(*options).args(more).arg(device), || {
+            meter.tick()
+        });
         let output = output.map_err(|e| match e.kind() {
             Kind::Cancelled => e,
             _ => Error::new(

@@ -6,8 +6,10 @@ use crate::table::{self, Align};
 use crate::view::{self, View};
 use crate::{attach, size};
 use ploop::Result;
+use ploop::image::views;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// List the attached disks and how they are
 ///
@@ -37,6 +39,10 @@ fn object(view: &View) -> Value {
     object["health"] = view.health().into();
     object["answers"] = view.answers.into();
     view::tell(&mut object, view.figures.as_ref());
+    let seen = views::of(Path::new(&view.disk.state.path));
+    let disk = seen.as_ref().map(|(disk, _)| disk.display().to_string());
+    object["view_of"] = disk.into();
+    object["snapshot"] = seen.map(|(_, name)| name.point.bare()).into();
     object
 }
 

@@ -3,23 +3,31 @@
 mod adopt;
 mod check;
 mod clone;
+mod compact;
+pub mod convert;
 mod delete;
 mod doctor;
 mod events;
 mod generate;
+mod grow;
 mod info;
-mod init;
+pub mod init;
+mod limit;
 mod list;
 mod map;
-mod mount;
+pub mod mount;
 mod orphans;
 mod recover;
+mod replace;
+mod resize;
+mod restore;
 mod serve;
-mod snapshot;
+pub mod snapshot;
 mod stat;
 mod top;
 mod tour;
-mod umount;
+pub mod twin;
+pub mod umount;
 
 use crate::answer::Answer;
 use crate::global::Global;
@@ -61,6 +69,20 @@ pub enum Command {
     Snapshot(snapshot::Args),
     #[command(after_help = "Example: ploopctl clone /var/lib/ct/template /var/lib/ct/101")]
     Clone(clone::Args),
+    #[command(after_help = "Example: ploopctl grow /var/lib/ct/100 +10G")]
+    Grow(grow::Args),
+    #[command(after_help = compact::EXAMPLE)]
+    Compact(compact::Args),
+    #[command(after_help = "Example: ploopctl resize /var/lib/ct/100 40G")]
+    Resize(resize::Args),
+    #[command(after_help = "Example: ploopctl limit /var/lib/ct/100 --delta 20G")]
+    Limit(limit::Args),
+    #[command(after_help = convert::EXAMPLES)]
+    Convert(convert::Args),
+    #[command(after_help = replace::EXAMPLE)]
+    Replace(replace::Args),
+    #[command(name = "restore-descriptor", after_help = restore::EXAMPLE)]
+    RestoreDescriptor(restore::Args),
     #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
     Delete(delete::Args),
     #[command(after_help = "Example: ploopctl recover /mnt/100")]
@@ -91,6 +113,13 @@ pub fn run(command: Command, global: &Global) -> Result<Answer> {
         Command::Adopt(args) => adopt::run(&args, global),
         Command::Snapshot(args) => snapshot::run(&args, global),
         Command::Clone(args) => clone::run(&args, global),
+        Command::Grow(args) => grow::run(&args),
+        Command::Compact(args) => compact::run(&args, global),
+        Command::Resize(args) => resize::run(&args, global),
+        Command::Limit(args) => limit::run(&args),
+        Command::Convert(args) => convert::run(&args, global),
+        Command::Replace(args) => replace::run(&args, global),
+        Command::RestoreDescriptor(args) => restore::run(&args, global),
         Command::Delete(args) => delete::run(&args),
         Command::Recover(args) => recover::run(&args, global),
         Command::Doctor(args) => doctor::run(&args, global),
@@ -113,6 +142,15 @@ impl From<FormatArg> for Format {
         match arg {
             FormatArg::Ploop => Format::Ploop,
             FormatArg::Raw => Format::Raw,
+        }
+    }
+}
+
+impl From<Format> for FormatArg {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Ploop => FormatArg::Ploop,
+            Format::Raw => FormatArg::Raw,
         }
     }
 }

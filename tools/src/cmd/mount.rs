@@ -1,11 +1,14 @@
 //! `mount`: a disk becomes a block device, and its file system a directory.
 
+use super::snapshot::views;
+use super::twin;
 use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
 use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::settings::Settings;
+use crate::volume::Volume;
 use ploop::image::target::Target;
 use ploop::io::room::KeepFree;
 use ploop::rundir::State;
@@ -60,10 +63,19 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     config.cache = args.cache.map_or(config.cache, Into::into);
     config.keep_free = args.keep_free.unwrap_or(config.keep_free);
     config.sandbox = args.sandbox.map_or(config.sandbox, SandboxArg::is_on);
+    views::settle(&target);
     let cancel = Cancel::on_signals()?;
+    super::convert::settle(&target, &cancel)?;
     let mut state = cancel.or(attach::start(config))?;
     let mounted = cancel.check().and_then(|()| match &point {
-        Some(point) => mount(&state, point, args),
+        Some(point) => {
+            let access = if args.read_only { "ro" } else { "rw" };
+            mount(
+                &state,
+                point,
+                &options(access, args.mount_options.as_deref()),
+            )
+        }
         None => Ok(()),
     });
     if let Err(e) = cancel.or(mounted).and_then(|()| cancel.check()) {
@@ -113,7 +125,8 @@ pub fn need_privilege(verb: &str) -> Result<()> {
     ))
 }
 
-fn mount_point(path: &Path) -> Result<PathBuf> {
+/// A directory to mount on, absolute.
+pub fn mount_point(path: &Path) -> Result<PathBuf> {
     let point = path
         .canonicalize()
         .map_err(|e| Error::from(e).at(format!("mount point {}", path.display())))?;
@@ -126,16 +139,33 @@ fn mount_point(path: &Path) -> Result<PathBuf> {
     }
 }
 
-fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
-    let device = state.device.as_deref().unwrap_or_default();
-    let access = if args.read_only { "ro" } else { "rw" };
-    let options = match &args.mount_options {
+/// Options for mount(8).
+pub fn options(access: &str, more: Option<&str>) -> String {
+    match more {
         Some(more) => format!("{access},{more}"),
         None => access.to_string(),
+    }
+}
+
+/// Mounts the file system of a disk that was attached; nobody else is told of it yet.
+pub fn mount(state: &State, point: &Path, options: &str) -> Result<()> {
+    mount_as(state, point, None, options)
+}
+
+/// The same, of a type that is known.
+pub fn mount_as(state: &State, point: &Path, fs: Option<&str>, options: &str) -> Result<()> {
+    let device = state.device.as_deref().unwrap_or_default();
+    // Held until the mount holds it.
+    let volume = Volume::of(Path::new(device))?;
+    let device = volume.path();
+    let options = match twin::option(&device)? {
+        Some(more) => format!("{options},{more}"),
+        None => options.to_string(),
     };
     let output = Command::new("mount")
-        .args(["-o", &options, "--", device])
-        .arg(point)
+        .args(fs.map(|fs| ["-t", fs]).into_iter().flatten())
+        .args(["-o", &options, "--"])
+        .args([device.as_path(), point])
         .output()
         .map_err(|e| Error::from(e).at("mount(8)"))?;
     if output.status.success() {
@@ -145,8 +175,7 @@ fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
     Err(Error::new(
         Kind::Invalid,
         format!(
-            "{} is not mounted on {}: {}; nothing is left attached (a disk with a partition \
-             table is attached without MOUNTPOINT, its partitions are not looked at)",
+            "{} is not mounted on {}: {}; nothing is left attached",
             state.path,
             point.display(),
             said.trim().replace('\n', " ")
@@ -154,7 +183,8 @@ fn mount(state: &State, point: &Path, args: &Args) -> Result<()> {
     ))
 }
 
-fn undo(target: &Target) {
+/// Detaches a disk that was attached in vain.
+pub fn undo(target: &Target) {
     // Whoever looks at the device in passing must not keep attached what nobody was told of.
     let stop = |a| attach::stop(&a).or_else(|_| attach::abandon(&a));
     if let Err(e) = attach::find(target.path()).and_then(stop) {

@@ -6,6 +6,7 @@
 use super::{CacheArg, FormatArg, SandboxArg};
 use crate::answer::Answer;
 use crate::attach;
+use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::report::Output;
 use ploop::image::target::Target;
@@ -93,6 +94,7 @@ pub fn run(args: Args, global: &Global) -> Result<Answer> {
     let settings = global.settings()?;
     leftover::sweep()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
+    super::convert::settle(&target, &Cancel::on_signals()?)?;
     let listen = match (inherited()?, args.nbd) {
         (Some(count), _) => Listen::Inherited(count),
         (None, Some(listen)) => absolute(listen)?,

@@ -1,6 +1,7 @@
 //! Drives the binaries as a user does, and cleans up whatever a failed test leaves attached.
 #![allow(dead_code, reason = "each test file uses a part")]
 
+pub mod place;
 pub mod tree;
 
 use serde_json::Value;

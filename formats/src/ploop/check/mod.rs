@@ -15,7 +15,7 @@ mod scan;
 mod space;
 
 pub use repair::{Repair, repair, repair_watched};
-pub use report::{Finding, FindingKind, Report, Severity};
+pub use report::{Finding, FindingKind, Grade, Report, Severity};
 
 use super::extension::{self, Extension};
 use super::header::{CLOSED_V21, FLAG_CONVERTING, FLAG_EMPTY, Header, IN_USE};
@@ -111,8 +111,8 @@ impl Survey {
     fn look_at_header(&mut self) {
         let (header, report) = (&self.header, &mut self.report);
         if header.flags & FLAG_CONVERTING != 0 {
-            let text = "a conversion between format versions was interrupted: restore the header \
-                        and table from the .idx file beside the image";
+            let text = "a conversion between format versions was interrupted; `ploopctl convert \
+                        DISK` undoes it, by the .idx file beside the image";
             report.find(FindingKind::Converting, AT_FLAGS, text.into());
         }
         match header.in_use {

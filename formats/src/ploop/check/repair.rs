@@ -39,12 +39,16 @@ pub struct Repair {
     /// Bytes by which the file may grow for copies of shared clusters. A hostile table can share
     /// one cluster a billion times.
     pub growth_max: u64,
+    /// Whether findings of [`Grade::Loss`](super::Grade::Loss) are mended. If not, an image that has
+    /// one is not changed: what comes after step 3 wants it done.
+    pub give_up: bool,
 }
 
 impl Default for Repair {
     fn default() -> Self {
         Self {
             growth_max: 1 << 30,
+            give_up: false,
         }
     }
 }
@@ -64,6 +68,10 @@ pub async fn repair_watched<S: Store>(
 ) -> Result<Report> {
     let mut survey = Survey::take(store, watch).await?;
     if survey.is_converting() || survey.extension == Kept::Unknown {
+        return Ok(survey.report);
+    }
+    let loses = survey.cleared > 0 || survey.len < table_end(&survey.header);
+    if loses && !allowed.give_up {
         return Ok(survey.report);
     }
     refuse_growth(&survey, allowed)?;

@@ -19,6 +19,29 @@ pub enum Severity {
     Error,
 }
 
+/// What a repair can do about a finding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Grade {
+    /// Mend it, and whatever can be read reads the same afterwards.
+    Safe,
+    /// Give up what an entry names and nobody can read any more: its cluster then reads as the layers
+    /// below have it, or as zeros, and nobody is told an error.
+    Loss,
+    /// Nothing.
+    None,
+}
+
+impl Grade {
+    /// A stable name for programs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Safe => "safe",
+            Self::Loss => "loss",
+            Self::None => "none",
+        }
+    }
+}
+
 /// Which rule a finding is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FindingKind {
@@ -79,6 +102,15 @@ impl FindingKind {
             Self::StaleExtension => "stale-extension",
             Self::BadExtension => "bad-extension",
             Self::UnknownFeature => "unknown-feature",
+        }
+    }
+
+    /// What a repair can do about it.
+    pub const fn grade(self) -> Grade {
+        match self {
+            Self::PastEnd | Self::InHeader | Self::ShortFile => Grade::Loss,
+            Self::Converting | Self::UnknownFeature => Grade::None,
+            _ => Grade::Safe,
         }
     }
 

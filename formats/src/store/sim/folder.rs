@@ -6,6 +6,7 @@
 
 use super::{Fate, Sim, SimStore};
 use crate::folder::{Access, Folder};
+use crate::store::fault::{FaultStore, Faults};
 use crate::store::mutate::{MutateStore, Mutator};
 use crate::store::pages::Pages;
 use crate::store::sim::Rules;
@@ -91,6 +92,7 @@ pub struct SimFolder {
     dirs: Arc<Mutex<Vec<Dir>>>,
     own: usize,
     mutator: Mutator,
+    faults: Faults,
     rules: Rules,
 }
 
@@ -103,6 +105,7 @@ impl SimFolder {
             dirs: Arc::default(),
             own: 0,
             mutator,
+            faults: Faults::new(),
             rules,
         };
         folder.lock().push(Dir::default());
@@ -122,6 +125,33 @@ impl SimFolder {
             })
             .collect();
         folder
+    }
+
+    /// The same directory, whose barriers `mutator` breaks and whose operations fail as `faults` say.
+    #[must_use]
+    pub fn through(&self, mutator: Mutator, faults: Faults) -> Self {
+        Self {
+            mutator,
+            faults,
+            ..self.clone()
+        }
+    }
+
+    /// The same directory after the death of its process: a copy in which every name is what it
+    /// was, no more durable than before, and operations in flight are nobody's.
+    #[must_use]
+    pub fn fork(&self, seed: u64) -> Self {
+        let dirs = self.lock().clone();
+        Self {
+            sim: self.sim.fork(seed),
+            dirs: Arc::new(Mutex::new(dirs)),
+            ..self.clone()
+        }
+    }
+
+    /// Changes of names that no sync of this directory has covered yet.
+    pub fn unsynced(&self) -> usize {
+        self.lock().get(self.own).map_or(0, |dir| dir.pending.len())
     }
 
     /// Another directory of the same world, made when it is not there.
@@ -150,6 +180,15 @@ impl SimFolder {
     /// Durably puts a file there, without any other change.
     pub fn put(&self, name: &str, pages: Pages, rules: Rules) {
         let file = self.sim.file(pages, rules).file;
+        let mut dirs = self.lock();
+        let dir = &mut dirs[self.own];
+        dir.now.insert(name.into(), file);
+        dir.durable.insert(name.into(), file);
+    }
+
+    /// Durably gives a file of another folder the same name here, without any other change.
+    pub fn put_link(&self, from: &Self, name: &str) {
+        let file = from.names()[name];
         let mut dirs = self.lock();
         let dir = &mut dirs[self.own];
         dir.now.insert(name.into(), file);
@@ -191,17 +230,24 @@ impl SimFolder {
         found.ok_or_else(|| Error::new(Kind::NotFound, format!("{name}: no such file")))
     }
 
-    fn store(&self, file: usize) -> MutateStore<SimStore> {
+    fn store(&self, file: usize) -> MutateStore<FaultStore<SimStore>> {
         let store = SimStore {
             sim: self.sim.clone(),
             file,
         };
+        let store = FaultStore::new(store, self.faults.clone());
         MutateStore::new(store, self.mutator.clone(), 0)
     }
 
-    fn change(&self, change: Change) {
-        self.lock()[self.own].change(change);
-        self.sim.lock().tick();
+    /// Changes a name. Where that fails it may have happened nevertheless.
+    async fn change(&self, change: Change) -> Result<()> {
+        let failed = self.faults.name();
+        if !matches!(failed, Err((_, false))) {
+            self.lock()[self.own].change(change);
+            self.sim.lock().tick();
+        }
+        self.pause().await;
+        failed.map_err(|(e, _)| e)
     }
 
     fn refuse_taken(&self, name: &str) -> Result<()> {
@@ -236,21 +282,22 @@ impl SimFolder {
 }
 
 impl Folder for SimFolder {
-    type File = MutateStore<SimStore>;
+    type File = MutateStore<FaultStore<SimStore>>;
 
     async fn open(&self, name: &str, _: Access) -> Result<Self::File> {
+        self.faults.look()?;
         Ok(self.store(self.file(name)?))
     }
 
     async fn create(&self, name: &str) -> Result<Self::File> {
         self.refuse_taken(name)?;
         let file = self.sim.file(Pages::new(0), self.rules).file;
-        self.change(Change::Set(name.into(), file));
-        self.pause().await;
+        self.change(Change::Set(name.into(), file)).await?;
         Ok(self.store(file))
     }
 
     async fn links(&self, name: &str) -> Result<Option<u64>> {
+        self.faults.look()?;
         let Ok(file) = self.file(name) else {
             return Ok(None);
         };
@@ -265,27 +312,25 @@ impl Folder for SimFolder {
 
     async fn rename(&self, from: &str, to: &str) -> Result<()> {
         let file = self.file(from)?;
-        self.change(Change::Rename(from.into(), to.into(), file));
-        self.pause().await;
-        Ok(())
+        self.change(Change::Rename(from.into(), to.into(), file))
+            .await
     }
 
     async fn link(&self, name: &str, folder: &Self, new: &str) -> Result<()> {
         folder.refuse_taken(new)?;
-        folder.change(Change::Set(new.into(), self.file(name)?));
-        self.pause().await;
-        Ok(())
+        let file = self.file(name)?;
+        folder.change(Change::Set(new.into(), file)).await
     }
 
     async fn remove(&self, name: &str) -> Result<()> {
-        if self.file(name).is_ok() {
-            self.change(Change::Unset(name.into()));
-            self.pause().await;
+        match self.file(name) {
+            Ok(_) => self.change(Change::Unset(name.into())).await,
+            Err(_) => Ok(()),
         }
-        Ok(())
     }
 
     async fn sync(&self) -> Result<()> {
+        self.faults.sync_names()?;
         if self.mutator.barrier() {
             self.lock()[self.own].sync();
         }

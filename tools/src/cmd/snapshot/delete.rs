@@ -6,7 +6,7 @@ use crate::answer::Answer;
 use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
-use crate::rate::{self, Rate};
+use crate::rate;
 use ploop::Result;
 use ploop::formats::guid::Guid;
 use ploop::image::snapshot::remove::{self, Removed};
@@ -21,35 +21,38 @@ pub const EXAMPLE: &str = "Example: ploopctl snapshot delete /var/lib/ct/100 \
 /// Delete a snapshot; what the disk is now stays as it is
 ///
 /// A snapshot that one delta stands on is merged with that, which takes its time and can be
-/// interrupted: the same command goes on with it. One that several stand on is marked temporary, and
+/// interrupted: the same command goes on with it. A disk in use goes on meanwhile. One that several stand on is marked temporary, and
 /// goes when one is left.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, or its DiskDescriptor.xml
-    disk: PathBuf,
+    pub(super) disk: PathBuf,
     /// UUID of the snapshot, with or without braces
-    uuid: Guid,
+    pub(super) uuid: Guid,
     /// Bytes a second to copy at most
     #[arg(long, value_name = "BYTES", value_parser = rate::parse)]
     rate: Option<NonZeroU64>,
 }
 
+const DELETED: &str =
+    "it is deleted; a temporary one that could go, too, goes with the next snapshot";
+
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
-    let rate = Rate::new(args.rate, &cancel);
+    let pace = rate::limit(args.rate, &cancel);
     if let Some(running) = attached::find(&args.disk)? {
         return running_disk(args, &running, &mut Meter::new(global.progress, &cancel));
     }
     let target = resolve(&args.disk)?;
     let mut first = None;
-    let done = work(&target, global, &cancel, &rate, async |folder, work| {
+    let done = work(&target, global, &cancel, &pace, async |folder, work| {
         first = Some(remove::offline(folder, args.uuid, work).await?);
         merge_temporaries(folder, work).await
     });
     let left = match first {
         None => "the same command goes on with it, and the disk can be used meanwhile",
-        Some(_) => "it is deleted; a temporary one that could go, too, goes with the next snapshot",
+        Some(_) => DELETED,
     };
     let merged = done.map_err(|e| cancelled(e, left))?;
     let removed = first.unwrap_or(Removed::Dropped);
@@ -69,7 +72,8 @@ fn running_disk(args: &Args, running: &Running, meter: &mut Meter<'_>) -> Result
         }
         _ => Removed::Dropped,
     };
-    let merged = running.remove_temporaries(args.rate, meter)?;
+    let merged = running.remove_temporaries(args.rate, meter);
+    let merged = merged.map_err(|e| cancelled(e, DELETED))?;
     Ok(answer(&args.uuid.bare(), removed, merged, &running.target))
 }
 
@@ -80,10 +84,6 @@ fn answer(uuid: &str, removed: Removed, merged: usize, target: &Target) -> Answe
         Removed::Marked(children) => ("temporary", children),
     };
     match removed {
-        Removed::Marked(1) => tracing::warn!(
-            "the running top stands on {uuid}, so it stays, temporary, until the next snapshot or \
-             until the disk is detached; it cannot be gone back to any more"
-        ),
         Removed::Marked(children) => tracing::warn!(
             "{children} deltas stand on {uuid}, so it stays, temporary, until one is left; it \
              cannot be gone back to any more"

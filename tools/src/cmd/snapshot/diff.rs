@@ -33,7 +33,7 @@ pub const EXAMPLE: &str = "Example: ploopctl snapshot diff /var/lib/ct/100 \
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, or its DiskDescriptor.xml
-    disk: PathBuf,
+    pub(super) disk: PathBuf,
     /// UUID of the earlier point, or top: the disk as it is, unless it is attached
     a: PointArg,
     /// The later one

@@ -1,49 +1,66 @@
 //! `snapshot list`: the tree of a disk's snapshots.
 
+use super::views::{self, Shown};
 use crate::answer::Answer;
 use crate::cmd::confine;
 use crate::size;
 use crate::table::{self, Align};
-use ploop::Result;
 use ploop::image::detached;
 use ploop::image::snapshot::listing::{self, Entry};
 use ploop::io::exec::{self, Engine};
 use ploop::io::folder::DirFolder;
 use ploop::sandbox::Files;
+use ploop::{Kind, Result};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 
 /// List the snapshots of a disk, attached or not, as a tree
 ///
 /// The current one, which the disk was last at, is marked *. EXCLUSIVE is what its file takes on
-/// the host, SHARED the same of a file that other disks have, too.
+/// the host, SHARED the same of a file that other disks have, too. MOUNTED
+/// says where it is being looked at.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, or its DiskDescriptor.xml
-    disk: PathBuf,
+    pub(super) disk: PathBuf,
 }
+
+/// How often it is looked again: a point that goes at this moment may be in the descriptor, and its
+/// file not there any more.
+const AGAIN: usize = 5;
 
 /// Does it.
 pub fn run(args: &Args) -> Result<Answer> {
     let target = detached::resolve(&args.disk)?;
     let dir = target.open_dir()?;
+    // Confined, it could not see who serves them.
+    let all = ploop::image::views::all(&dir)?;
+    let views = views::shown(&target, &all)?;
     confine(&dir, Files::Read)?;
-    let all = exec::run(Engine::Poll, listing::list(&DirFolder::new(dir)))?
-        .map_err(|e| e.at(target.path().display()))?;
+    let folder = DirFolder::new(dir);
+    let list = || -> Result<Vec<Entry>> { exec::run(Engine::Poll, listing::list(&folder, &all))? };
+    let mut listed = list();
+    for _ in 0..AGAIN {
+        if !matches!(&listed, Err(e) if e.kind() == Kind::NotFound) {
+            break;
+        }
+        listed = list();
+    }
+    let all = listed.map_err(|e| e.at(target.path().display()))?;
     let current = all.iter().find(|entry| entry.current);
     let json = json!({
         "path": target.path().display().to_string(),
         "current": current.map(|entry| entry.uuid.bare()),
-        "snapshots": all.iter().map(object).collect::<Vec<_>>(),
+        "snapshots": all.iter().map(|e| object(e, &views)).collect::<Vec<_>>(),
     });
     let text = match all.as_slice() {
         [] => "no snapshots\n".into(),
-        all => text(all),
+        all => text(all, &views),
     };
     Ok(Answer::new(text, json))
 }
 
-fn text(all: &[Entry]) -> String {
+fn text(all: &[Entry], views: &[Shown]) -> String {
     let heads = [
         ("", Align::Left),
         ("UUID", Align::Left),
@@ -52,12 +69,13 @@ fn text(all: &[Entry]) -> String {
         ("EXCLUSIVE", Align::Right),
         ("SHARED", Align::Right),
         ("FILE", Align::Left),
+        ("MOUNTED", Align::Left),
     ];
-    let rows: Vec<[String; 7]> = all.iter().map(row).collect();
+    let rows: Vec<[String; 8]> = all.iter().map(|e| row(e, views)).collect();
     table::render(heads, &rows)
 }
 
-fn row(entry: &Entry) -> [String; 7] {
+fn row(entry: &Entry, views: &[Shown]) -> [String; 8] {
     let branch = match entry.depth {
         0 => String::new(),
         depth => "  ".repeat(depth - 1) + "+-",
@@ -74,7 +92,17 @@ fn row(entry: &Entry) -> [String; 7] {
         bytes(exclusive),
         bytes(shared),
         entry.file.clone(),
+        match of(entry, views).map(Shown::place).collect::<Vec<_>>() {
+            none if none.is_empty() => dash(),
+            places => places.join(", "),
+        },
     ]
+}
+
+/// The views of a snapshot.
+fn of<'v>(entry: &Entry, views: &'v [Shown]) -> impl Iterator<Item = &'v Shown> {
+    let uuid = entry.uuid;
+    views.iter().filter(move |view| view.point == uuid)
 }
 
 fn sizes(entry: &Entry) -> [(&'static str, u64); 2] {
@@ -89,7 +117,7 @@ fn date(entry: &Entry) -> Option<String> {
     Some(humantime::format_rfc3339_seconds(created).to_string())
 }
 
-fn object(entry: &Entry) -> Value {
+fn object(entry: &Entry, views: &[Shown]) -> Value {
     let mut object = json!({
         "uuid": entry.uuid.bare(),
         "parent": entry.parent.map(|parent| parent.bare()),
@@ -98,6 +126,7 @@ fn object(entry: &Entry) -> Value {
         "created": date(entry),
         "temporary": entry.temporary,
         "file": entry.file,
+        "views": of(entry, views).map(Shown::json).collect::<Vec<_>>(),
     });
     for (name, bytes) in sizes(entry) {
         object[name] = bytes.into();

@@ -6,7 +6,7 @@ use crate::answer::Answer;
 use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
-use crate::rate::{self, Rate};
+use crate::rate;
 use ploop::formats::descriptor::Descriptor;
 use ploop::formats::guid::Guid;
 use ploop::image::change;
@@ -14,23 +14,23 @@ use ploop::image::snapshot::merge::{self, only_child};
 use ploop::image::snapshot::remove;
 use ploop::image::target::Target;
 use ploop::{Error, Kind, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 
 pub const EXAMPLE: &str = "Example: ploopctl snapshot merge /var/lib/ct/100 \
     9b2c1e60-5f0e-4d1c-8a55-0d5f4e3c2b1a";
 
-/// Merge a snapshot into the one below it, which goes
+/// Merge a snapshot, or the disk as it is now, into the one below it, which goes
 ///
 /// The result keeps the UUID that is given. It takes its time and can be interrupted: the same
-/// command goes on with it.
+/// command goes on with it. What a guest writes meanwhile is merged as well, after a short wait.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, or its DiskDescriptor.xml
-    disk: PathBuf,
-    /// UUID of the snapshot, with or without braces
-    uuid: Guid,
+    pub(super) disk: PathBuf,
+    /// UUID of the snapshot, with or without braces; what the disk is now otherwise
+    pub(super) uuid: Option<Guid>,
     /// Bytes a second to copy at most
     #[arg(long, value_name = "BYTES", value_parser = rate::parse)]
     rate: Option<NonZeroU64>,
@@ -41,35 +41,38 @@ const CANCELLED: &str = "the same command goes on with it, and the disk can be u
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
-    let rate = Rate::new(args.rate, &cancel);
+    let pace = rate::limit(args.rate, &cancel);
     if let Some(running) = attached::find(&args.disk)? {
         return running_disk(args, &running, &mut Meter::new(global.progress, &cancel));
     }
     let target = resolve(&args.disk)?;
-    let done = work(&target, global, &cancel, &rate, async |folder, work| {
-        let parent = parent(&change::settle(folder).await?, args.uuid)?;
+    let done = work(&target, global, &cancel, &pace, async |folder, work| {
+        let disk = change::settle(folder).await?;
+        let uuid = args.uuid.unwrap_or(disk.top());
+        let parent = parent(&disk, uuid)?;
         merge::offline(folder, parent, work).await?;
-        Ok(parent)
+        Ok((uuid, parent))
     });
-    let parent = done.map_err(|e| cancelled(e, CANCELLED))?;
-    Ok(answer(args.uuid, parent, &target))
+    let (uuid, parent) = done.map_err(|e| cancelled(e, CANCELLED))?;
+    Ok(answer(uuid, parent, &target))
 }
 
 /// Has the keeper of an attached disk do it.
 fn running_disk(args: &Args, running: &Running, meter: &mut Meter<'_>) -> Result<Answer> {
     let disk = running.descriptor()?;
-    let parent = parent(&disk, args.uuid)?;
-    if args.uuid == disk.top() {
-        let what = "the running top; delete the snapshot below it, or detach the disk first";
-        return Err(Error::new(
-            Kind::Busy,
-            format!("{}: {what}", args.uuid.bare()),
-        ));
-    }
+    let uuid = args.uuid.unwrap_or(disk.top());
+    let parent = parent(&disk, uuid)?;
     only_child(&disk, parent)?;
     let removed = running.remove(parent, args.rate, meter);
-    removed.map_err(|e| cancelled(e, CANCELLED))?;
-    Ok(answer(args.uuid, parent, &running.target))
+    let said = removed.map_err(|e| cancelled(e, CANCELLED))?;
+    if said.get("outcome").and_then(Value::as_str) != Some("merged") {
+        let what = format!(
+            "{}: several deltas stand on it by now; it is temporary, and goes when one is left",
+            parent.bare()
+        );
+        return Err(Error::new(Kind::Busy, what));
+    }
+    Ok(answer(uuid, parent, &running.target))
 }
 
 fn answer(uuid: Guid, parent: Guid, target: &Target) -> Answer {

@@ -6,7 +6,9 @@ mod delete;
 mod diff;
 mod list;
 mod merge;
+pub mod mount;
 mod switch;
+pub mod views;
 
 use super::confine;
 use crate::answer::Answer;
@@ -14,19 +16,19 @@ use crate::attach;
 use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
-use crate::rate::Rate;
 use ploop::formats::descriptor::Descriptor;
 use ploop::formats::guid::Guid;
 use ploop::image::detached::{self, Detached};
-use ploop::image::snapshot::copy::Work;
+use ploop::image::snapshot::copy::{Pace, Work};
 use ploop::image::snapshot::{self, remove};
 use ploop::image::target::Target;
 use ploop::io::folder::DirFolder;
 use ploop::sandbox::Files;
 use ploop::{Error, Kind, Result};
 use std::path::Path;
+use views::Harm;
 
-/// Make, list, compare, merge and delete snapshots of a disk, and go back to them
+/// Make, list, mount, compare, merge and delete snapshots of a disk, and go back to them
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -50,10 +52,34 @@ enum Verb {
     Switch(switch::Args),
     #[command(after_help = diff::EXAMPLE)]
     Diff(diff::Args),
+    #[command(after_help = mount::EXAMPLE)]
+    Mount(mount::Args),
+}
+
+impl Verb {
+    fn disk(&self) -> &Path {
+        match self {
+            Self::Create(args) => &args.disk,
+            Self::List(args) => &args.disk,
+            Self::Delete(args) => &args.disk,
+            Self::Merge(args) => &args.disk,
+            Self::Switch(args) => &args.disk,
+            Self::Diff(args) => &args.disk,
+            Self::Mount(args) => &args.disk,
+        }
+    }
 }
 
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    let target = detached::resolve(args.verb.disk())?;
+    mount::refuse_view(&target)?;
+    views::settle(&target);
+    match &args.verb {
+        Verb::Delete(args) => views::refuse(&args.disk, Harm::Delete(args.uuid))?,
+        Verb::Merge(args) => views::refuse(&args.disk, Harm::Merge(args.uuid))?,
+        _ => {}
+    }
     match &args.verb {
         Verb::Create(args) => create::run(args, global),
         Verb::List(args) => list::run(args),
@@ -61,6 +87,7 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
         Verb::Merge(args) => merge::run(args, global),
         Verb::Switch(args) => switch::run(args),
         Verb::Diff(args) => diff::run(args, global.output),
+        Verb::Mount(args) => mount::run(args, global),
     }
 }
 
@@ -91,16 +118,13 @@ fn work<T>(
     target: &Target,
     global: &Global,
     cancel: &Cancel,
-    rate: &Rate<'_>,
+    pace: &dyn Pace,
     job: impl AsyncFnOnce(&DirFolder, &mut Work<'_>) -> Result<T>,
 ) -> Result<T> {
     // Before the sandbox: there a terminal could not be asked for its width.
     let mut meter = Meter::new(global.progress, cancel);
     let disk = take(target)?;
-    let mut work = Work {
-        watch: &mut meter,
-        pace: rate,
-    };
+    let mut work = Work::new(&mut meter, pace);
     let done = disk.run(job(disk.folder(), &mut work));
     done.map_err(|e| e.at(target.path().display()))
 }

@@ -1,0 +1,356 @@
+//! Content: what a chain of deltas reads as is written into one new image, of any form.
+//!
+//! In place, in order: the top is closed, the change is announced whose descriptor names the new
+//! image and nothing else, that is made and filled, durably with its name, and the change is
+//! committed. The old files go. Cut before the commit, the new file goes instead.
+//!
+//! Elsewhere it is a new disk, made as any is: its descriptor aside names what may be there, the
+//! image is filled, and the descriptor gets its name last. The source is not written.
+//!
+//! Zeros are not stored. Space is reserved for the tables of all, and for the data of preallocated
+//! ones.
+
+use crate::image::change::{self, Change};
+use crate::image::members::ASIDE;
+use crate::image::snapshot::copy::{self, Work};
+use crate::image::snapshot::layers;
+use crate::image::target::DESCRIPTOR;
+use crate::stack::{AnyLayer, Stack};
+use ploop_formats::descriptor::{Chs, Descriptor, ImageRef, ImageType, LayerFormat, NewDisk};
+use ploop_formats::folder::{self, Access, Folder};
+use ploop_formats::guid::Guid;
+use ploop_formats::layer::Layer;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::header::{FLAG_EMPTY, Header, Version, chs};
+use ploop_formats::ploop::{Ploop, create};
+use ploop_formats::progress::Progress;
+use ploop_formats::raw::Raw;
+use ploop_formats::store::{Space, Store};
+use ploop_formats::units::{ClusterSize, SECTOR};
+use ploop_formats::{Error, Kind, Result, limits};
+
+/// Space reserved in one step.
+const RESERVE_STEP: u64 = 1 << 30;
+
+/// What an image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// A ploop image that grows when it is written to.
+    Expanded,
+    /// A ploop image that has all its space.
+    Preallocated,
+    /// A flat file.
+    Raw,
+}
+
+/// What a disk is to become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wanted {
+    /// Form; that of the base when there is none.
+    pub form: Option<Form>,
+    /// Version; that of the source when there is none, else 2.
+    pub version: Option<Version>,
+}
+
+/// What was made.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// The disk's descriptor.
+    pub disk: Descriptor,
+    /// Form of its image.
+    pub form: Form,
+    /// Version of it; none of a raw one.
+    pub version: Option<Version>,
+}
+
+/// What is to be read: a chain of files, base first.
+#[derive(Debug)]
+pub struct Source<S> {
+    stack: Stack<S>,
+    form: Form,
+    version: Version,
+}
+
+/// What the new image is.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    form: Form,
+    version: Version,
+    size: u64,
+    cluster: ClusterSize,
+}
+
+impl<S: Store> Source<S> {
+    /// Opens the files of a disk. Those below the top must have been closed.
+    pub async fn disk<F: Folder<File = S>>(folder: &F, disk: &Descriptor) -> Result<Self> {
+        let chain = disk.chain(disk.top())?;
+        let mut open = Vec::new();
+        for image in &chain {
+            let layer = layers::open_read(folder, disk, image).await?;
+            if image.guid != disk.top() {
+                layers::refuse_unclosed(&layer, image)?;
+            }
+            open.push(layer);
+        }
+        let form = match chain.first().map(|base| base.format) {
+            Some(LayerFormat::Raw) => Form::Raw,
+            _ if disk.preallocated() => Form::Preallocated,
+            _ => Form::Expanded,
+        };
+        Self::of(open, form)
+    }
+
+    /// A bare image.
+    pub fn bare(layer: AnyLayer<S>) -> Result<Self> {
+        let form = match layer {
+            AnyLayer::Ploop(_) => Form::Expanded,
+            AnyLayer::Raw(_) => Form::Raw,
+        };
+        Self::of(vec![layer], form)
+    }
+
+    fn of(open: Vec<AnyLayer<S>>, form: Form) -> Result<Self> {
+        let version = match open.last() {
+            Some(AnyLayer::Ploop(top)) => top.header().version,
+            _ => Version::V2,
+        };
+        Ok(Self {
+            stack: Stack::new(open)?,
+            form,
+            version,
+        })
+    }
+
+    /// What is made of it. `Usage` for a version that a raw image cannot have.
+    fn shape(&self, wanted: Wanted) -> Result<Shape> {
+        let form = wanted.form.unwrap_or(self.form);
+        if form == Form::Raw && wanted.version.is_some() {
+            let what = "a raw image has no format version; `--to expanded` makes a ploop image";
+            return Err(Error::new(Kind::Usage, what));
+        }
+        let geometry = self.stack.top().geometry();
+        let mut shape = Shape {
+            form,
+            version: wanted.version.unwrap_or(self.version),
+            size: geometry.size,
+            cluster: geometry.cluster,
+        };
+        if form != Form::Raw {
+            // A ploop image is whole clusters.
+            shape.size = shape.header()?.geometry().size;
+        }
+        Ok(shape)
+    }
+}
+
+impl Shape {
+    fn header(&self) -> Result<Header> {
+        let header = Header::new(self.version, self.size, self.cluster);
+        let header = header.map_err(|e| Error::unsupported(e.to_string()))?;
+        if self.form == Form::Preallocated {
+            create::preallocated_len(&header).map_err(|e| Error::unsupported(e.to_string()))?;
+        }
+        Ok(Header {
+            // It says so itself when it is closed, and is.
+            flags: header.flags & !FLAG_EMPTY,
+            ..header
+        })
+    }
+
+    const fn kind(&self) -> ImageType {
+        match self.form {
+            Form::Raw => ImageType::Plain,
+            Form::Expanded | Form::Preallocated => ImageType::Compressed,
+        }
+    }
+
+    fn is_preallocated(&self) -> bool {
+        self.form == Form::Preallocated
+    }
+
+    fn sectors(&self) -> (u64, Chs) {
+        let sectors = self.size / SECTOR;
+        let (heads, track, cylinders) = chs(sectors);
+        let chs = Chs {
+            cylinders: u64::from(cylinders),
+            heads: u64::from(heads),
+            sectors: u64::from(track),
+        };
+        (sectors, chs)
+    }
+
+    fn made(&self, disk: Descriptor) -> Made {
+        Made {
+            disk,
+            form: self.form,
+            version: (self.form != Form::Raw).then_some(self.version),
+        }
+    }
+
+    /// The descriptor of `disk` when all it has is `file`.
+    fn instead_of(&self, disk: &Descriptor, file: &str) -> Result<Descriptor> {
+        let top = disk.top();
+        let others = disk.shots().iter().map(|shot| shot.guid);
+        let others: Vec<Guid> = others.filter(|guid| *guid != top).collect();
+        let (sectors, chs) = self.sectors();
+        disk.edit(|e| {
+            for guid in others {
+                e.remove(guid)?;
+            }
+            e.set_parent(top, Guid::NONE)?;
+            e.set_file(top, file)?;
+            e.set_type(top, self.kind())?;
+            e.set_preallocated(self.is_preallocated())?;
+            match sectors == disk.sectors() {
+                true => Ok(()),
+                false => e.set_size(sectors, chs),
+            }
+        })
+    }
+
+    fn new_disk(&self, file: &str) -> Result<Descriptor> {
+        let (sectors, chs) = self.sectors();
+        Descriptor::new_disk(&NewDisk {
+            sectors,
+            cluster: self.cluster,
+            kind: self.kind(),
+            file,
+            preallocated: self.is_preallocated(),
+            chs,
+        })
+    }
+}
+
+/// Writes a disk that is not attached anew, as one image: its snapshots go. `Unsupported` when it
+/// has some and `flatten` does not say so.
+pub async fn in_place<F: Folder>(
+    folder: &F,
+    wanted: Wanted,
+    flatten: bool,
+    random: Guid,
+    work: &mut Work<'_>,
+) -> Result<Made> {
+    let disk = change::settle(folder).await?;
+    refuse_snapshots(&disk, flatten)?;
+    layers::seal(folder, &disk).await?;
+    let source = Source::disk(folder, &disk).await?;
+    let shape = source.shape(wanted)?;
+    let file = disk.new_file_name(random);
+    let new = shape.instead_of(&disk, &file)?;
+    let change = Change::announce(folder, &disk, new).await?;
+    let made = async {
+        let image = folder.create(&file).await?;
+        let filled = fill(image, &source.stack, shape, work).await;
+        filled.map_err(|e| e.at(&file))?;
+        folder.sync().await
+    };
+    match made.await {
+        Ok(()) => Ok(shape.made(change.commit().await?)),
+        Err(e) => {
+            // What cannot be removed now is with the next command.
+            let _ = change.undo().await;
+            Err(e)
+        }
+    }
+}
+
+/// A disk with snapshots is made one image only when that was said.
+pub fn refuse_snapshots(disk: &Descriptor, flatten: bool) -> Result<()> {
+    match disk.shots().len() {
+        1 => Ok(()),
+        _ if flatten => Ok(()),
+        n => Err(Error::unsupported(format!(
+            "the disk is {n} deltas; --flatten makes one image of what it is now, and its \
+             snapshots go (with --out they stay where they are)"
+        ))),
+    }
+}
+
+/// Makes a disk of `file` in an empty folder. After an error that is no disk, and to be removed with
+/// what is in it.
+pub async fn elsewhere<F: Folder>(
+    source: &Source<F::File>,
+    wanted: Wanted,
+    to: &F,
+    file: &str,
+    work: &mut Work<'_>,
+) -> Result<Made> {
+    let shape = source.shape(wanted)?;
+    let disk = shape.new_disk(file)?;
+    folder::save(to, ASIDE, &disk.encode()).await?;
+    to.sync().await?;
+    let image = to.create(file).await?;
+    let filled = fill(image, &source.stack, shape, work).await;
+    filled.map_err(|e| e.at(file))?;
+    to.sync().await?;
+    to.rename(ASIDE, DESCRIPTOR).await?;
+    to.sync().await?;
+    Ok(shape.made(disk))
+}
+
+/// Makes an image in an empty file, durably.
+async fn fill<S: Store>(
+    image: S,
+    source: &Stack<S>,
+    shape: Shape,
+    work: &mut Work<'_>,
+) -> Result<()> {
+    let target = blank(image, shape, work).await?;
+    copy::flatten(source, &target, work).await?;
+    target.close().await
+}
+
+/// An image that reads as zeros. Not durable: a file that is cut short of its end is never looked at.
+async fn blank<S: Store>(image: S, shape: Shape, work: &mut Work<'_>) -> Result<AnyLayer<S>> {
+    if shape.form == Form::Raw {
+        image.set_len(shape.size).await?;
+        let raw = Raw::open_write(image, shape.cluster, Ledger::local())?;
+        return Ok(AnyLayer::Raw(raw));
+    }
+    let header = shape.header()?;
+    if shape.is_preallocated() {
+        create::create_preallocated_watched(&image, &header, work.watch()).await?;
+    } else {
+        let len = create::blank_len(&header);
+        image.set_len(len).await?;
+        let table = len.saturating_sub(limits::PAGE);
+        image.punch(limits::PAGE, table, Space::Keep).await?;
+        create::blank(&header).apply(&image).await?;
+    }
+    if shape.is_preallocated() {
+        reserve(&image, create::blank_len(&header), work).await?;
+    }
+    let target = Ploop::open_target(image, Ledger::local()).await?;
+    Ok(AnyLayer::Ploop(target))
+}
+
+/// Takes the space of a file from `at` on, in steps.
+async fn reserve<S: Store>(image: &S, mut at: u64, work: &mut Work<'_>) -> Result<()> {
+    let total = image.info().len;
+    while at < total {
+        let len = RESERVE_STEP.min(total - at);
+        image.punch(at, len, Space::Keep).await?;
+        at += len;
+        work.watch().tell(Progress {
+            phase: "reserving space",
+            done: at,
+            total,
+        })?;
+    }
+    Ok(())
+}
+
+/// Opens a source that is only read, once what a dead process wrote to its top has landed.
+pub async fn open_source<F: Folder>(folder: &F, disk: &Descriptor) -> Result<Source<F::File>> {
+    let top = layers::image(disk, disk.top())?;
+    settle_writes(folder, &top).await?;
+    Source::disk(folder, disk).await
+}
+
+/// The page cache may believe in what never reached the disk; who opens a file for writing does not.
+async fn settle_writes<F: Folder>(folder: &F, top: &ImageRef) -> Result<()> {
+    match folder.open(&top.file, Access::Write).await {
+        Err(e) if !matches!(e.kind(), Kind::Privilege | Kind::ReadOnly) => Err(e),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,174 @@
+//! Grow: a disk gets another size.
+//!
+//! In order: the top's file gets it, then the descriptor says so ([`describe`]). Lower deltas stay as
+//! they are; what is read beyond their ends is zeros, and a disk does not get smaller than they are.
+//! Cut between the two, the descriptor says less than the top has, or more. Everybody goes by the
+//! top, and the same size once more mends it.
+//!
+//! A base that was made with all its space has it no more: the new part takes its space as it is
+//! written to.
+
+use super::chain::Chain;
+use super::change::{self, Change, Uncommitted};
+use super::open::Top;
+use super::snapshot::layers;
+use super::target::Format;
+use crate::io::file::Cache;
+use crate::stack::{AnyLayer, NewSize, Stack};
+use ploop_formats::descriptor::{Chs, Descriptor};
+use ploop_formats::folder::Folder;
+use ploop_formats::layer::Layer;
+use ploop_formats::ledger::Ledger;
+use ploop_formats::ploop::Ploop;
+use ploop_formats::ploop::header::chs;
+use ploop_formats::raw::Raw;
+use ploop_formats::store::Store;
+use ploop_formats::units::SECTOR;
+use ploop_formats::{Error, Result};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+/// How long a dead process's last writes are waited for.
+const FENCE: Duration = Duration::from_secs(30);
+
+/// Bytes of a disk before and after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// Before.
+    pub old: u64,
+    /// After: what was asked for, rounded up to a cluster.
+    pub new: u64,
+}
+
+/// What is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// So many bytes.
+    To(u64),
+    /// So many bytes more than there are.
+    By(u64),
+    /// So many bytes, which are fewer than there are: who asks vouches that nobody wants what is
+    /// behind them.
+    Down(u64),
+}
+
+impl Wanted {
+    /// What that is for a disk that has so many bytes now.
+    pub fn of(self, now: u64) -> Result<NewSize> {
+        match self {
+            Self::To(size) => Ok(NewSize::Larger(size)),
+            Self::Down(size) => Ok(NewSize::Smaller(size)),
+            Self::By(more) => now
+                .checked_add(more)
+                .map(NewSize::Larger)
+                .ok_or_else(|| Error::invalid(format!("{more} bytes more are too many"))),
+        }
+    }
+}
+
+/// Gives a disk another size that is not attached.
+pub async fn offline<F: Folder>(folder: &F, wanted: Wanted) -> Result<Sizes> {
+    let old = change::settle(folder).await?;
+    let image = layers::image(&old, old.top())?;
+    if let Wanted::Down(size) = wanted {
+        refuse_lower(folder, &old, size).await?;
+    }
+    let open = async || layers::open_write(folder, &old, &image).await;
+    let sizes = grow_file(open, wanted)
+        .await
+        .map_err(|e| e.at(&image.file))?;
+    describe(folder, &old, sizes.new).await?;
+    Ok(sizes)
+}
+
+/// The same of a disk that is one file. The caller holds its locks.
+pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes> {
+    let top = chain.top();
+    let store = Top::fenced(dir, top, FENCE)?.store(top, Cache::Writeback)?;
+    // After a failed write-back it believes in what the disk never got.
+    store.forget_cache()?;
+    let open = async || {
+        let (store, ledger) = (store.clone(), Ledger::local());
+        Ok(match top.format {
+            Format::Ploop => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
+            Format::Raw => AnyLayer::Raw(Raw::open_write(store, chain.cluster, ledger)?),
+        })
+    };
+    let grown = grow_file(open, wanted).await;
+    // What was asked of the file lands before its lock goes.
+    store.settle().await;
+    grown.map_err(|e| e.at(top.display()))
+}
+
+/// Refuses a size that a delta below the top exceeds.
+async fn refuse_lower<F: Folder>(folder: &F, disk: &Descriptor, size: u64) -> Result<()> {
+    let mut layers = Vec::new();
+    for image in disk.chain(disk.top())? {
+        layers.push(layers::open_read(folder, disk, &image).await?);
+    }
+    Stack::new(layers)?
+        .resized(NewSize::Smaller(size))
+        .map(drop)
+}
+
+/// Opens a file for writing, gives it another size and closes it.
+async fn grow_file<S: Store>(
+    open: impl AsyncFn() -> Result<AnyLayer<S>>,
+    wanted: Wanted,
+) -> Result<Sizes> {
+    let mut top = open().await?;
+    let old = top.geometry().size;
+    let grown = match wanted.of(old) {
+        Ok(to) => top.resize(to).await,
+        Err(e) => Err(e),
+    };
+    if let Err(e) = grown {
+        drop(top);
+        // As it was, but in use: what cannot be closed is with the next command.
+        if let Ok(top) = open().await {
+            let _ = top.close().await;
+        }
+        return Err(e);
+    }
+    let new = top.geometry().size;
+    top.close().await?;
+    Ok(Sizes { old, new })
+}
+
+/// Has the descriptor say how large the disk is, if it does not yet. `old` is what
+/// [`change::settle`] gave.
+pub async fn describe<F: Folder>(
+    folder: &F,
+    old: &Descriptor,
+    size: u64,
+) -> std::result::Result<(), Uncommitted> {
+    if change::size(old) == size {
+        return Ok(());
+    }
+    let announced = match described(old, size) {
+        Ok(new) => Change::announce(folder, old, new).await,
+        Err(e) => Err(e),
+    };
+    let committed = announced.map_err(Uncommitted::Old)?.commit().await;
+    committed.map(|_| ())
+}
+
+/// The descriptor of the same disk with another size.
+fn described(old: &Descriptor, size: u64) -> Result<Descriptor> {
+    let sectors = size / SECTOR;
+    let (heads, track, cylinders) = chs(sectors);
+    // What it loses takes no space of what is left.
+    let alone = old.base().guid == old.top() && sectors > old.sectors();
+    old.edit(|edit| {
+        let chs = Chs {
+            cylinders: u64::from(cylinders),
+            heads: u64::from(heads),
+            sectors: u64::from(track),
+        };
+        edit.set_size(sectors, chs)?;
+        match alone {
+            true => edit.set_preallocated(false),
+            false => Ok(()),
+        }
+    })
+}
