@@ -5,7 +5,7 @@
 //! (more than one link) is never written, whatever is wrong with it.
 
 use super::chain::{Chain, LayerFile};
-use super::open::Top;
+use super::open::{PATIENCE, Top};
 use super::target::Format;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
@@ -15,10 +15,6 @@ use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Duration;
-
-/// How long a repair waits for a dead process's last writes.
-const FENCE: Duration = Duration::from_secs(30);
 
 /// Checks each layer, in the order of [`Chain::tree`]; a raw one has nothing that could be wrong.
 pub async fn layers(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Result<Vec<Report>> {
@@ -85,7 +81,7 @@ async fn mend_one(
     allowed: &Repair,
     watch: &mut dyn Watch,
 ) -> Result<Report> {
-    let file = Top::fenced(dir, layer, FENCE)?;
+    let file = Top::fenced(dir, layer, PATIENCE)?;
     let links = file.links()?;
     if links > 1 {
         return Err(Error::new(

@@ -6,13 +6,12 @@
 
 use super::chain::Chain;
 use super::change;
-use super::open::Top;
+use super::open;
 use super::snapshot::copy::Work;
 use super::snapshot::layers;
 use super::target::Format;
 use crate::compact::raw;
 use crate::disk::Disk;
-use crate::io::file::Cache;
 use crate::stack::AnyLayer;
 use ploop_formats::Result;
 use ploop_formats::folder::Folder;
@@ -21,10 +20,6 @@ use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
 use ploop_formats::store::Store;
 use std::os::fd::AsFd;
-use std::time::Duration;
-
-/// How long a dead process's last writes are waited for.
-const FENCE: Duration = Duration::from_secs(30);
 
 /// What came of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,9 +47,7 @@ pub async fn bare(dir: impl AsFd, chain: &Chain, work: &mut Work<'_>) -> Result<
     if top.format == Format::Raw {
         return Err(raw().at(top.display()));
     }
-    let store = Top::fenced(dir, top, FENCE)?.store(top, Cache::Writeback)?;
-    // After a failed write-back it believes in what the disk never got.
-    store.forget_cache()?;
+    let store = open::alone(dir, top)?;
     let compacted = match Ploop::open_write(store.clone(), Ledger::local()).await {
         Ok(ploop) => compact(AnyLayer::Ploop(ploop), work).await,
         Err(e) => Err(e),

@@ -10,10 +10,9 @@
 
 use super::chain::Chain;
 use super::change::{self, Change, Uncommitted};
-use super::open::Top;
+use super::open;
 use super::snapshot::layers;
 use super::target::Format;
-use crate::io::file::Cache;
 use crate::stack::{AnyLayer, NewSize, Stack};
 use ploop_formats::descriptor::{Chs, Descriptor};
 use ploop_formats::folder::Folder;
@@ -26,10 +25,6 @@ use ploop_formats::store::Store;
 use ploop_formats::units::SECTOR;
 use ploop_formats::{Error, Result};
 use std::os::fd::AsFd;
-use std::time::Duration;
-
-/// How long a dead process's last writes are waited for.
-const FENCE: Duration = Duration::from_secs(30);
 
 /// Bytes of a disk before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,9 +79,7 @@ pub async fn offline<F: Folder>(folder: &F, wanted: Wanted) -> Result<Sizes> {
 /// The same of a disk that is one file. The caller holds its locks.
 pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes> {
     let top = chain.top();
-    let store = Top::fenced(dir, top, FENCE)?.store(top, Cache::Writeback)?;
-    // After a failed write-back it believes in what the disk never got.
-    store.forget_cache()?;
+    let store = open::alone(dir, top)?;
     let open = async || {
         let (store, ledger) = (store.clone(), Ledger::local());
         Ok(match top.format {

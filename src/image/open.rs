@@ -23,6 +23,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+/// How long a command waits for the last writes of a process that died.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
 /// A top layer's file that nobody else writes any more.
 #[derive(Debug)]
 pub struct Top {
@@ -58,6 +61,15 @@ impl Top {
         let stat = rustix::fs::fstat(&self.fd).map_err(io::Error::from)?;
         Ok(stat.st_nlink)
     }
+}
+
+/// The store of a top that nobody serves, for one command; it is to be settled before the locks of its
+/// disk go. Blocks.
+pub fn alone(dir: impl AsFd, top: &LayerFile) -> Result<FileStore> {
+    let store = Top::fenced(dir, top, PATIENCE)?.store(top, Cache::Writeback)?;
+    // After a failed write-back it believes in what the disk never got.
+    store.forget_cache()?;
+    Ok(store)
 }
 
 /// Whether the kernel has lost data of the top since `witness`, a description of its own, was

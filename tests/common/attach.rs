@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
 
 /// Whether this machine lets a test mount through FUSE and loop; otherwise it is skipped, visibly.
@@ -82,14 +83,18 @@ impl Attached {
         pid(&listed(&self.disk)?, "worker_pid")
     }
 
-    /// Kills the worker with SIGKILL and returns once another one serves the disk.
+    /// Kills the worker with SIGKILL and returns once another one has served the disk for long enough
+    /// that the next kill is none of a series: a keeper gives a disk up whose workers die in a row.
     pub fn kill_worker(&self) {
         let wait = Duration::from_secs(60);
         let old = eventually("a worker", wait, || self.worker());
         kill(old);
         eventually("another worker", wait, || {
-            self.worker().filter(|new| *new != old)
+            let disk = listed(&self.disk)?;
+            let new = pid(&disk, "worker_pid").filter(|new| *new != old)?;
+            (disk["state"] == "serving").then_some(new)
         });
+        thread::sleep(Duration::from_millis(150));
     }
 
     /// `ploopctl umount DISK`, which must leave nothing.

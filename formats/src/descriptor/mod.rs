@@ -258,9 +258,10 @@ impl Descriptor {
         self.view.preallocated
     }
 
-    /// `Max_delta_size`, believed to be bytes: ploop hands it to its kernel unchanged.
+    /// `Max_delta_size`, believed to be bytes: ploop hands it to its kernel unchanged. Others may have
+    /// written 0, and meant none.
     pub fn max_delta_size(&self) -> Option<u64> {
-        self.view.max_delta_size
+        self.view.max_delta_size.filter(|bytes| *bytes > 0)
     }
 
     /// Stated geometry, when all of it is there.

@@ -243,25 +243,9 @@ impl<S: Store> Ploop<S> {
         Ok(())
     }
 
-    /// The same of an image as it was found: nothing is taken from the host for what has no space yet.
-    pub(super) async fn clear_found_entries(&self, first: u32, end: u32) -> Result<()> {
-        let end = self.header.cluster.start(end);
-        let mut at = self.clear_page_of(first, end).await?;
-        while at < end {
-            let (data, until) = self.store.extent(at).await?;
-            let until = until.clamp(at.saturating_add(1), end);
-            if data {
-                let len = until.saturating_sub(at);
-                self.store.punch(at, len, Space::Keep).await?;
-            }
-            at = until;
-        }
-        Ok(())
-    }
-
     /// Zeroes entries from `first` on in the page that it is in; where the next page begins. A table that
     /// is full is followed by data, at `end`.
-    async fn clear_page_of(&self, first: u32, end: u64) -> Result<u64> {
+    pub(super) async fn clear_page_of(&self, first: u32, end: u64) -> Result<u64> {
         let seen = self.header.entry_at(first);
         let page = floor_to(seen, limits::PAGE);
         if page < end {

@@ -183,13 +183,8 @@ impl<S: Store> Ploop<S> {
                 .map_err(|e| e.at("cutting an unclean end"))?;
         }
         if self.header.in_use == IN_USE {
-            // It may have been cut while it got smaller. Nobody but other tools looks there before it
-            // grows, which clears it, too: a full host is no reason not to open.
-            let (first, end) = (self.header.entries, self.header.data_start);
-            match self.clear_found_entries(first, end).await {
-                Err(e) if e.kind() == Kind::NoSpace => {}
-                cleared => cleared?,
-            }
+            // It may have been cut while it got smaller.
+            self.clear_behind_end().await?;
         }
         lock(&self.index).alloc = Alloc::new(self.header.data_start, end, &used);
         Ok(())

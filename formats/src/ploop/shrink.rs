@@ -22,7 +22,7 @@ use super::alloc::Alloc;
 use super::header::Header;
 use super::image::{Ploop, lock};
 use super::index::Index;
-use crate::store::Store;
+use crate::store::{Space, Store};
 use crate::update::Update;
 use crate::{Kind, Result};
 use roaring::RoaringBitmap;
@@ -59,13 +59,34 @@ impl<S: Store> Ploop<S> {
         let header = Update::new().write(0, page).barrier();
         header.apply(&self.store).await?;
         self.become_smaller(new, &used);
-        match self.clear_entries(new.entries, new.data_start).await {
-            // It is the smaller one, and whoever opens it next tries again.
-            Err(e) if e.kind() == Kind::NoSpace => {}
-            cleared => cleared?,
-        }
+        self.clear_behind_end().await?;
         // What keeps its space is free all the same.
         self.return_space().await;
+        Ok(())
+    }
+
+    /// Zeroes what the table holds behind its last entry; nothing is taken from the host for what has no
+    /// space yet. Nobody but other tools looks there before the image grows, which clears it, too: a
+    /// full host is no reason to fail.
+    pub(super) async fn clear_behind_end(&self) -> Result<()> {
+        match self.clear_found_entries().await {
+            Err(e) if e.kind() == Kind::NoSpace => Ok(()),
+            cleared => cleared,
+        }
+    }
+
+    async fn clear_found_entries(&self) -> Result<()> {
+        let end = self.header.cluster.start(self.header.data_start);
+        let mut at = self.clear_page_of(self.header.entries, end).await?;
+        while at < end {
+            let (data, until) = self.store.extent(at).await?;
+            let until = until.clamp(at.saturating_add(1), end);
+            if data {
+                let len = until.saturating_sub(at);
+                self.store.punch(at, len, Space::Keep).await?;
+            }
+            at = until;
+        }
         Ok(())
     }
 

@@ -128,9 +128,7 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let witness = config.witness_fd.map(inherit::take).transpose()?;
     let chain = Chain::read(&dir, &config.source)?;
     let disk_now = chain.descriptor.as_ref();
-    let limit = disk_now.and_then(Descriptor::max_delta_size);
-    // Others may have written 0, and meant none.
-    let limit = limit.filter(|bytes| *bytes > 0).map(Limit);
+    let limit = disk_now.and_then(Descriptor::max_delta_size).map(Limit);
     let disk = match &ledger {
         Some(ledger) => open_write(&config, &dir, &chain, witness, ledger.clone()).await?,
         None => open::open_read(&dir, &chain, config.cache.into()).await?,
