@@ -4,14 +4,14 @@
 
 mod common;
 
-use common::attach::{Attached, assert_fsck_clean, can_mount, changer_of, kill};
+use common::attach::{Attached, can_mount, changer_of, kill};
 use common::files::Random;
 use common::load::beside_load;
 use common::nbd::Client;
 use common::process::{eventually, ok_within};
 use common::programs::ploopctl;
 use common::serve::Disk;
-use common::tree::{Point, amid, descriptor, freeze, mark, remove};
+use common::tree::{Point, amid, assert_holds, descriptor, freeze, mark, remove};
 use common::{count, have};
 use std::fs::{self, File};
 use std::io::Write;
@@ -19,16 +19,6 @@ use std::thread;
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(300);
-
-/// Every point is gone, the disk is clean, and holds what was synced last.
-fn assert_one_delta(disk: &Disk, last: u64) {
-    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
-    assert_fsck_clean("xfs", disk);
-    let attached = Attached::mounted(disk, &["--read-only"]);
-    let found = fs::read_to_string(attached.folder().join("mark"));
-    attached.detach();
-    assert_eq!(found.unwrap(), last.to_string());
-}
 
 /// Takes away what is left, and ends with one delta.
 fn merge_all(disk: &Disk) {
@@ -82,7 +72,7 @@ fn the_running_top_is_merged_into_its_point_under_verified_load() {
         stalls[stalls.len() / 2],
         stalls.last().unwrap(),
     );
-    assert_one_delta(&disk, rounds - 1);
+    assert_holds(&disk, "xfs", rounds - 1);
 }
 
 #[test]
@@ -127,7 +117,7 @@ fn workers_and_changers_killed_while_the_running_top_is_merged_cost_a_pause_and_
     });
     attached.detach();
     println!("COUNT: {test}: {rounds} folds, {refused} interrupted, {loads} verified rounds");
-    assert_one_delta(&disk, rounds - 1);
+    assert_holds(&disk, "xfs", rounds - 1);
 }
 
 #[test]

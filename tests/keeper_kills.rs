@@ -12,7 +12,7 @@ use common::files::Random;
 use common::process::{eventually, ok, ok_within};
 use common::programs::ploopctl;
 use common::serve::Disk;
-use common::tree::{amid, delete, descriptor, freeze, mark, remove};
+use common::tree::{amid, delete, descriptor, freeze, mark, mark_of, remove};
 use common::{count, have};
 use std::fs::{self, File};
 use std::io::Write;
@@ -64,7 +64,7 @@ fn what_was_synced_outlives_keeper_and_worker_killed_together() {
             writer.join().unwrap()
         });
         drop(attached);
-        assert_nothing_left(&disk.path(), &[worker]);
+        assert_cleaned_up(&disk, worker);
         let attached = Attached::mounted(&disk, &[]);
         for n in &synced {
             let path = attached.folder().join(format!("{round}-{n}"));
@@ -101,20 +101,18 @@ fn killed_amid<T: Send>(
     };
     let came = amid(wait, both, work);
     drop(attached);
-    // Killed is not dead yet: the next command cleans up, or the one after it.
+    assert_cleaned_up(disk, worker);
+    came
+}
+
+/// Killed is not dead yet: the next command cleans up, or the one after it.
+fn assert_cleaned_up(disk: &Disk, worker: u32) {
     let run = run_directory(&disk.path());
     eventually("the next command cleans up", CLEANING, || {
         ok(ploopctl().arg("list"));
         (!run.exists()).then_some(())
     });
     assert_nothing_left(&disk.path(), &[worker]);
-    came
-}
-
-/// What was synced last is there.
-fn assert_marked(attached: &Attached, number: u64) {
-    let found = fs::read_to_string(attached.folder().join("mark")).unwrap();
-    assert_eq!(found, number.to_string());
 }
 
 #[test]
@@ -132,7 +130,7 @@ fn a_keeper_killed_while_a_top_is_frozen_leaves_the_old_disk_or_the_new_one() {
         let wait = Duration::from_micros(random.below(30_000));
         let frozen = killed_amid(&disk, attached, wait, || freeze(&disk, number));
         let attached = Attached::mounted(&disk, &[]);
-        assert_marked(&attached, number);
+        assert_eq!(mark_of(attached.folder()), number);
         attached.detach();
         let shots = descriptor(&disk).shots().len();
         assert!(
@@ -176,7 +174,7 @@ fn a_keeper_killed_while_a_point_is_merged_away_leaves_what_the_same_command_fin
         let wait = Duration::from_micros(random.below(60_000));
         let removed = killed_amid(&disk, attached, wait, || remove(&disk, gone.uuid));
         let attached = Attached::mounted(&disk, &[]);
-        assert_marked(&attached, number + 1);
+        assert_eq!(mark_of(attached.folder()), number + 1);
         attached.detach();
         if descriptor(&disk).shot(gone.uuid).is_some() {
             assert!(removed.is_err(), "it was answered");

@@ -9,7 +9,7 @@ use common::load::beside_load;
 use common::process::{Said, eventually, ok_within, run_within};
 use common::programs::{ploopctl, tool};
 use common::serve::Disk;
-use common::tree::{amid, descriptor, freeze, mark, remove};
+use common::tree::{amid, assert_holds, descriptor, freeze, mark, remove};
 use common::{count, have};
 use ploop_formats::guid::Guid;
 use serde_json::Value;
@@ -60,15 +60,6 @@ fn can_run(test: &str) -> bool {
     can_mount(test) && have(test, &["fio", "mkfs.xfs"])
 }
 
-fn assert_holds(disk: &Disk, last: u64) {
-    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
-    assert_fsck_clean("xfs", disk);
-    let attached = Attached::mounted(disk, &["--read-only"]);
-    let found = fs::read_to_string(attached.folder().join("mark"));
-    attached.detach();
-    assert_eq!(found.unwrap(), last.to_string());
-}
-
 #[test]
 fn frozen_files_are_replaced_under_verified_load_from_here_and_from_elsewhere() {
     let test = "frozen_files_are_replaced_under_verified_load_from_here_and_from_elsewhere";
@@ -108,7 +99,7 @@ fn frozen_files_are_replaced_under_verified_load_from_here_and_from_elsewhere() 
     assert_eq!(images(&disk), descriptor(&disk).images().len());
     attached.detach();
     println!("COUNT: {test}: {rounds} files replaced, {loads} verified rounds");
-    assert_holds(&disk, rounds - 1);
+    assert_holds(&disk, "xfs", rounds - 1);
 }
 
 #[test]
@@ -153,7 +144,7 @@ fn workers_and_changers_killed_while_a_file_is_replaced_cost_a_pause_and_nothing
     attached.detach();
     println!("COUNT: {test}: {rounds} files replaced, {cut} times cut, {loads} verified rounds");
     assert!(rounds < 30 || cut > 0, "nothing was hit");
-    assert_holds(&disk, 0);
+    assert_holds(&disk, "xfs", 0);
 }
 
 #[test]

@@ -10,8 +10,8 @@ use common::load::beside_load;
 use common::process::{Guard, eventually, fails, ok, ok_within, run_within};
 use common::programs::{ploopctl, tool};
 use common::serve::Disk;
-use common::sizes::{assert_sound, bytes_of, info, room_of, sized};
-use common::tree::{amid, descriptor, mark};
+use common::sizes::{assert_sound, bytes_of, info, resized_under_load, room_of, sized};
+use common::tree::{amid, descriptor, mark, mark_of};
 use common::{count, have};
 use std::fs;
 use std::path::Path;
@@ -105,29 +105,12 @@ fn btrfs_gets_smaller_and_larger_under_verified_load() {
         return;
     }
     let disk = Disk::with_fs("1500M", "btrfs", &["--cluster", "32K"]);
-    let attached = Attached::mounted(&disk, &[]);
-    let rounds = count("PLOOP_SHRINKS", 6);
-    let (mut size, mut stalls) = (1500 * MIB, Vec::new());
-    let ((), loads) = beside_load(attached.folder(), || {
-        for number in 0..rounds {
-            mark(attached.folder(), number);
-            let to = [900, 1700, 1000, 800][number as usize % 4] * MIB;
-            let said = sized("resize", &disk.path(), &to.to_string());
-            assert_eq!(said["old_size"].as_u64(), Some(size), "{said}");
-            assert_eq!(said["size"].as_u64(), Some(to), "{said}");
-            size = to;
-            assert_eq!(bytes_of(&attached.device), size);
-            assert_eq!(room_of(attached.folder()), size);
-            stalls.push(said["stall_us"].as_u64().unwrap());
-            thread::sleep(Duration::from_millis(300));
-        }
+    let sizes =
+        (0..count("PLOOP_SHRINKS", 6)).map(|n| [900, 1700, 1000, 800][n as usize % 4] * MIB);
+    let sizes: Vec<u64> = sizes.collect();
+    resized_under_load(test, &disk, "btrfs", &sizes, |size, folder| {
+        assert_eq!(room_of(folder), size);
     });
-    let found = fs::read_to_string(attached.folder().join("mark")).unwrap();
-    assert_eq!(found, (rounds - 1).to_string());
-    attached.detach();
-    println!("COUNT: {test}: {rounds} times, {loads} verified rounds, waits {stalls:?} us");
-    assert_sound(&disk, size);
-    assert_fsck_clean("btrfs", &disk);
 }
 
 #[test]
@@ -218,8 +201,7 @@ fn limited_under_load(test: &str, fs: &str, tools: &[&str]) {
     assert!(said["limit"].is_null(), "{said}");
     assert!(limit(&disk).is_none() && !folder.join(BALLOON).exists());
     assert!(available(folder) + 150 * MIB > free);
-    let found = fs::read_to_string(folder.join("mark")).unwrap();
-    assert_eq!(found, (rounds - 1).to_string());
+    assert_eq!(mark_of(folder), rounds - 1);
     attached.detach();
     println!("COUNT: {test}: {rounds} limits, {loads} verified rounds");
     assert_sound(&disk, 900 * MIB);

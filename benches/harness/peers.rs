@@ -159,19 +159,11 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Attaches a file.
+    /// Attaches a file, past the page cache.
     pub fn attach(file: &Path) -> Self {
-        Self::with(file, "--direct-io=on")
-    }
-
-    /// The same through the page cache: on QEMU 10's FUSE export, written to directly, a file system that
-    /// was made with discards does not mount.
-    pub fn cached(file: &Path) -> Self {
-        Self::with(file, "--direct-io=off")
-    }
-
-    fn with(file: &Path, access: &str) -> Self {
-        let said = ok(tool("losetup").args(["--find", "--show", access]).arg(file));
+        let mut command = tool("losetup");
+        command.args(["--find", "--show", "--direct-io=on"]);
+        let said = ok(command.arg(file));
         Self {
             path: said.trim().into(),
         }
@@ -228,6 +220,42 @@ impl Drop for FuseExport {
         self.guard.signal(rustix::process::Signal::TERM);
         let _ = self.guard.wait_within(Duration::from_secs(10));
         let _ = run(tool("umount").arg("--lazy").arg(&self.file));
+    }
+}
+
+/// What a server serves as a file in a folder, ended and unmounted when dropped.
+pub struct NbdFile {
+    guard: Guard,
+    folder: PathBuf,
+}
+
+impl NbdFile {
+    /// The only export of a server.
+    pub fn of(target: &Target, folder: &Path) -> Self {
+        let Place::Uri(uri) = &target.place else {
+            panic!("it is a device already");
+        };
+        let guard = Guard::spawn(tool("nbdfuse").arg(folder).arg(uri));
+        let made = Self {
+            guard,
+            folder: folder.into(),
+        };
+        let there = || made.file().exists().then_some(());
+        eventually("a file", Duration::from_secs(20), there);
+        made
+    }
+
+    /// The file.
+    pub fn file(&self) -> PathBuf {
+        self.folder.join("nbd")
+    }
+}
+
+impl Drop for NbdFile {
+    fn drop(&mut self) {
+        self.guard.signal(rustix::process::Signal::TERM);
+        let _ = self.guard.wait_within(Duration::from_secs(10));
+        let _ = run(tool("umount").args(["--lazy", "--quiet"]).arg(&self.folder));
     }
 }
 

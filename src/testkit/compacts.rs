@@ -6,9 +6,9 @@
 //! compacted again by who comes next, before anybody reads. When a guest has had its say, nothing may
 //! be left to move, and the file has no holes.
 
-use super::crash::{Cuts, Effort};
-use super::death::Deaths;
+use super::crash::Effort;
 use super::engine::{Engine, Top};
+use super::judge::{Judge, Verdict};
 use super::report::{Report, Tally};
 use super::session::{Ground, Session};
 use super::subject::{Bench, BenchStore, Chain, Setup, Subject, Wish};
@@ -48,8 +48,6 @@ const PATIENCE: u64 = 60;
 #[derive(Debug)]
 pub struct Compacter<const LIVE: bool>;
 
-type Verdict = std::result::Result<(), String>;
-
 /// Tries `states` power cuts and deaths or more.
 pub fn campaign(seed: u64, states: u64) -> Report {
     Report::campaign("compact", seed, states, |seed, tally| {
@@ -69,13 +67,8 @@ fn live<const LIVE: bool>(seed: u64, tally: &mut Tally, bench: &Bench) -> Verdic
     let mut rng = Rng::new(seed);
     let setup = Compacter::<LIVE>::setup(&mut rng, &WISH);
     let mut session = Session::<Compacter<LIVE>>::with_bench(&setup, bench, rng.next());
-    let kills = rng.one_in(3);
-    let mut cuts = Cuts::new(&setup, rng.next(), EFFORT);
-    let mut deaths = Deaths::new(&setup, rng.next());
-    let mut look = |session: &Session<Compacter<LIVE>>| match kills {
-        true => deaths.maybe(session, 0),
-        false => cuts.cut(session, 0),
-    };
+    let mut judge = Judge::new(&setup, &mut rng, EFFORT);
+    let mut look = |session: &Session<Compacter<LIVE>>| judge.look(session);
     let ops = setup.shape(rng.range(10, 60) as usize, 0).make(&mut rng);
     let depth = rng.range(1, 8);
     let lived = session.open(&mut look).and_then(|()| {
@@ -91,8 +84,7 @@ fn live<const LIVE: bool>(seed: u64, tally: &mut Tally, bench: &Bench) -> Verdic
         session.check_all()?;
         session.close(&mut look)
     });
-    tally.states += cuts.tally.states + deaths.states;
-    tally.requests += cuts.tally.requests + session.guest().called;
+    judge.count(&session, tally);
     lived
 }
 

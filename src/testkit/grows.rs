@@ -10,9 +10,9 @@
 //! A disk grows live, held while requests wait, or whenever it is opened. In the latter case whatever
 //! a cut leaves is grown again by who comes next.
 
-use super::crash::{Cuts, Effort};
-use super::death::Deaths;
+use super::crash::Effort;
 use super::engine::audit_mark;
+use super::judge::{Judge, Verdict};
 use super::report::{Report, Tally};
 use super::session::{Ground, Session};
 use super::subject::{Bench, BenchStore, Chain, Setup, Subject, Wish};
@@ -82,28 +82,19 @@ pub fn campaign(seed: u64, states: u64) -> Report {
 }
 
 /// One run; barriers break as `bench` says.
-pub fn run(seed: u64, tally: &mut Tally, bench: &Bench) -> std::result::Result<(), String> {
+pub fn run(seed: u64, tally: &mut Tally, bench: &Bench) -> Verdict {
     match seed % 3 {
         0 => live::<false>(seed, tally, bench),
         _ => live::<true>(seed, tally, bench),
     }
 }
 
-fn live<const LIVE: bool>(
-    seed: u64,
-    tally: &mut Tally,
-    bench: &Bench,
-) -> std::result::Result<(), String> {
+fn live<const LIVE: bool>(seed: u64, tally: &mut Tally, bench: &Bench) -> Verdict {
     let mut rng = Rng::new(seed);
     let setup = Grower::<LIVE>::setup(&mut rng, &WISH);
     let mut session = Session::<Grower<LIVE>>::with_bench(&setup, bench, rng.next());
-    let kills = rng.one_in(3);
-    let mut cuts = Cuts::new(&setup, rng.next(), EFFORT);
-    let mut deaths = Deaths::new(&setup, rng.next());
-    let mut look = |session: &Session<Grower<LIVE>>| match kills {
-        true => deaths.maybe(session, 0),
-        false => cuts.cut(session, 0),
-    };
+    let mut judge = Judge::new(&setup, &mut rng, EFFORT);
+    let mut look = |session: &Session<Grower<LIVE>>| judge.look(session);
     let ops = setup.shape(rng.range(10, 60) as usize, 0).make(&mut rng);
     let depth = rng.range(1, 8);
     let lived = session.open(&mut look).and_then(|()| {
@@ -115,13 +106,12 @@ fn live<const LIVE: bool>(
         session.check_all()?;
         session.close(&mut look)
     });
-    tally.states += cuts.tally.states + deaths.states;
-    tally.requests += cuts.tally.requests + session.guest().called;
+    judge.count(&session, tally);
     lived
 }
 
 /// Grows a disk after a while.
-async fn grow(ground: Ground<Window>, mut rng: Rng) -> std::result::Result<(), String> {
+async fn grow(ground: Ground<Window>, mut rng: Rng) -> Verdict {
     super::switches::pause_for(&mut rng, PATIENCE).await;
     let disk = &ground.device.0;
     let words = ground.head.borrow().words.clone();
@@ -270,15 +260,15 @@ impl<const LIVE: bool> Subject for Grower<LIVE> {
         device.0.close().await
     }
 
-    fn audit(top: &Pages) -> std::result::Result<(), String> {
+    fn audit(top: &Pages) -> Verdict {
         audit(top).map(|_| ())
     }
 
-    fn audit_open(top: &Pages) -> std::result::Result<(), String> {
+    fn audit_open(top: &Pages) -> Verdict {
         audit_mark(top, true)
     }
 
-    fn audit_closed(top: &Pages) -> std::result::Result<(), String> {
+    fn audit_closed(top: &Pages) -> Verdict {
         audit_mark(top, false)
     }
 }

@@ -20,6 +20,7 @@ pub mod faults;
 pub mod forest;
 pub mod fuzz;
 pub mod grows;
+pub mod judge;
 pub mod models;
 pub mod mutate;
 pub mod report;

@@ -6,8 +6,8 @@
 //! files never change again, nobody is answered while the disk is held, and an old stack is gone
 //! with its last request.
 
-use super::crash::{Cuts, Effort};
-use super::death::Deaths;
+use super::crash::Effort;
+use super::judge::{Judge, Verdict};
 use super::report::Tally;
 use super::session::{Ground, Head, Session};
 use super::subject::{Bench, BenchStore, Setup, Subject, Wish, plain, words};
@@ -44,9 +44,6 @@ const CLIMBS: u64 = 8;
 /// Turns that others have between two steps of the climber.
 const PATIENCE: u64 = 24;
 
-/// What was found, if anything was.
-type Verdict = std::result::Result<(), String>;
-
 /// A subject whose disk can get another file on top while requests run.
 #[allow(async_fn_in_trait, reason = "everything runs on one thread")]
 pub trait Stacked: Subject {
@@ -78,35 +75,16 @@ pub fn run<S: Stacked>(seed: u64, tally: &mut Tally, bench: &Bench) -> Verdict {
         ..bench.clone()
     };
     let mut session = Session::<S>::with_bench(&setup, &bench, rng.next());
-    let mut judge = Judge {
-        kills: rng.one_in(3),
-        cuts: Cuts::new(&setup, rng.next(), EFFORT),
-        deaths: Deaths::new(&setup, rng.next()),
-    };
+    let mut judge = Judge::new(&setup, &mut rng, EFFORT);
     let outcome = match rng.one_in(4) {
         true => judge.fail(&mut session, &setup, &faults, &mut rng),
         false => judge.live(&mut session, &setup, &mut rng),
     };
-    tally.states += judge.cuts.tally.states + judge.deaths.states;
-    tally.requests += judge.cuts.tally.requests + session.guest().called;
+    judge.count(&session, tally);
     outcome
 }
 
-/// What a run does to its session.
-struct Judge {
-    kills: bool,
-    cuts: Cuts,
-    deaths: Deaths,
-}
-
 impl Judge {
-    fn look<S: Subject>(&mut self, session: &Session<S>) -> Verdict {
-        match self.kills {
-            true => self.deaths.maybe(session, 0),
-            false => self.cuts.cut(session, 0),
-        }
-    }
-
     /// Two lives of the disk; the second finds what the first has piled up.
     fn live<S: Stacked>(
         &mut self,

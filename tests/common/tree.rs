@@ -1,6 +1,6 @@
 //! Tree: the snapshots of an attached disk, made and taken away as programs do it.
 
-use super::attach::run_directory;
+use super::attach::{Attached, assert_fsck_clean, run_directory};
 use super::process::{ok, ok_within};
 use super::programs::ploopctl;
 use super::serve::Disk;
@@ -31,6 +31,22 @@ pub fn mark(folder: &Path, number: u64) {
     file.write_all(number.to_string().as_bytes()).unwrap();
     file.sync_all().unwrap();
     File::open(folder).unwrap().sync_all().unwrap();
+}
+
+/// The number that was written last.
+pub fn mark_of(folder: &Path) -> u64 {
+    let found = fs::read_to_string(folder.join("mark")).unwrap();
+    found.parse().unwrap()
+}
+
+/// The disk, which is detached, and its file system are sound, and hold this mark.
+pub fn assert_holds(disk: &Disk, fs: &str, last: u64) {
+    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
+    assert_fsck_clean(fs, disk);
+    let attached = Attached::mounted(disk, &["--read-only"]);
+    let found = mark_of(attached.folder());
+    attached.detach();
+    assert_eq!(found, last);
 }
 
 /// The disk's descriptor, as it is now.

@@ -54,6 +54,8 @@ fn hint(e: &Error) -> Option<&'static str> {
         Kind::Privilege if e.to_string().contains("CAP_SYS_ADMIN") => {
             Some("`init --fs none`, `serve`, `check`, `info`, `map` need no root")
         }
+        // What lacks another capability says what to do without it.
+        Kind::Privilege if e.to_string().contains("CAP_") => None,
         Kind::Privilege => Some("these files are another user's; be that user, or root"),
         _ => None,
     }
