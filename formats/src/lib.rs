@@ -35,6 +35,7 @@ pub mod limits;
 pub mod planted;
 pub mod ploop;
 pub mod progress;
+pub mod qcow2;
 pub mod raw;
 pub mod store;
 #[cfg(feature = "testkit")]

@@ -1,0 +1,14 @@
+//! The qcow2 delta, for reading: a header, two levels of tables, and clusters in any order, some of
+//! them compressed.
+//!
+//! `header`, `extension`, `table`, `refcount`, `snapshot` and `bitmap` are bytes; `packed` inflates;
+//! `cache` keeps table pages. `open` and `image` work on a store. No name that an image holds is
+//! ever opened here: the caller opens backing and data files by a policy of its own.
+
+mod be;
+pub mod extension;
+pub mod header;
+pub mod refcount;
+pub mod table;
+
+pub use header::Header;
