@@ -49,7 +49,9 @@ impl Layout {
     /// Bytes that are the same for sure: a cluster, or a subcluster.
     pub const fn piece(self) -> u64 {
         if self.extended {
-            self.cluster.bytes() / SUBCLUSTERS as u64
+            self.cluster
+                .bytes()
+                .wrapping_shr(SUBCLUSTERS.trailing_zeros())
         } else {
             self.cluster.bytes()
         }

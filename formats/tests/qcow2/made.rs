@@ -1,4 +1,5 @@
 //! Images made field by field, by other code than the crate's.
+#![allow(dead_code, reason = "each test uses its part")]
 
 /// Clusters of 64 KiB.
 pub const BITS: u32 = 16;

@@ -1,0 +1,73 @@
+//! QEMU's tools, in a folder of their own.
+#![allow(dead_code, reason = "each test uses its part")]
+
+use std::path::PathBuf;
+use std::process::Command;
+use tempfile::TempDir;
+
+/// Whether QEMU's tools are installed; otherwise the test is skipped, visibly.
+pub fn installed(test: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let has = |tool: &str| std::env::split_paths(&path).any(|p| p.join(tool).is_file());
+    let both = has("qemu-img") && has("qemu-io");
+    if !both {
+        println!("SKIP: {test}: needs qemu-img and qemu-io");
+    }
+    both
+}
+
+/// A folder that QEMU works in; it goes away with its images.
+pub struct Folder(TempDir);
+
+impl Folder {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap()
+    }
+
+    /// Runs `qemu-img` with the words of `line`.
+    pub fn img(&self, line: &str) {
+        let mut command = Command::new("qemu-img");
+        command.args(line.split_whitespace());
+        ok(command.current_dir(self.0.path()), line);
+    }
+
+    /// Runs commands of `qemu-io` on a qcow2 image.
+    pub fn io(&self, name: &str, commands: &[String]) {
+        ok(&mut self.io_command(name, commands), &commands.join("; "));
+    }
+
+    /// Runs commands of `qemu-io`, and has it die before it closes the image.
+    pub fn io_and_die(&self, name: &str, commands: &[String]) {
+        let mut command = self.io_command(name, commands);
+        let done = command.args(["-c", "abort"]).output().unwrap();
+        assert!(!done.status.success());
+    }
+
+    fn io_command(&self, name: &str, commands: &[String]) -> Command {
+        let mut command = Command::new("qemu-io");
+        command.current_dir(self.0.path());
+        command.args(["-t", "unsafe", "-f", "qcow2"]);
+        for each in commands {
+            command.args(["-c", each]);
+        }
+        command.arg(name);
+        command
+    }
+}
+
+fn ok(command: &mut Command, what: &str) {
+    let done = command.output().unwrap();
+    let said = [done.stdout, done.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    // qemu-io succeeds although its commands failed.
+    let failed = said.contains("failed") || said.contains("rror:");
+    assert!(done.status.success() && !failed, "{what}: {said}");
+}
