@@ -267,7 +267,7 @@ mod tests {
                 "2^{log2}"
             );
         }
-        let most = plain(u64::MAX & !COPIED).mapping(layout(21), 0).unwrap();
+        let most = plain(!COPIED).mapping(layout(21), 0).unwrap();
         let Mapping::Packed(packed) = most else {
             panic!("{most:?}")
         };

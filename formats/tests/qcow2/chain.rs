@@ -12,11 +12,11 @@ use ploop_formats::testkit::exec::now;
 /// An image with those below it, the highest first.
 pub struct Chain {
     pub top: Qcow2<MemStore>,
-    below: Option<Box<Below>>,
+    below: Option<Below>,
 }
 
 enum Below {
-    Qcow2(Chain),
+    Qcow2(Box<Chain>),
     Raw(Vec<u8>),
 }
 
@@ -31,13 +31,15 @@ impl Chain {
             .map(|name| MemStore::from_bytes(&file(&text(name))));
         let below = match (&header.backing, header.backing_format()) {
             (None, _) => None,
-            (Some(name), Some(b"qcow2")) => Some(Below::Qcow2(Self::open(&text(name), file)?)),
+            (Some(name), Some(b"qcow2")) => {
+                Some(Below::Qcow2(Box::new(Self::open(&text(name), file)?)))
+            }
             (Some(name), Some(b"raw")) => Some(Below::Raw(file(&text(name)))),
             (Some(_), other) => panic!("a backing file of format {other:?}"),
         };
         Ok(Self {
             top: now(Qcow2::open_read(store, data))?,
-            below: below.map(Box::new),
+            below,
         })
     }
 
@@ -76,14 +78,14 @@ impl Chain {
     /// What is behind the end of a lower image reads as zeros.
     fn fill_below(&self, guest: u64, buf: &mut [u8]) -> Result<()> {
         buf.fill(0);
-        let size = match self.below.as_deref() {
+        let size = match &self.below {
             None => 0,
             Some(Below::Raw(bytes)) => bytes.len() as u64,
             Some(Below::Qcow2(chain)) => chain.size(),
         };
         let len = size.saturating_sub(guest).min(buf.len() as u64) as usize;
         let part = &mut buf[..len];
-        match self.below.as_deref() {
+        match &self.below {
             Some(Below::Qcow2(chain)) if len > 0 => chain.read(guest, part)?,
             Some(Below::Raw(bytes)) if len > 0 => {
                 part.copy_from_slice(&bytes[guest as usize..guest as usize + len]);

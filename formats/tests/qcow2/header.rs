@@ -4,7 +4,7 @@ use crate::made::{CLUSTER, L1, SIZE, backing, extend, header, put32, put64};
 use ploop_formats::Kind;
 use ploop_formats::qcow2::Header;
 use ploop_formats::qcow2::extension::{BitmapsAt, Extension, FeatureKind};
-use ploop_formats::qcow2::header::{Compression, Version};
+use ploop_formats::qcow2::header::{COMPRESSION, Compression, Version};
 
 const NAMES: u32 = 0x6803_F857;
 const FORMAT: u32 = 0xE279_2ACA;
@@ -96,6 +96,19 @@ fn a_size_is_whole_sectors() {
     let mut bytes = header(3);
     put64(&mut bytes, 24, SIZE - 1);
     assert_eq!(Header::parse(&bytes).unwrap().size, SIZE - 512);
+}
+
+#[test]
+fn a_header_that_gets_another_compression_says_so() {
+    let mut bytes = header(3);
+    put32(&mut bytes, 100, 104);
+    let mut parsed = Header::parse(&bytes).unwrap();
+    assert_eq!(parsed.encode().unwrap().len(), 104 + 8);
+    parsed.compression = Compression::Zstd;
+    parsed.features.incompatible |= COMPRESSION;
+    let again = Header::parse(&parsed.encode().unwrap()).unwrap();
+    assert_eq!(again.compression, Compression::Zstd);
+    assert_eq!((again.l1, again.size), (parsed.l1, parsed.size));
 }
 
 #[test]

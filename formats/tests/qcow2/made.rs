@@ -73,3 +73,17 @@ pub fn image(version: u32) -> Vec<u8> {
     }
     bytes
 }
+
+/// `content` as deflate that compresses nothing: blocks of stored bytes.
+pub fn stored(content: &[u8]) -> Vec<u8> {
+    let pieces: Vec<&[u8]> = content.chunks(0xFFFF).collect();
+    let mut out = Vec::new();
+    for (n, piece) in pieces.iter().enumerate() {
+        let len = piece.len() as u16;
+        out.push(u8::from(n + 1 == pieces.len()));
+        out.extend(len.to_le_bytes());
+        out.extend((!len).to_le_bytes());
+        out.extend(*piece);
+    }
+    out
+}

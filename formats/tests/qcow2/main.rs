@@ -3,6 +3,7 @@
 
 mod chain;
 mod header;
+mod image;
 mod made;
 mod matrix;
 mod qemu;

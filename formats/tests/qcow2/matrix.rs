@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const K: u64 = 1 << 10;
 const M: u64 = 1 << 20;
 const DISK: &str = "disk.qcow2";
+/// Images of random content.
+const RANDOM: u64 = 30;
 
 /// An image to be: what it is called, and how it is made.
 struct Case {
@@ -267,6 +269,63 @@ fn changed(cases: &mut Vec<Case>) {
     }));
 }
 
+/// Any options that go together, and many small changes, compressed ones among them; a snapshot
+/// half-way, so that clusters are shared.
+fn random(cases: &mut Vec<Case>) {
+    for seed in 0..RANDOM {
+        cases.push(case(format!("random {seed}"), move |folder| {
+            let mut rng = Rng::new(seed);
+            let cluster = *rng.pick(&[512, 4 * K, 16 * K, 64 * K, 256 * K, 2 * M]);
+            let size = (64 * cluster).clamp(512 * K, 6 * M) + 512 * rng.below(9);
+            let mut options = format!("cluster_size={cluster}");
+            match rng.below(4) {
+                0 => options += ",compat=0.10",
+                1 if cluster >= 16 * K => options += ",extended_l2=on",
+                2 => options += ",compression_type=zstd,refcount_bits=32",
+                _ => {}
+            }
+            match rng.below(3) {
+                0 => {
+                    mixed(folder, "base", size / 1024 * 512);
+                    options += ",backing_file=base,backing_fmt=raw";
+                }
+                1 => {
+                    create(folder, "base", "cluster_size=32k", size + 512);
+                    folder.try_io("base", &changes(&mut rng, 32 * K, size));
+                    options += ",backing_file=base,backing_fmt=qcow2";
+                }
+                _ => {}
+            }
+            create(folder, DISK, &options, size);
+            folder.try_io(DISK, &changes(&mut rng, cluster, size));
+            folder.img(&format!("snapshot -c half {DISK}"));
+            folder.try_io(DISK, &changes(&mut rng, cluster, size));
+        }));
+    }
+}
+
+fn changes(rng: &mut Rng, cluster: u64, size: u64) -> Vec<String> {
+    let sectors = size / 512;
+    let change = |_| {
+        let at = rng.below(sectors);
+        let most = *rng.pick(&[1, 8, cluster / 512, 4 * cluster / 512]);
+        let len = rng.range(1, most).min(sectors - at) * 512;
+        let (at, pattern) = (at * 512, rng.range(1, 255));
+        let whole = at / cluster * cluster;
+        match rng.below(8) {
+            0 => format!("write -z {at} {len}"),
+            1 => format!("write -z -u {at} {len}"),
+            2 => format!("discard {at} {len}"),
+            3 if whole + cluster <= size => format!("discard {whole} {cluster}"),
+            4 | 5 if whole + cluster <= size => {
+                format!("write -c -P {pattern} {whole} {cluster}")
+            }
+            _ => format!("write -P {pattern} {at} {len}"),
+        }
+    };
+    (0..40).map(change).collect()
+}
+
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for family in [
@@ -279,6 +338,7 @@ fn cases() -> Vec<Case> {
         backed,
         external,
         changed,
+        random,
     ] {
         family(&mut cases);
     }
@@ -331,7 +391,7 @@ fn images_made_by_qemu_read_as_qemu_reads_them() {
         }
     });
     println!("COUNT: {} images made by QEMU", cases.len());
-    assert!(cases.len() >= 60);
+    assert!(cases.len() >= 100);
 }
 
 #[test]

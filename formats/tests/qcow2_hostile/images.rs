@@ -166,7 +166,18 @@ const CLASSES: [(&str, &[Edit]); 16] = [
 ];
 
 /// The same for what is not in the header.
-const BEHIND: [(&str, &[Edit]); 12] = [
+const BEHIND: [(&str, &[Edit]); 13] = [
+    (
+        "two bitmaps of the same name",
+        &[
+            (120, 4, 2),
+            (128, 8, 64),
+            (9 * CLUSTER + 32, 8, DATA),
+            (9 * CLUSTER + 40, 4, 1),
+            (9 * CLUSTER + 48, 4, 0x0110_0004),
+            (9 * CLUSTER + 56, 4, 0x6269_7473),
+        ],
+    ),
     (
         "a misaligned L1 table of a snapshot",
         &[(8 * CLUSTER, 8, L1 + 8)],
@@ -241,7 +252,7 @@ const ENTRIES: [(&str, Edit); 10] = [
     ("reserved bits in L2", (L2, 8, DATA | 2)),
     (
         "compressed data behind the file",
-        (L2, 8, 1 << 62 | 99 * CLUSTER),
+        (L2, 8, (1 << 62) | (99 * CLUSTER)),
     ),
     (
         "compressed data that is none",
