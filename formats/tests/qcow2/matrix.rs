@@ -3,6 +3,7 @@
 
 use crate::chain::Chain;
 use crate::qemu::{Folder, installed};
+use ploop_formats::Kind;
 use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
@@ -345,16 +346,22 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-/// Reads the image whole, and in pieces of any length, and compares with what QEMU reads.
+/// Reads the image whole, and in pieces of any length, and compares with what QEMU reads. QEMU 10.0
+/// loses compressed clusters now and then, and finds that when it reads them: so must we.
 fn judge(name: &str, folder: &Folder, source: &str) {
-    folder.img(&format!("convert -f qcow2 -O raw {source} {DISK} expected"));
-    let expected = folder.read("expected");
+    let whole = folder.convert(&format!("{source} {DISK}"), "expected");
     let mut chain = Chain::open(DISK, &|name| folder.read(name)).unwrap();
     if let Some(snapshot) = source.strip_prefix("-l ") {
         let all = now(chain.top.snapshots()).unwrap();
         let found = all.iter().find(|s| s.name == snapshot.as_bytes());
         chain.top = chain.top.at_snapshot(found.unwrap()).unwrap();
     }
+    if !whole {
+        let e = chain.all().expect_err(name);
+        assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
+        return;
+    }
+    let expected = folder.read("expected");
     assert_eq!(chain.size(), expected.len() as u64, "{name}: size");
     let all = chain.all().unwrap_or_else(|e| panic!("{name}: {e}"));
     let wrong = all.iter().zip(&expected).position(|(a, b)| a != b);
