@@ -390,7 +390,33 @@ fn a_header_full_of_extensions_is_read_in_time() {
     judge("extensions", MemStore::from_bytes(&bytes)).unwrap();
 }
 
-/// A cluster of zeros that says it is compressed: a bomb is never more than its cluster.
+/// An image with many snapshots whose IDs and names have so many bytes.
+fn with_snapshots(count: usize, name: u8) -> Vec<u8> {
+    let entry = (56 + 2 * usize::from(name)).next_multiple_of(8);
+    let mut bytes = image(3);
+    let table = bytes.len();
+    bytes.resize(table + count * entry, 0);
+    put32(&mut bytes, 60, count as u32);
+    put64(&mut bytes, 64, table as u64);
+    for at in (table..bytes.len()).step_by(entry) {
+        put64(&mut bytes, at, L1);
+        put32(&mut bytes, at + 8, 1);
+        bytes[at + 12..at + 16].copy_from_slice(&[0, name, 0, name]);
+        put32(&mut bytes, at + 36, 16);
+        put64(&mut bytes, at + 48, 8 * CLUSTER);
+    }
+    bytes
+}
+
+#[test]
+fn as_many_snapshots_as_there_may_be_are_listed_in_time() {
+    let _alone = alone();
+    let most = with_snapshots(65_536, 90);
+    judge("snapshots", MemStore::from_bytes(&most)).unwrap();
+    let e = refused("long names", &with_snapshots(40_000, 200));
+    assert!(e.to_string().contains("more than 16777216 bytes"), "{e}");
+}
+
 #[test]
 fn a_frame_that_wants_a_huge_history_is_refused() {
     let _alone = alone();
