@@ -37,6 +37,7 @@ pub mod ploop;
 pub mod progress;
 pub mod qcow2;
 pub mod raw;
+pub mod severity;
 pub mod store;
 #[cfg(feature = "testkit")]
 #[allow(

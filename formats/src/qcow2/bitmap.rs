@@ -30,6 +30,10 @@ pub struct Bitmap {
     pub in_use: bool,
     /// It goes on recording writes.
     pub enabled: bool,
+    /// File offset of its table, cluster aligned.
+    pub(super) table_at: u64,
+    /// Entries of that table, of 8 bytes.
+    pub(super) table_entries: u32,
 }
 
 impl Bitmap {
@@ -62,15 +66,18 @@ impl Bitmap {
             granularity: 1u64.wrapping_shl(u32::from(bits)),
             in_use: flags & IN_USE != 0,
             enabled: flags & ENABLED != 0,
+            table_at: u64_at(bytes, 0),
+            table_entries: u32_at(bytes, 8),
         };
-        found.judge_table(u64_at(bytes, 0), u32_at(bytes, 8), size, cluster)?;
+        found.judge_table(size, cluster)?;
         let len = FIXED.saturating_add(name_len);
         Ok((found, len.next_multiple_of(8)))
     }
 
     /// Refuses a table that is nowhere, or does not fit the disk. One that was in use may be of any
     /// former size.
-    fn judge_table(&self, at: u64, entries: u32, size: u64, cluster: ClusterSize) -> Result<()> {
+    fn judge_table(&self, size: u64, cluster: ClusterSize) -> Result<()> {
+        let (at, entries) = (self.table_at, self.table_entries);
         let len = u64::from(entries).saturating_mul(8);
         refuse_place("bitmap: table", at, len, cluster)?;
         let bytes = size.div_ceil(self.granularity.max(1)).div_ceil(8);

@@ -2,12 +2,13 @@
 //! them compressed.
 //!
 //! `header`, `extension`, `table`, `run`, `refcount`, `snapshot` and `bitmap` are bytes; `packed`
-//! inflates; `cache` keeps table pages. `open` and `image` work on a store. No name that an image holds is
-//! ever opened here: the caller opens backing and data files by a policy of its own.
+//! inflates; `cache` keeps table pages. `open`, `image` and `check` work on a store. No name that an image
+//! holds is ever opened here: the caller opens backing and data files by a policy of its own.
 
 mod be;
 pub mod bitmap;
 mod cache;
+pub mod check;
 pub mod extension;
 pub mod header;
 mod image;

@@ -69,78 +69,101 @@ impl<S: Store> Qcow2<S> {
 
     /// The snapshots, in the order of the table.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
-        let table = self.header().snapshots;
-        let mut all = Vec::new();
-        let mut at = table.at;
-        let end = table.at.saturating_add(limits::QCOW2_DIRECTORY_MAX);
-        for n in 0..table.count {
-            let place = |e: Error| e.at(format!("snapshot {n} (offset {at:#x})"));
-            let bytes = self
-                .read_file(at, snapshot::ENTRY_MAX)
-                .await
-                .map_err(place)?;
-            let (found, len) = Snapshot::parse(&bytes).map_err(place)?;
-            all.push(found);
-            at = at.saturating_add(len as u64);
-            if at > end {
-                return Err(Error::damaged(format!(
-                    "a snapshot table of more than {} bytes",
-                    limits::QCOW2_DIRECTORY_MAX
-                )));
-            }
-        }
-        Ok(all)
+        let listed = list_snapshots(self.metadata(), self.header()).await;
+        listed.map(|(all, _)| all)
     }
 
     /// The disk as it was at a snapshot of this image.
     pub fn at_snapshot(mut self, snapshot: &Snapshot) -> Result<Self> {
-        let place = |e: Error| e.at(format!("snapshot {}", snapshot.printable()));
-        let size = snapshot.size.unwrap_or(self.header().size);
-        if size > limits::SIZE_MAX {
-            return Err(place(Error::damaged(format!("a disk of {size} bytes"))));
-        }
-        let size = floor_to(size, crate::units::SECTOR);
-        let layout = self.header().layout()?;
-        let l1 = L1::new(snapshot.l1_at, snapshot.l1_entries, size, layout).map_err(place)?;
-        refuse_outside(self.metadata(), &l1).map_err(place)?;
+        let (l1, size) = snapshot_l1(self.metadata(), self.header(), snapshot)?;
         self.show(l1, size);
         Ok(self)
     }
 
     /// The bitmaps, in the order of the directory; none when they do not say the truth.
     pub async fn bitmaps(&self) -> Result<Vec<Bitmap>> {
-        let Some(directory) = self.header().bitmaps() else {
-            return Ok(Vec::new());
-        };
-        let (size, cluster) = (self.header().size, self.header().cluster);
-        let mut all = Vec::new();
-        let mut names = BTreeSet::new();
-        let mut at = directory.at;
-        let end = directory.at.saturating_add(directory.len);
-        for _ in 0..directory.count {
-            let place = |e: Error| e.at(format!("bitmap directory (offset {at:#x})"));
-            let max = end.saturating_sub(at).min(bitmap::ENTRY_MAX as u64);
-            let bytes = self.read_file(at, max as usize).await.map_err(place)?;
-            let (found, len) = Bitmap::parse(&bytes, size, cluster).map_err(place)?;
-            if !names.insert(found.name.clone()) {
-                return Err(place(Error::damaged("two bitmaps have the same name")));
-            }
-            all.push(found);
-            at = at.saturating_add(len as u64);
-        }
-        if at != end {
+        list_bitmaps(self.metadata(), self.header()).await
+    }
+}
+
+/// The snapshots, in the order of their table, and the file offset where it ends.
+pub(super) async fn list_snapshots<S: Store>(
+    store: &S,
+    header: &Header,
+) -> Result<(Vec<Snapshot>, u64)> {
+    let table = header.snapshots;
+    let mut all = Vec::new();
+    let mut at = table.at;
+    let end = table.at.saturating_add(limits::QCOW2_DIRECTORY_MAX);
+    for n in 0..table.count {
+        let place = |e: Error| e.at(format!("snapshot {n} (offset {at:#x})"));
+        let bytes = read_file(store, at, snapshot::ENTRY_MAX)
+            .await
+            .map_err(place)?;
+        let (found, len) = Snapshot::parse(&bytes).map_err(place)?;
+        all.push(found);
+        at = at.saturating_add(len as u64);
+        if at > end {
             return Err(Error::damaged(format!(
-                "the bitmap directory ends at {at:#x}, and not at {end:#x} as the header says"
+                "a snapshot table of more than {} bytes",
+                limits::QCOW2_DIRECTORY_MAX
             )));
         }
-        Ok(all)
     }
+    Ok((all, at))
+}
 
-    /// Up to `len` bytes of the file from `at`: no more than there are.
-    async fn read_file(&self, at: u64, len: usize) -> Result<Bytes> {
-        let rest = self.metadata().info().len.saturating_sub(at);
-        read_padded(self.metadata(), at, rest.min(len as u64).max(1)).await
+/// The first-level table of a snapshot, and the size of the disk then.
+pub(super) fn snapshot_l1<S: Store>(
+    store: &S,
+    header: &Header,
+    snapshot: &Snapshot,
+) -> Result<(L1, u64)> {
+    let place = |e: Error| e.at(format!("snapshot {}", snapshot.printable()));
+    let size = snapshot.size.unwrap_or(header.size);
+    if size > limits::SIZE_MAX {
+        return Err(place(Error::damaged(format!("a disk of {size} bytes"))));
     }
+    let size = floor_to(size, crate::units::SECTOR);
+    let layout = header.layout()?;
+    let l1 = L1::new(snapshot.l1_at, snapshot.l1_entries, size, layout).map_err(place)?;
+    refuse_outside(store, &l1).map_err(place)?;
+    Ok((l1, size))
+}
+
+/// The bitmaps, in the order of their directory; none when they do not say the truth.
+pub(super) async fn list_bitmaps<S: Store>(store: &S, header: &Header) -> Result<Vec<Bitmap>> {
+    let Some(directory) = header.bitmaps() else {
+        return Ok(Vec::new());
+    };
+    let (size, cluster) = (header.size, header.cluster);
+    let mut all = Vec::new();
+    let mut names = BTreeSet::new();
+    let mut at = directory.at;
+    let end = directory.at.saturating_add(directory.len);
+    for _ in 0..directory.count {
+        let place = |e: Error| e.at(format!("bitmap directory (offset {at:#x})"));
+        let max = end.saturating_sub(at).min(bitmap::ENTRY_MAX as u64);
+        let bytes = read_file(store, at, max as usize).await.map_err(place)?;
+        let (found, len) = Bitmap::parse(&bytes, size, cluster).map_err(place)?;
+        if !names.insert(found.name.clone()) {
+            return Err(place(Error::damaged("two bitmaps have the same name")));
+        }
+        all.push(found);
+        at = at.saturating_add(len as u64);
+    }
+    if at != end {
+        return Err(Error::damaged(format!(
+            "the bitmap directory ends at {at:#x}, and not at {end:#x} as the header says"
+        )));
+    }
+    Ok(all)
+}
+
+/// Up to `len` bytes of the file from `at`: no more than there are.
+async fn read_file<S: Store>(store: &S, at: u64, len: usize) -> Result<Bytes> {
+    let rest = store.info().len.saturating_sub(at);
+    read_padded(store, at, rest.min(len as u64).max(1)).await
 }
 
 /// Refuses a store that is read in blocks, where the file ends or its pieces begin inside one.
@@ -156,7 +179,7 @@ fn refuse_blocks<S: Store>(store: &S, piece: u64) -> Result<()> {
 }
 
 /// Refuses a first-level table that the file does not hold.
-fn refuse_outside<S: Store>(store: &S, l1: &L1) -> Result<()> {
+pub(super) fn refuse_outside<S: Store>(store: &S, l1: &L1) -> Result<()> {
     let end = l1
         .at
         .saturating_add(u64::from(l1.entries).saturating_mul(8));

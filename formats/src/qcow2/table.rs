@@ -80,6 +80,16 @@ impl L1Entry {
         }
         Ok(Some(at).filter(|at| *at != 0))
     }
+
+    /// The file offset in it, whatever else is wrong with it.
+    pub(super) const fn raw_offset(self) -> u64 {
+        self.0 & OFFSET
+    }
+
+    /// Whether it says that nobody else has the table.
+    pub(super) const fn copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
 }
 
 /// Where a compressed cluster is: any bytes of the file, up to the end of a sector.
@@ -139,8 +149,22 @@ impl L2Entry {
         }
     }
 
-    /// The cluster that it names.
-    fn host(self, layout: Layout) -> Result<Option<u64>> {
+    /// The file offset in an entry that is not compressed, whatever else is wrong with it.
+    pub(super) const fn raw_offset(self) -> Option<u64> {
+        match self.word & OFFSET {
+            0 => None,
+            _ if self.word & PACKED != 0 => None,
+            at => Some(at),
+        }
+    }
+
+    /// Whether it says that nobody else has its cluster.
+    pub(super) const fn copied(self) -> bool {
+        self.word & COPIED != 0
+    }
+
+    /// The cluster that it names, when it is not compressed.
+    pub(super) fn host(self, layout: Layout) -> Result<Option<u64>> {
         let flags = if layout.extended {
             COPIED
         } else {

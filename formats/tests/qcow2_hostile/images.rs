@@ -7,6 +7,7 @@ use crate::memory::{Meter, alone};
 use crate::qemu::{Folder, installed};
 use bytes::BytesMut;
 use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::qcow2::check::{self, Report};
 use ploop_formats::qcow2::{Qcow2, read_header};
 use ploop_formats::store::Store;
 use ploop_formats::store::mem::MemStore;
@@ -58,10 +59,10 @@ fn read_disk(image: &Qcow2<MemStore>) -> Result<()> {
     Ok(())
 }
 
-/// The outcome of an image, which stays within the bounds.
-fn judge(name: &str, store: MemStore) -> Result<()> {
+/// The outcome of some work, which stays within the bounds.
+fn bounded<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut meter = Meter::default();
-    let done = meter.watch(|| read_all(store));
+    let done = meter.watch(work);
     assert!(
         meter.most() <= MEMORY,
         "{name}: {} bytes of memory",
@@ -74,6 +75,17 @@ fn judge(name: &str, store: MemStore) -> Result<()> {
         assert!(e.to_string().len() < 2100, "{name}");
     }
     done
+}
+
+/// What a check finds in an image.
+fn checked(name: &str, store: &MemStore) -> Result<Report> {
+    bounded(&format!("{name}: check"), || now(check::check(store)))
+}
+
+/// The outcome of reading an image. It is checked, too.
+fn judge(name: &str, store: MemStore) -> Result<()> {
+    checked(name, &store).ok();
+    bounded(name, || read_all(store))
 }
 
 fn refused(name: &str, bytes: &[u8]) -> Error {
@@ -415,6 +427,102 @@ fn as_many_snapshots_as_there_may_be_are_listed_in_time() {
     judge("snapshots", MemStore::from_bytes(&most)).unwrap();
     let e = refused("long names", &with_snapshots(40_000, 200));
     assert!(e.to_string().contains("more than 16777216 bytes"), "{e}");
+}
+
+/// An image with so many bytes behind what it uses.
+fn with_room(bytes: usize) -> Vec<u8> {
+    let mut image = image(3);
+    image.resize(image.len() + bytes, 0);
+    image
+}
+
+/// A million L1 entries name one L2 table, and so do those of 16384 snapshots, whose tables begin
+/// inside the first; all entries of that table name one cluster.
+#[test]
+fn tables_that_are_named_a_billion_times_are_checked_once() {
+    let _alone = alone();
+    let (entries, snapshots) = (1u64 << 20, 1u64 << 14);
+    let (l1, list) = (8 * CLUSTER, 8 * CLUSTER + 8 * entries);
+    let mut bytes = with_room((8 * entries + 56 * snapshots) as usize);
+    put32(&mut bytes, 36, entries as u32);
+    put64(&mut bytes, 40, l1);
+    for at in (l1..list).step_by(8) {
+        put64(&mut bytes, at as usize, L2);
+    }
+    for at in (L2..DATA).step_by(8) {
+        put64(&mut bytes, at as usize, DATA);
+    }
+    put32(&mut bytes, 60, snapshots as u32);
+    put64(&mut bytes, 64, list);
+    let mut named = entries;
+    for n in 0..snapshots {
+        let at = (list + 56 * n) as usize;
+        let skipped = n % 128 * CLUSTER;
+        put64(&mut bytes, at, l1 + skipped);
+        put32(&mut bytes, at + 8, (entries - skipped / 8) as u32);
+        put32(&mut bytes, at + 36, 16);
+        put64(&mut bytes, at + 48, 8 * CLUSTER);
+        named += entries - skipped / 8;
+    }
+    let report = checked("shared tables", &MemStore::from_bytes(&bytes)).unwrap();
+    let says = |at: u64, times: u64| {
+        let text = format!("is named {times} times");
+        let mut all = report.findings.iter();
+        all.any(|finding| finding.offset == at && finding.text.ends_with(&text))
+    };
+    assert!(says(L2, named), "{named} times: {report:?}");
+    assert!(says(DATA, named * CLUSTER / 8), "{named} times: {report:?}");
+}
+
+#[test]
+fn a_refcount_block_that_stands_for_everything_is_read_once() {
+    let _alone = alone();
+    let mut bytes = with_room(8 << 20);
+    let table = 8 * CLUSTER as usize;
+    put64(&mut bytes, 48, table as u64);
+    put32(&mut bytes, 56, 128);
+    for at in (table..bytes.len()).step_by(8) {
+        put64(&mut bytes, at, 2 * CLUSTER);
+    }
+    bytes[2 * CLUSTER as usize..3 * CLUSTER as usize].fill(1);
+    let store = MemStore::from_bytes(&bytes);
+    now(store.set_len(CLUSTER << 31)).unwrap();
+    let report = checked("one block", &store).unwrap();
+    assert!(report.errors > 0 && report.leaks < 32_768, "{report:?}");
+}
+
+#[test]
+fn holes_are_checked_without_reading_them() {
+    let _alone = alone();
+    let mut bytes = header(3);
+    put64(&mut bytes, 24, 1 << 51);
+    put32(&mut bytes, 36, 4 << 20);
+    put32(&mut bytes, 56, 128);
+    let store = MemStore::from_bytes(&bytes);
+    now(store.set_len(CLUSTER << 31)).unwrap();
+    let report = checked("holes", &store).unwrap();
+    // The header, the L1 table of 512 clusters, which has most of the 128 of the refcount table.
+    assert_eq!(report.used_clusters, 1 + 2 + 512);
+    assert_eq!(report.leaks, 0);
+}
+
+#[test]
+fn references_far_apart_are_counted_in_little_memory() {
+    let _alone = alone();
+    let mut bytes = with_room(1 << 20);
+    let tables = 8 * CLUSTER;
+    for n in 0..16 {
+        put64(&mut bytes, (L1 + 8 * n) as usize, tables + n * CLUSTER);
+    }
+    put32(&mut bytes, 36, 16);
+    for n in 0..(1 << 17) {
+        let far = (n + 1) << 30;
+        put64(&mut bytes, (tables + 8 * n) as usize, far);
+    }
+    let store = MemStore::from_bytes(&bytes);
+    now(store.set_len(CLUSTER << 31)).unwrap();
+    let report = checked("far apart", &store).unwrap();
+    assert!(report.used_clusters > 1 << 17, "{report:?}");
 }
 
 #[test]
