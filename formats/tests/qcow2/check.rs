@@ -303,6 +303,12 @@ const DAMAGES: &[Damage] = &[
         None,
     ),
     damage(
+        "misaligned bits of a bitmap",
+        &[(BITS_TABLE, 8, BITS + 512)],
+        &[BadEntry],
+        None,
+    ),
+    damage(
         "a bitmap of no known type",
         &[(BITMAPS + 16, 1, 2)],
         &[BadBitmap, Leak, Leak],
@@ -421,10 +427,10 @@ fn refcounts_of_every_width_are_compared() {
     }
 }
 
-/// An image by QEMU, and where the entry of its first guest cluster is.
+/// An image by QEMU with two L1 entries, and where the entry of its first guest cluster is.
 fn by_qemu(options: &str) -> (Folder, Vec<u8>, usize) {
     let folder = Folder::new();
-    folder.img(&format!("create -q -f qcow2 -o {options} disk 1M"));
+    folder.img(&format!("create -q -f qcow2 -o {options} disk 600M"));
     folder.io("disk", &["write -P 1 0 256k".to_string()]);
     let bytes = folder.read("disk");
     let header = now(read_header(&MemStore::from_bytes(&bytes))).unwrap();
@@ -449,6 +455,11 @@ fn an_external_file_has_every_cluster_in_its_place() {
         put64(&mut bytes, l2 + 8, word);
         assert_eq!(kinds(&found(&bytes)), [expected], "{word:#x}");
     }
+    let mut bytes = healthy;
+    let l1 = now(read_header(&MemStore::from_bytes(&bytes))).unwrap().l1;
+    put64(&mut bytes, l1.at as usize + 8, l2 as u64);
+    let expected = [RefcountLow, Copied, OutOfPlace];
+    assert_eq!(kinds(&found(&bytes)), expected, "a table in two places");
 }
 
 #[test]

@@ -10,6 +10,7 @@ use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::qcow2::check::{self, Report};
 use ploop_formats::qcow2::{Qcow2, read_header};
 use ploop_formats::store::Store;
+use ploop_formats::store::fault::{FaultStore, Faults, Operation, Rule};
 use ploop_formats::store::mem::MemStore;
 use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
@@ -504,6 +505,15 @@ fn holes_are_checked_without_reading_them() {
     // The header, the L1 table of 512 clusters, which has most of the 128 of the refcount table.
     assert_eq!(report.used_clusters, 1 + 2 + 512);
     assert_eq!(report.leaks, 0);
+    let reads = Faults::new();
+    reads.set(Some(Rule {
+        only: Some(Operation::Read),
+        after: u64::MAX,
+        error: Kind::Io,
+        forever: false,
+    }));
+    now(check::check(&FaultStore::new(store, reads.clone()))).unwrap();
+    assert!(reads.seen() < 8, "{} reads", reads.seen());
 }
 
 #[test]
