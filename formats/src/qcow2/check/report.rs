@@ -104,7 +104,7 @@ impl Report {
         self.errors == 0 && self.leaks == 0
     }
 
-    /// The exit code of `ploopctl check`: 0 clean, 3 leaks only, 6 damaged.
+    /// An exit code in the words of `ploopctl check`: 0 clean, 3 leaks only, 6 damaged.
     pub const fn exit_code(&self) -> u8 {
         match (self.errors, self.leaks) {
             (0, 0) => 0,
