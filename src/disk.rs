@@ -10,7 +10,7 @@ use crate::device::{Device, GuestExtent, Zero};
 use crate::flight::{Admitted, Flight, Mode};
 use crate::flush::Flush;
 use crate::hold::Hold;
-use crate::stack::{AnyLayer, Segment, Stack};
+use crate::stack::{AnyLayer, Segment, Stack, packed};
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
@@ -311,6 +311,7 @@ impl<S: Store> Disk<S> {
                     ));
                     len
                 }
+                Extent::Packed { .. } => return Err(packed()),
                 Extent::Zero { len } | Extent::Absent { len } => {
                     let within = self.cluster.within(guest);
                     let len = len.min(self.cluster.bytes() - within);
@@ -362,6 +363,7 @@ impl<S: Store> Disk<S> {
                 Extent::Data { at: host, len } => {
                     self.wipe_present(stack, at, host, len, how).await?
                 }
+                Extent::Packed { .. } => return Err(packed()),
                 Extent::Zero { len } | Extent::Absent { len } => {
                     self.wipe_absent(stack, at, len, how).await?
                 }

@@ -193,6 +193,11 @@ impl<S: Store> Layer for AnyLayer<S> {
     }
 }
 
+/// Why a compressed cluster is not read: none of the formats in a stack has any.
+pub(crate) fn packed() -> Error {
+    Error::unsupported("a compressed cluster in a layer of a disk")
+}
+
 /// Where a guest range comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
@@ -505,6 +510,7 @@ impl<S: Store> Stack<S> {
                         at: None,
                     });
                 }
+                Extent::Packed { .. } => return Err(packed()),
                 Extent::Absent { .. } => {}
             }
         }

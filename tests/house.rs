@@ -35,6 +35,11 @@ const RULES: &[Rule] = &[
         why: "formats do not know each other",
     },
     Rule {
+        place: "formats/src/qcow2",
+        words: &["crate::ploop", "crate::raw", "crate::descriptor"],
+        why: "formats do not know each other",
+    },
+    Rule {
         place: "formats/src/raw.rs",
         words: &["crate::ploop", "crate::qcow2", "crate::descriptor"],
         why: "formats do not know each other",

@@ -5,9 +5,10 @@
 //! [`Layer::sync`] makes what was published durable, data first. A dropped guard gives the
 //! cluster back, or quarantines it when a write to it was already submitted.
 
-use crate::Result;
 use crate::store::Store;
 use crate::units::{ClusterSize, VirtCluster};
+use crate::{Error, Result};
+use bytes::BytesMut;
 
 /// The shape of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +29,12 @@ pub enum Extent {
         /// Length in bytes.
         len: u64,
     },
+    /// In this layer, compressed: [`Layer::unpack`] gives the bytes. The range is within one
+    /// cluster.
+    Packed {
+        /// Length in bytes, of the guest.
+        len: u64,
+    },
     /// Reads as zeros here, whatever lies below.
     Zero {
         /// Length in bytes.
@@ -44,7 +51,10 @@ impl Extent {
     /// Length in bytes.
     pub const fn len(self) -> u64 {
         match self {
-            Extent::Data { len, .. } | Extent::Zero { len } | Extent::Absent { len } => len,
+            Extent::Data { len, .. }
+            | Extent::Packed { len }
+            | Extent::Zero { len }
+            | Extent::Absent { len } => len,
         }
     }
 
@@ -74,6 +84,19 @@ pub trait Reservation {
     fn submitted(&mut self);
 }
 
+/// A reservation of a layer that never hands one out.
+#[derive(Debug)]
+pub enum Never {}
+
+impl Reservation for Never {
+    fn host(&self) -> u64 {
+        match *self {}
+    }
+    fn submitted(&mut self) {
+        match *self {}
+    }
+}
+
 /// One delta image.
 #[allow(
     async_fn_in_trait,
@@ -94,6 +117,16 @@ pub trait Layer {
     /// The first extent of the guest range `guest .. guest + len`, at most `len` long and never
     /// empty. May read table pages. `len` is not 0 and the range is inside the virtual size.
     async fn map(&self, guest: u64, len: u64) -> Result<Extent>;
+
+    /// Fills `buf` from guest offset `guest`: a range that [`Layer::map`] answered as
+    /// [`Extent::Packed`], or a part of it. Any alignment. `Damaged` when it does not unpack. Layers
+    /// that compress nothing are never asked.
+    async fn unpack(&self, guest: u64, buf: BytesMut) -> Result<BytesMut> {
+        Err(Error::invalid(format!(
+            "guest offset {guest}, {} bytes: nothing is compressed in this layer",
+            buf.len()
+        )))
+    }
 
     /// Whether the mapping of `cluster` would survive power loss as it is now.
     fn is_durable(&self, cluster: VirtCluster) -> bool;

@@ -35,7 +35,9 @@ pub mod limits;
 pub mod planted;
 pub mod ploop;
 pub mod progress;
+pub mod qcow2;
 pub mod raw;
+pub mod severity;
 pub mod store;
 #[cfg(feature = "testkit")]
 #[allow(

@@ -28,3 +28,27 @@ pub const DESCRIPTOR_NESTING_MAX: usize = 32;
 /// Nodes (elements, texts, comments) of a descriptor, which bounds the memory of its tree: an
 /// image and its shot take 24 with indentation, so 127 of them need about 3000.
 pub const DESCRIPTOR_NODES_MAX: usize = 65_536;
+/// Smallest and largest qcow2 cluster, as powers of two: 512 bytes to 2 MiB (QEMU's bounds).
+pub const QCOW2_BITS_MIN: u8 = 9;
+/// See [`QCOW2_BITS_MIN`].
+pub const QCOW2_BITS_MAX: u8 = 21;
+/// Bytes of a qcow2 file name inside an image (QEMU's bound for backing files).
+pub const QCOW2_NAME_MAX: usize = 1023;
+/// Bytes of the name of a backing file's format (QEMU's bound).
+pub const QCOW2_FORMAT_NAME_MAX: usize = 15;
+/// Bytes of a qcow2 first-level table: four million entries (QEMU's bound).
+pub const QCOW2_L1_MAX: u64 = 32 << 20;
+/// Bytes of a qcow2 refcount table (QEMU's bound).
+pub const QCOW2_REFTABLE_MAX: u64 = 8 << 20;
+/// Snapshots in a qcow2 image (QEMU's bound).
+pub const QCOW2_SNAPSHOTS_MAX: u32 = 65_536;
+/// Bitmaps in a qcow2 image (the specification's bound).
+pub const QCOW2_BITMAPS_MAX: u32 = 65_535;
+/// Bytes of a snapshot table or bitmap directory. QEMU reads 64 MiB; a quarter holds as many entries
+/// as there may be with names of 150 bytes, and bounds the memory of a list.
+pub const QCOW2_DIRECTORY_MAX: u64 = 16 << 20;
+/// Bytes of unknown data that one snapshot carries (QEMU's bound).
+pub const QCOW2_EXTRA_MAX: u32 = 1024;
+/// Bytes of history that unpacking a zstd cluster may ask for: what every decoder must offer
+/// (RFC 8878, 3.1.1.1.2), four times the largest cluster.
+pub const QCOW2_WINDOW_MAX: u64 = 8 << 20;

@@ -1,6 +1,6 @@
 //! Raw: the identity layer. Guest offset is file offset; only ever the lowest layer.
 
-use crate::layer::{Below, Extent, Geometry, Layer, Reservation};
+use crate::layer::{Below, Extent, Geometry, Layer, Never};
 use crate::ledger::Ledger;
 use crate::store::Store;
 use crate::units::{ClusterSize, SECTOR, VirtCluster, floor_to};
@@ -14,19 +14,6 @@ pub struct Raw<S> {
     geometry: Geometry,
     /// Nothing is ever pending here; it remembers a failed flush. None: read-only.
     ledger: Option<Ledger>,
-}
-
-/// Nothing is ever reserved in a raw image.
-#[derive(Debug)]
-pub enum Never {}
-
-impl Reservation for Never {
-    fn host(&self) -> u64 {
-        match *self {}
-    }
-    fn submitted(&mut self) {
-        match *self {}
-    }
 }
 
 impl<S: Store> Raw<S> {

@@ -13,7 +13,7 @@ pub const fn floor_to(n: u64, unit: u64) -> u64 {
     n & !unit.wrapping_sub(1)
 }
 
-/// A cluster size: a power of two, 32 KiB to 64 MiB for images (tests go down to 512 bytes).
+/// A cluster size: a power of two, 32 KiB to 64 MiB for ploop, 512 bytes to 2 MiB for qcow2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClusterSize {
     log2: u8,
@@ -32,6 +32,24 @@ impl ClusterSize {
             limits::CLUSTER_MIN,
             limits::CLUSTER_MAX
         )))
+    }
+
+    /// A legal qcow2 cluster size, as the power of two that a header says.
+    pub fn of_qcow2(log2: u32) -> Result<Self> {
+        let legal = limits::QCOW2_BITS_MIN..=limits::QCOW2_BITS_MAX;
+        match u8::try_from(log2) {
+            Ok(log2) if legal.contains(&log2) => Ok(Self { log2 }),
+            _ => Err(Error::invalid(format!(
+                "a cluster of 2^{log2} bytes is not from 2^{} to 2^{}",
+                limits::QCOW2_BITS_MIN,
+                limits::QCOW2_BITS_MAX
+            ))),
+        }
+    }
+
+    /// The power of two that it is.
+    pub const fn log2(self) -> u32 {
+        self.log2 as u32
     }
 
     /// Bytes in a cluster.

@@ -9,7 +9,7 @@
 //! In a new image nothing is hidden by what is not there: zeros are not stored, and holes of a
 //! source's files are not read.
 
-use crate::stack::{AnyLayer, Stack};
+use crate::stack::{AnyLayer, Stack, packed};
 use bytes::BytesMut;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use ploop_formats::layer::{Below, Extent, Geometry, Layer, Reservation};
@@ -186,6 +186,7 @@ impl<'a, S: Store> Source<'a, S> {
                     place: None,
                     present: true,
                 },
+                Extent::Packed { .. } => return Err(packed()),
                 Extent::Absent { len } => Part::nothing(len),
             }),
             Self::Stack(stack) => {
@@ -408,6 +409,7 @@ impl<'a, S: Store> Copying<'a, S> {
             .await?
         {
             Extent::Data { at, len } => (len, Some(at)),
+            Extent::Packed { .. } => return Err(packed()),
             // From here to the end of the cluster, which is its beginning, too: only what is in
             // place is ever cut elsewhere.
             Extent::Zero { .. } | Extent::Absent { .. } => {

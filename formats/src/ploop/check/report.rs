@@ -4,20 +4,10 @@
 
 use crate::Kind;
 use crate::ploop::header::HEADER_LEN;
+pub use crate::severity::Severity;
 
 /// Findings kept in full; a broken table can have a billion.
 const KEPT_MAX: usize = 1000;
-
-/// How bad a finding is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Severity {
-    /// Odd, but harmless and legal for somebody.
-    Notice,
-    /// Space is lost and data is not.
-    Leak,
-    /// A rule is broken.
-    Error,
-}
 
 /// What a repair can do about a finding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

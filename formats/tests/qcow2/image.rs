@@ -1,0 +1,299 @@
+//! An open image: what it answers, what it refuses, and how often it reads its file.
+
+use crate::made::{CLUSTER, DATA, L2, SIZE, header, image, put32, put64, stored};
+use bytes::{Bytes, BytesMut};
+use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::qcow2::Qcow2;
+use ploop_formats::store::mem::MemStore;
+use ploop_formats::store::{Reach, Space, Store, StoreInfo};
+use ploop_formats::testkit::exec::now;
+use ploop_formats::units::VirtCluster;
+use ploop_formats::{Error, Kind, Result};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+const PACKED: u64 = 1 << 62;
+
+fn open(bytes: &[u8]) -> Qcow2<MemStore> {
+    now(Qcow2::open_read(MemStore::from_bytes(bytes), None)).unwrap()
+}
+
+fn kind<T>(done: Result<T>) -> Option<Kind> {
+    done.err().map(|e| e.kind())
+}
+
+/// A store that counts what is read of it.
+#[derive(Debug, Clone)]
+struct Counted {
+    store: MemStore,
+    reads: Arc<AtomicUsize>,
+}
+
+impl Counted {
+    fn new(bytes: &[u8]) -> Self {
+        Self {
+            store: MemStore::from_bytes(bytes),
+            reads: Arc::default(),
+        }
+    }
+
+    /// How often it was read since the last call.
+    fn reads(&self) -> usize {
+        self.reads.swap(0, Ordering::Relaxed)
+    }
+}
+
+impl Store for Counted {
+    fn info(&self) -> StoreInfo {
+        self.store.info()
+    }
+    fn room(&self) -> Result<u64> {
+        self.store.room()
+    }
+    async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        self.store.read_at(at, buf).await
+    }
+    async fn write_at(&self, _: u64, _: Bytes, _: Reach) -> Result<()> {
+        Err(Error::invalid("written to"))
+    }
+    async fn set_len(&self, _: u64) -> Result<()> {
+        Err(Error::invalid("cut"))
+    }
+    async fn punch(&self, _: u64, _: u64, _: Space) -> Result<()> {
+        Err(Error::invalid("punched"))
+    }
+    async fn flush(&self) -> Result<()> {
+        Err(Error::invalid("flushed"))
+    }
+    async fn settle(&self) {}
+    async fn extent(&self, at: u64) -> Result<(bool, u64)> {
+        self.store.extent(at).await
+    }
+}
+
+#[test]
+fn the_extents_of_a_small_image() {
+    let image = open(&image(3));
+    let map = |guest, len| now(image.map(guest * CLUSTER, len * CLUSTER)).unwrap();
+    let data = |at, len| Extent::Data { at, len };
+    assert_eq!(map(0, 8), data(DATA, CLUSTER));
+    assert_eq!(map(1, 7), Extent::Absent { len: CLUSTER });
+    assert_eq!(map(2, 6), data(DATA + CLUSTER, CLUSTER));
+    assert_eq!(map(3, 5), Extent::Zero { len: CLUSTER });
+    assert_eq!(map(6, 2), Extent::Absent { len: 2 * CLUSTER });
+    assert_eq!(now(image.map(700, 900)).unwrap(), data(DATA + 700, 900));
+    assert_eq!(image.geometry().size, SIZE);
+}
+
+#[test]
+fn an_image_may_be_shared_by_threads() {
+    const fn shared<T: Send + Sync>(_: &T) {}
+    shared(&open(&image(3)));
+}
+
+#[test]
+fn an_image_that_is_open_for_reading_is_not_written() {
+    let store = Counted::new(&image(3));
+    let image = now(Qcow2::open_read(store, None)).unwrap();
+    assert_eq!(kind(now(image.reserve())), Some(Kind::ReadOnly));
+    assert_eq!(
+        kind(now(image.release(VirtCluster(0)))),
+        Some(Kind::ReadOnly)
+    );
+    assert_eq!(kind(now(image.sync())), Some(Kind::ReadOnly));
+    now(image.close()).unwrap();
+}
+
+#[test]
+fn a_far_jump_costs_a_slice_of_each_table_and_a_near_one_nothing() {
+    // Three tables of 8192 entries: 16 slices each.
+    let covers = CLUSTER * CLUSTER / 8;
+    let mut bytes = header(3);
+    put64(&mut bytes, 24, 3 * covers);
+    put32(&mut bytes, 36, 3);
+    bytes.resize(8 * CLUSTER as usize, 0);
+    for n in 0..3 {
+        put64(
+            &mut bytes,
+            (3 * CLUSTER + 8 * n) as usize,
+            (4 + n) * CLUSTER,
+        );
+    }
+    let store = Counted::new(&bytes);
+    let image = now(Qcow2::open_read(store.clone(), None)).unwrap();
+    assert!(store.reads() <= 2, "opening reads the header");
+    let read = |guest| {
+        now(image.map(guest, 512)).unwrap();
+        store.reads()
+    };
+    assert_eq!(read(0), 2);
+    assert_eq!((read(511 * CLUSTER), read(512 * CLUSTER)), (0, 1));
+    assert_eq!((read(covers), read(2 * covers), read(covers)), (1, 1, 0));
+    assert_eq!(read(3 * covers - 512), 1);
+}
+
+#[test]
+fn more_slices_than_are_kept_are_read_again() {
+    // Of 512-byte clusters each table is a slice: 600 of them.
+    let mut bytes = vec![0; 512 * 620];
+    bytes[..112].copy_from_slice(&header(3)[..112]);
+    put32(&mut bytes, 20, 9);
+    put64(&mut bytes, 24, 600 * 64 * 512);
+    put32(&mut bytes, 36, 600);
+    put64(&mut bytes, 40, 1024);
+    put64(&mut bytes, 48, 512);
+    for n in 0..600 {
+        put64(&mut bytes, 1024 + 8 * n, (19 + n as u64) * 512);
+    }
+    let store = Counted::new(&bytes);
+    let image = now(Qcow2::open_read(store.clone(), None)).unwrap();
+    store.reads();
+    for _ in 0..2 {
+        for n in 0..600 {
+            now(image.map(n * 64 * 512, 512)).unwrap();
+        }
+    }
+    let reads = store.reads();
+    assert!((1200..=1300).contains(&reads), "{reads} reads");
+}
+
+#[test]
+fn a_compressed_cluster_is_read_in_pieces_and_unpacked_once() {
+    let mut bytes = image(3);
+    let content: Vec<u8> = (0..CLUSTER).map(|n| (n / 7) as u8).collect();
+    let packed = stored(&content);
+    let at = DATA + 100;
+    bytes.resize(10 * CLUSTER as usize, 0);
+    bytes[at as usize..at as usize + packed.len()].copy_from_slice(&packed);
+    let sectors = (at % 512 + packed.len() as u64).div_ceil(512);
+    put64(&mut bytes, L2 as usize, PACKED | (sectors - 1) << 54 | at);
+    let store = Counted::new(&bytes);
+    let image = now(Qcow2::open_read(store.clone(), None)).unwrap();
+    let all = now(image.map(0, SIZE)).unwrap();
+    assert_eq!(all, Extent::Packed { len: CLUSTER });
+    store.reads();
+    for from in (0..CLUSTER).step_by(4096) {
+        let buf = now(image.unpack(from, BytesMut::zeroed(4096))).unwrap();
+        assert!(buf[..] == content[from as usize..from as usize + 4096]);
+    }
+    assert_eq!(store.reads(), 1);
+    let beyond = image.unpack(CLUSTER - 512, BytesMut::zeroed(1024));
+    assert_eq!(kind(now(beyond)), Some(Kind::Invalid));
+    for guest in [CLUSTER, 2 * CLUSTER, 3 * CLUSTER] {
+        let other = image.unpack(guest, BytesMut::zeroed(512));
+        assert_eq!(kind(now(other)), Some(Kind::Invalid), "{guest}");
+    }
+}
+
+#[test]
+fn a_compressed_cluster_that_is_too_short_is_damage() {
+    for (len, fine) in [(CLUSTER, true), (CLUSTER - 1, false), (CLUSTER / 2, false)] {
+        let mut bytes = image(3);
+        let packed = stored(&vec![7; len as usize]);
+        bytes.resize(10 * CLUSTER as usize, 0);
+        bytes[DATA as usize..DATA as usize + packed.len()].copy_from_slice(&packed);
+        put64(&mut bytes, L2 as usize, PACKED | 129 << 54 | DATA);
+        let image = open(&bytes);
+        let done = now(image.unpack(0, BytesMut::zeroed(512)));
+        assert_eq!(done.is_ok(), fine, "{len} bytes");
+        assert!(fine || kind(done) == Some(Kind::Damaged));
+    }
+}
+
+#[test]
+fn a_file_that_ends_inside_its_l1_table_is_not_opened() {
+    let mut bytes = image(3);
+    put64(&mut bytes, 40, 7 * CLUSTER);
+    put32(&mut bytes, 36, 3);
+    bytes.truncate((7 * CLUSTER + 16) as usize);
+    let store = MemStore::from_bytes(&bytes);
+    assert_eq!(
+        kind(now(Qcow2::open_read(store, None))),
+        Some(Kind::Damaged)
+    );
+}
+
+#[test]
+fn what_a_file_lacks_of_its_last_cluster_reads_as_zeros() {
+    for kept in [512, 4096, CLUSTER - 512] {
+        let mut bytes = image(3);
+        put64(&mut bytes, L2 as usize + 48, 7 * CLUSTER);
+        put64(&mut bytes, L2 as usize + 40, 8 * CLUSTER);
+        bytes.truncate((7 * CLUSTER + kept) as usize);
+        let image = open(&bytes);
+        let start = 6 * CLUSTER;
+        let first = now(image.map(start, CLUSTER)).unwrap();
+        assert_eq!(
+            first,
+            Extent::Data {
+                at: 7 * CLUSTER,
+                len: kept
+            }
+        );
+        let rest = now(image.map(start + kept, 2 * CLUSTER)).unwrap();
+        assert_eq!(
+            rest,
+            Extent::Zero {
+                len: CLUSTER - kept
+            }
+        );
+        let gone = now(image.map(5 * CLUSTER, 512));
+        assert_eq!(kind(gone), Some(Kind::Damaged));
+    }
+}
+
+#[test]
+fn a_store_of_blocks_is_read_where_the_file_keeps_to_them() {
+    let bytes = image(3);
+    for align in [512, 4096] {
+        let store = MemStore::from_bytes(&bytes).aligned_to(align);
+        let image = now(Qcow2::open_read(store, None)).unwrap();
+        let extent = now(image.map(2 * CLUSTER, CLUSTER)).unwrap();
+        assert!(matches!(extent, Extent::Data { .. }));
+        let ragged = MemStore::from_bytes(&bytes[..bytes.len() - 100]).aligned_to(align);
+        assert!(now(Qcow2::open_read(ragged, None)).is_err());
+    }
+    let mut small = image(3);
+    put32(&mut small, 20, 9);
+    put64(&mut small, 24, 512);
+    let store = MemStore::from_bytes(&small).aligned_to(4096);
+    assert_eq!(
+        kind(now(Qcow2::open_read(store, None))),
+        Some(Kind::Unsupported)
+    );
+}
+
+#[test]
+fn an_external_data_file_is_given_exactly_when_there_is_one() {
+    let inside = MemStore::from_bytes(&image(3));
+    let data = || Some(MemStore::new(SIZE));
+    assert_eq!(
+        kind(now(Qcow2::open_read(inside, data()))),
+        Some(Kind::Invalid)
+    );
+    let mut bytes = image(3);
+    put64(&mut bytes, 72, 1 << 2);
+    // A cluster at its place, the first one, and one elsewhere.
+    put64(&mut bytes, L2 as usize, 1 << 63);
+    put64(&mut bytes, L2 as usize + 16, (1 << 63) | (2 * CLUSTER));
+    put64(&mut bytes, L2 as usize + 40, (1 << 63) | (6 * CLUSTER));
+    let outside = MemStore::from_bytes(&bytes);
+    assert_eq!(
+        kind(now(Qcow2::open_read(outside.clone(), None))),
+        Some(Kind::Invalid)
+    );
+    let image = now(Qcow2::open_read(outside, data())).unwrap();
+    for guest in [0, 2 * CLUSTER] {
+        let extent = now(image.map(guest, CLUSTER)).unwrap();
+        assert_eq!(
+            extent,
+            Extent::Data {
+                at: guest,
+                len: CLUSTER
+            }
+        );
+    }
+    assert_eq!(kind(now(image.map(5 * CLUSTER, 512))), Some(Kind::Damaged));
+    assert_eq!(image.store().info().len, SIZE);
+}

@@ -1,0 +1,89 @@
+//! Images made field by field, by other code than the crate's.
+#![allow(dead_code, reason = "each test uses its part")]
+
+/// Clusters of 64 KiB.
+pub const BITS: u32 = 16;
+pub const CLUSTER: u64 = 1 << BITS;
+/// Virtual size: eight clusters.
+pub const SIZE: u64 = 8 * CLUSTER;
+/// Where the parts of [`image`] are, in bytes.
+pub const REFTABLE: u64 = CLUSTER;
+pub const L1: u64 = 3 * CLUSTER;
+pub const L2: u64 = 4 * CLUSTER;
+pub const DATA: u64 = 5 * CLUSTER;
+
+pub fn put32(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
+}
+
+pub fn put64(bytes: &mut [u8], at: usize, value: u64) {
+    bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+}
+
+/// The first cluster of an image, with no extension.
+pub fn header(version: u32) -> Vec<u8> {
+    let mut bytes = vec![0; CLUSTER as usize];
+    bytes[..4].copy_from_slice(b"QFI\xfb");
+    put32(&mut bytes, 4, version);
+    put32(&mut bytes, 20, BITS);
+    put64(&mut bytes, 24, SIZE);
+    put32(&mut bytes, 36, 1);
+    put64(&mut bytes, 40, L1);
+    put64(&mut bytes, 48, REFTABLE);
+    put32(&mut bytes, 56, 1);
+    if version == 3 {
+        put32(&mut bytes, 96, 4);
+        put32(&mut bytes, 100, 112);
+    }
+    bytes
+}
+
+/// Puts an extension behind those that are there.
+pub fn extend(bytes: &mut [u8], at: usize, magic: u32, data: &[u8]) -> usize {
+    put32(bytes, at, magic);
+    put32(bytes, at + 4, data.len() as u32);
+    bytes[at + 8..at + 8 + data.len()].copy_from_slice(data);
+    at + 8 + data.len().next_multiple_of(8)
+}
+
+/// A name behind everything else, as the backing file's.
+pub fn backing(bytes: &mut [u8], at: usize, name: &[u8]) {
+    bytes[at..at + name.len()].copy_from_slice(name);
+    put64(bytes, 8, at as u64);
+    put32(bytes, 16, name.len() as u32);
+}
+
+/// A whole image: guest clusters 0, 2 and 5 hold their number, 3 is a zero cluster (version 3), the
+/// others are absent.
+pub fn image(version: u32) -> Vec<u8> {
+    let mut bytes = header(version);
+    bytes.resize(8 * CLUSTER as usize, 0);
+    put64(&mut bytes, REFTABLE as usize, 2 * CLUSTER);
+    for n in 0..8 {
+        bytes[2 * CLUSTER as usize + 2 * n + 1] = 1;
+    }
+    put64(&mut bytes, L1 as usize, L2 | 1 << 63);
+    for (i, guest) in [0u64, 2, 5].into_iter().enumerate() {
+        let at = DATA + i as u64 * CLUSTER;
+        put64(&mut bytes, (L2 + 8 * guest) as usize, at | 1 << 63);
+        bytes[at as usize..(at + CLUSTER) as usize].fill(guest as u8 + 1);
+    }
+    if version == 3 {
+        put64(&mut bytes, L2 as usize + 24, 1);
+    }
+    bytes
+}
+
+/// `content` as deflate that compresses nothing: blocks of stored bytes.
+pub fn stored(content: &[u8]) -> Vec<u8> {
+    let pieces: Vec<&[u8]> = content.chunks(0xFFFF).collect();
+    let mut out = Vec::new();
+    for (n, piece) in pieces.iter().enumerate() {
+        let len = piece.len() as u16;
+        out.push(u8::from(n + 1 == pieces.len()));
+        out.extend(len.to_le_bytes());
+        out.extend((!len).to_le_bytes());
+        out.extend(*piece);
+    }
+    out
+}
