@@ -52,3 +52,8 @@ pub const QCOW2_EXTRA_MAX: u32 = 1024;
 /// Bytes of history that unpacking a zstd cluster may ask for: what every decoder must offer
 /// (RFC 8878, 3.1.1.1.2), four times the largest cluster.
 pub const QCOW2_WINDOW_MAX: u64 = 8 << 20;
+/// Bytes that the blocks of a compressed qcow2 cluster make on average, at least: no compressor makes
+/// blocks that are nearly as small, and each may cost some microseconds.
+pub const QCOW2_BLOCK_MEAN: usize = 512;
+/// Blocks of a compressed qcow2 cluster that may be there in addition.
+pub const QCOW2_BLOCKS_SPARE: usize = 64;

@@ -1,7 +1,8 @@
 //! An open qcow2 image: the [`Layer`] over a store, for reading.
 //!
 //! Owns its stores and what it keeps of them in memory: table slices and the last cluster that was
-//! unpacked, both bounded. Never holds a lock across I/O, never writes.
+//! unpacked, both bounded. Unpacks one cluster at a time: a lock is held across I/O for that alone.
+//! Never writes.
 
 use super::be::u64_at;
 use super::cache::Slices;
@@ -15,7 +16,7 @@ use crate::store::Store;
 use crate::units::{VirtCluster, floor_to};
 use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Mutex;
 
 /// An open qcow2 image.
 #[derive(Debug)]
@@ -29,8 +30,9 @@ pub struct Qcow2<S> {
     /// The external data file.
     data: Option<S>,
     slices: Slices,
-    /// The last compressed cluster that was read: small reads in a row unpack it once.
-    unpacked: Mutex<Option<(Packed, Bytes)>>,
+    /// The last compressed cluster that was read, or why it does not unpack: small reads in a row
+    /// unpack it once, and many readers never need more memory than one.
+    unpacked: Mutex<Option<(Packed, Result<Bytes>)>>,
 }
 
 /// What the first-level table says of a guest offset.
@@ -139,23 +141,23 @@ impl<S: Store> Qcow2<S> {
 
     /// The bytes of a compressed cluster.
     async fn whole(&self, packed: Packed) -> Result<Bytes> {
-        let kept = self.kept().clone();
-        if let Some((_, bytes)) = kept.filter(|(at, _)| *at == packed) {
-            return Ok(bytes);
+        let mut last = self.unpacked.lock().await;
+        if let Some((_, known)) = last.as_ref().filter(|(at, _)| *at == packed) {
+            return copy(known);
         }
         let rest = self.store.info().len.saturating_sub(packed.at);
         let bytes = read_padded(&self.store, packed.at, packed.len.min(rest)).await?;
         let len = self.layout.cluster.bytes() as usize;
         let whole = packed::unpack(self.header.compression, &bytes, len)
-            .map_err(|e| e.at(format!("offset {:#x}", packed.at)))?;
-        let whole = Bytes::from(whole);
-        *self.kept() = Some((packed, whole.clone()));
-        Ok(whole)
+            .map(Bytes::from)
+            .map_err(|e| e.at(format!("offset {:#x}", packed.at)));
+        let (_, known) = last.insert((packed, whole));
+        copy(known)
     }
+}
 
-    fn kept(&self) -> MutexGuard<'_, Option<(Packed, Bytes)>> {
-        self.unpacked.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn copy(known: &Result<Bytes>) -> Result<Bytes> {
+    known.as_ref().map(Bytes::clone).map_err(Error::duplicate)
 }
 
 fn read_only() -> Error {

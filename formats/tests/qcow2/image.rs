@@ -1,6 +1,6 @@
 //! An open image: what it answers, what it refuses, and how often it reads its file.
 
-use crate::made::{CLUSTER, DATA, L2, SIZE, header, image, put32, put64, stored};
+use crate::made::{CLUSTER, DATA, L2, SIZE, header, image, put32, put64, repeated, stored, zstd};
 use bytes::{Bytes, BytesMut};
 use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::qcow2::Qcow2;
@@ -9,8 +9,11 @@ use ploop_formats::store::{Reach, Space, Store, StoreInfo};
 use ploop_formats::testkit::exec::now;
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Kind, Result};
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
 
 const PACKED: u64 = 1 << 62;
 
@@ -22,11 +25,13 @@ fn kind<T>(done: Result<T>) -> Option<Kind> {
     done.err().map(|e| e.kind())
 }
 
-/// A store that counts what is read of it.
+/// A store that counts what is read of it, and makes a reader wait once where it is told to.
 #[derive(Debug, Clone)]
 struct Counted {
     store: MemStore,
     reads: Arc<AtomicUsize>,
+    slow: Arc<AtomicBool>,
+    inside: Arc<AtomicUsize>,
 }
 
 impl Counted {
@@ -34,6 +39,8 @@ impl Counted {
         Self {
             store: MemStore::from_bytes(bytes),
             reads: Arc::default(),
+            slow: Arc::default(),
+            inside: Arc::default(),
         }
     }
 
@@ -52,6 +59,17 @@ impl Store for Counted {
     }
     async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
         self.reads.fetch_add(1, Ordering::Relaxed);
+        if self.slow.load(Ordering::Relaxed) {
+            let inside = self.inside.fetch_add(1, Ordering::Relaxed);
+            assert_eq!(inside, 0, "read by two at once");
+            let mut waited = false;
+            poll_fn(|_| match std::mem::replace(&mut waited, true) {
+                false => Poll::Pending,
+                true => Poll::Ready(()),
+            })
+            .await;
+            self.inside.fetch_sub(1, Ordering::Relaxed);
+        }
         self.store.read_at(at, buf).await
     }
     async fn write_at(&self, _: u64, _: Bytes, _: Reach) -> Result<()> {
@@ -186,6 +204,65 @@ fn a_compressed_cluster_is_read_in_pieces_and_unpacked_once() {
     }
 }
 
+/// Runs futures side by side until all are done.
+fn together<F: Future>(futures: Vec<Pin<&mut F>>) -> Vec<F::Output> {
+    let mut left: Vec<_> = futures.into_iter().map(Some).collect();
+    let mut done: Vec<_> = left.iter().map(|_| None).collect();
+    for _ in 0..100 {
+        for (slot, out) in left.iter_mut().zip(&mut done) {
+            let Some(future) = slot else { continue };
+            let context = &mut Context::from_waker(Waker::noop());
+            if let Poll::Ready(found) = future.as_mut().poll(context) {
+                (*out, *slot) = (Some(found), None);
+            }
+        }
+    }
+    done.into_iter().map(Option::unwrap).collect()
+}
+
+#[test]
+fn readers_unpack_one_after_another_and_a_cluster_once() {
+    let packed = [
+        stored(&[7; CLUSTER as usize]),
+        stored(&[8; CLUSTER as usize]),
+    ];
+    let mut bytes = image(3);
+    bytes.resize(12 * CLUSTER as usize, 0);
+    for (n, packed) in packed.iter().enumerate() {
+        let at = DATA as usize + n * 2 * CLUSTER as usize;
+        bytes[at..at + packed.len()].copy_from_slice(packed);
+        put64(
+            &mut bytes,
+            L2 as usize + 8 * n,
+            PACKED | 129 << 54 | at as u64,
+        );
+    }
+    let store = Counted::new(&bytes);
+    let image = now(Qcow2::open_read(store.clone(), None)).unwrap();
+    now(image.map(0, SIZE)).unwrap();
+    store.reads();
+    store.slow.store(true, Ordering::Relaxed);
+    let read = |n: u64| image.unpack(n * CLUSTER + 512, BytesMut::zeroed(512));
+    let (a, b, c) = (pin!(read(0)), pin!(read(0)), pin!(read(1)));
+    let found = together(vec![a, b, c]);
+    let firsts: Vec<u8> = found.into_iter().map(|part| part.unwrap()[0]).collect();
+    assert_eq!((firsts, store.reads()), (vec![7, 7, 8], 2));
+}
+
+#[test]
+fn a_cluster_that_does_not_unpack_is_tried_once() {
+    let mut bytes = image(3);
+    put64(&mut bytes, L2 as usize, PACKED | 1 << 54 | DATA);
+    let store = Counted::new(&bytes);
+    let image = now(Qcow2::open_read(store.clone(), None)).unwrap();
+    now(image.map(0, 512)).unwrap();
+    store.reads();
+    let read = || now(image.unpack(0, BytesMut::zeroed(512))).unwrap_err();
+    let (first, second) = (read(), read());
+    assert_eq!((first.kind(), store.reads()), (Kind::Damaged, 1));
+    assert_eq!(first.to_string(), second.to_string());
+}
+
 #[test]
 fn a_compressed_cluster_that_is_too_short_is_damage() {
     for (len, fine) in [(CLUSTER, true), (CLUSTER - 1, false), (CLUSTER / 2, false)] {
@@ -199,6 +276,99 @@ fn a_compressed_cluster_that_is_too_short_is_damage() {
         assert_eq!(done.is_ok(), fine, "{len} bytes");
         assert!(fine || kind(done) == Some(Kind::Damaged));
     }
+}
+
+#[test]
+fn a_zstd_frame_holds_a_cluster_and_nothing_else() {
+    let frame = |descriptor: &[u8], blocks: &[Vec<u8>], sum: &[u8]| {
+        let start = [&[0x28, 0xB5, 0x2F, 0xFD], descriptor].concat();
+        [&start[..], &blocks.concat(), sum].concat()
+    };
+    let whole = repeated(7, CLUSTER, true);
+    let going = repeated(7, CLUSTER, false);
+    let (more, none) = (repeated(8, CLUSTER, true), repeated(8, 0, true));
+    let sized = |len: u32| [&[0xA0][..], &len.to_le_bytes()].concat();
+    // XXH64 with seed 0 of 65536 bytes of 7, its lower half.
+    let sum = 0x67DB_20F5_u32.to_le_bytes();
+    for (name, bytes, says) in [
+        ("whole", frame(&[0, 0x58], &[whole.clone()], &[]), None),
+        (
+            "an empty block behind",
+            frame(&[0, 0x58], &[going.clone(), none], &[]),
+            None,
+        ),
+        (
+            "a second cluster",
+            frame(&[0, 0x58], &[going.clone(), more], &[]),
+            Some("more than a cluster"),
+        ),
+        (
+            "a byte more",
+            frame(&[0, 0x58], &[going.clone(), repeated(8, 1, true)], &[]),
+            Some("more than a cluster"),
+        ),
+        (
+            "a byte less",
+            frame(&[0, 0x58], &[repeated(7, CLUSTER - 1, true)], &[]),
+            Some("less than a cluster"),
+        ),
+        (
+            "no end",
+            frame(&[0, 0x58], &[going], &[6, 0, 0]),
+            Some("not so compressed"),
+        ),
+        (
+            "its checksum",
+            frame(&[4, 0x58], &[whole.clone()], &sum),
+            None,
+        ),
+        (
+            "another checksum",
+            frame(&[4, 0x58], &[whole.clone()], &[0; 4]),
+            Some("wrong checksum"),
+        ),
+        (
+            "its size",
+            frame(&sized(65536), &[whole.clone()], &[]),
+            None,
+        ),
+        (
+            "a larger size",
+            frame(&sized(65537), &[whole.clone()], &[]),
+            Some("another size"),
+        ),
+        (
+            "a smaller size",
+            frame(&[0x60, 0, 0xFE], &[whole], &[]),
+            Some("another size"),
+        ),
+    ] {
+        let image = open(&zstd(&bytes));
+        let done = now(image.unpack(0, BytesMut::zeroed(CLUSTER as usize)));
+        match (done, says) {
+            (Ok(found), None) => assert!(found.iter().all(|b| *b == 7), "{name}"),
+            (Err(e), Some(says)) => {
+                assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
+                let place = e
+                    .to_string()
+                    .contains("offset 0x50000: compressed cluster (Zstd)");
+                assert!(place && e.to_string().contains(says), "{name}: {e}");
+            }
+            (done, _) => panic!("{name}: {:?}", done.map(drop)),
+        }
+    }
+}
+
+#[test]
+fn a_deflate_stream_of_more_than_a_cluster_is_cut() {
+    let content: Vec<u8> = (0..CLUSTER + 5000).map(|n| (n / 7) as u8).collect();
+    let packed = stored(&content);
+    let mut bytes = image(3);
+    bytes.resize(10 * CLUSTER as usize, 0);
+    bytes[DATA as usize..DATA as usize + packed.len()].copy_from_slice(&packed);
+    put64(&mut bytes, L2 as usize, PACKED | 140 << 54 | DATA);
+    let found = now(open(&bytes).unpack(0, BytesMut::zeroed(CLUSTER as usize))).unwrap();
+    assert!(found[..] == content[..CLUSTER as usize]);
 }
 
 #[test]

@@ -2,7 +2,9 @@
 //! panic. Nothing that they name is opened: a store is all that an image gets.
 
 use crate::chain::Chain;
-use crate::made::{CLUSTER, DATA, L1, L2, REFTABLE, backing, extend, header, image, put32, put64};
+use crate::made::{
+    CLUSTER, DATA, L1, L2, REFTABLE, backing, extend, header, image, put32, put64, repeated, zstd,
+};
 use crate::memory::{Meter, alone};
 use crate::qemu::{Folder, installed};
 use bytes::BytesMut;
@@ -421,21 +423,55 @@ fn as_many_snapshots_as_there_may_be_are_listed_in_time() {
 fn a_frame_that_wants_a_huge_history_is_refused() {
     let _alone = alone();
     for (descriptor, fine) in [(0x68u8, true), (0x70, false), (0xF8, false), (0xFF, false)] {
-        let mut bytes = image(3);
-        put64(&mut bytes, 72, 1 << 3);
-        bytes[104] = 1;
-        put64(&mut bytes, L2 as usize, 1 << 62 | 1 << 54 | DATA);
-        // A zstd frame: a window, and one block of a byte repeated.
-        let block = ((CLUSTER as u32) << 3 | 0b011).to_le_bytes();
         let frame = [
-            &[0x28, 0xB5, 0x2F, 0xFD, 0, descriptor][..],
-            &block[..3],
-            &[7],
-        ]
-        .concat();
-        bytes[DATA as usize..DATA as usize + frame.len()].copy_from_slice(&frame);
+            &[0x28, 0xB5, 0x2F, 0xFD, 0, descriptor],
+            &repeated(7, CLUSTER, true)[..],
+        ];
+        let bytes = zstd(&frame.concat());
         let done = judge("window", MemStore::from_bytes(&bytes));
         assert_eq!(done.is_ok(), fine, "{descriptor:#x}: {done:?}");
+    }
+}
+
+/// An image of 2 MiB clusters, the first of which is all that a compressed cluster can be: 4 MiB of
+/// `pattern` over and over, behind `start`.
+fn packed(start: &[u8], pattern: &[u8], zstd: bool) -> Vec<u8> {
+    let (cluster, sectors) = (2 << 20, 8192);
+    let mut bytes = vec![0; 8 * cluster];
+    bytes[..112].copy_from_slice(&header(3)[..112]);
+    put32(&mut bytes, 20, 21);
+    put64(&mut bytes, 24, 2 * cluster as u64);
+    put64(&mut bytes, 40, 2 * cluster as u64);
+    put64(&mut bytes, 48, cluster as u64);
+    put64(&mut bytes, 72, u64::from(zstd) << 3);
+    bytes[104] = u8::from(zstd);
+    put64(&mut bytes, 2 * cluster, 3 * cluster as u64);
+    let entry = 1 << 62 | (sectors - 1) << 49 | 4 * cluster as u64;
+    put64(&mut bytes, 3 * cluster, entry);
+    let content = start.iter().chain(pattern.iter().cycle());
+    let place = bytes
+        .iter_mut()
+        .skip(4 * cluster)
+        .take(512 * sectors as usize);
+    place.zip(content).for_each(|(to, from)| *to = *from);
+    bytes
+}
+
+#[test]
+fn compressed_clusters_of_blocks_that_make_nothing_cost_no_time() {
+    let _alone = alone();
+    // Four fixed-Huffman blocks with nothing but their ends, in 40 bits; stored blocks of no bytes.
+    let fixed = [0x02, 0x08, 0x20, 0x80, 0];
+    let stored = [0, 0, 0, 0xFF, 0xFF];
+    let frame = [0x28, 0xB5, 0x2F, 0xFD, 0, 0x58];
+    for (name, bytes) in [
+        ("fixed", packed(&[], &fixed, false)),
+        ("stored", packed(&[], &stored, false)),
+        ("raw", packed(&frame, &[0, 0, 0], true)),
+        ("repeated", packed(&frame, &repeated(0, 0, false), true)),
+    ] {
+        let e = refused(name, &bytes);
+        assert!(e.to_string().contains("more blocks"), "{name}: {e}");
     }
 }
 
