@@ -44,9 +44,9 @@ pub const QCOW2_REFTABLE_MAX: u64 = 8 << 20;
 pub const QCOW2_SNAPSHOTS_MAX: u32 = 65_536;
 /// Bitmaps in a qcow2 image (the specification's bound).
 pub const QCOW2_BITMAPS_MAX: u32 = 65_535;
-/// Bytes of a snapshot table or bitmap directory. QEMU reads 64 MiB; a quarter holds as many entries
-/// as there may be with names of 150 bytes, and bounds the memory of a list.
-pub const QCOW2_DIRECTORY_MAX: u64 = 16 << 20;
+/// Bytes of a snapshot table or bitmap directory (QEMU's bounds). They are read entry by entry, so that
+/// no more of them is in memory than the names.
+pub const QCOW2_DIRECTORY_MAX: u64 = 64 << 20;
 /// Bytes of unknown data that one snapshot carries (QEMU's bound).
 pub const QCOW2_EXTRA_MAX: u32 = 1024;
 /// Bytes of history that unpacking a zstd cluster may ask for: what every decoder must offer

@@ -40,7 +40,11 @@ enum Lookup {
     /// So many bytes are in no second-level table.
     Absent(u64),
     /// Second-level entries, from that of the offset to the end of their slice.
-    Entries(Bytes),
+    Entries {
+        /// File offset of the first.
+        at: u64,
+        bytes: Bytes,
+    },
 }
 
 impl<S: Store> Qcow2<S> {
@@ -73,9 +77,17 @@ impl<S: Store> Qcow2<S> {
         &self.store
     }
 
-    /// Table bytes from `at` to the end of their slice, or to the end of the table.
+    /// Table bytes from `at` to the end of their slice, or to the end of the table. `Damaged` when
+    /// not all of them are in the file.
     async fn table(&self, at: u64, end: u64) -> Result<Bytes> {
         let start = self.slices.start(at);
+        let last = start.saturating_add(self.slices.unit()).min(end);
+        let len = self.store.info().len;
+        if last > len {
+            return Err(Error::damaged(format!(
+                "offset {at:#x}: a table that goes on to {last:#x}, behind the end of the file ({len} bytes)"
+            )));
+        }
         let slice = match self.slices.find(start) {
             Some(slice) => slice,
             None => {
@@ -112,8 +124,8 @@ impl<S: Store> Qcow2<S> {
         let n = guest.checked_rem(covers).unwrap_or(0) >> self.layout.cluster.log2();
         let at = table.saturating_add(n.saturating_mul(self.layout.entry_len()));
         let end = table.saturating_add(self.layout.cluster.bytes());
-        let found = self.table(at, end).await;
-        found.map(Lookup::Entries).map_err(|e| e.at("L2 table"))
+        let bytes = self.table(at, end).await.map_err(|e| e.at("L2 table"))?;
+        Ok(Lookup::Entries { at, bytes })
     }
 
     /// What there is of an extent of data: a file may end inside its last cluster, whose rest reads
@@ -181,10 +193,11 @@ impl<S: Store> Layer for Qcow2<S> {
 
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
-        let bytes = match self.look_up(guest).await.map_err(place)? {
+        let (entry, bytes) = match self.look_up(guest).await.map_err(place)? {
             Lookup::Absent(rest) => return Ok(Extent::Absent { len: len.min(rest) }),
-            Lookup::Entries(bytes) => bytes,
+            Lookup::Entries { at, bytes } => (at, bytes),
         };
+        let place = |e: Error| place(e.at(format!("offset {entry:#x}")));
         let layout = self.layout;
         let within = layout.cluster.within(guest);
         let entries = Entries {
@@ -205,7 +218,8 @@ impl<S: Store> Layer for Qcow2<S> {
 
     async fn unpack(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
-        let Lookup::Entries(bytes) = self.look_up(guest).await.map_err(place)? else {
+        let found = self.look_up(guest).await.map_err(place)?;
+        let Lookup::Entries { at, bytes } = found else {
             return Err(place(Error::invalid("is not compressed")));
         };
         let layout = self.layout;
@@ -213,7 +227,10 @@ impl<S: Store> Layer for Qcow2<S> {
             layout,
             bytes: &bytes,
         };
-        let Mapping::Packed(packed) = entries.first().map_err(place)? else {
+        let first = entries
+            .first()
+            .map_err(|e| place(e.at(format!("offset {at:#x}"))));
+        let Mapping::Packed(packed) = first? else {
             return Err(place(Error::invalid("is not compressed")));
         };
         let whole = self.whole(packed).await.map_err(place)?;

@@ -92,9 +92,15 @@ impl<S: Store> Qcow2<S> {
         Ok(all)
     }
 
-    /// The disk as it was at a snapshot of this image.
+    /// The disk as it was at a snapshot of this image. `Damaged` with an external data file, whose
+    /// bytes have one state only.
     pub fn at_snapshot(mut self, snapshot: &Snapshot) -> Result<Self> {
         let place = |e: Error| e.at(format!("snapshot {}", snapshot.printable()));
+        if self.header().has_data_file() {
+            return Err(place(Error::damaged(
+                "a snapshot in an image with an external data file",
+            )));
+        }
         let size = snapshot.size.unwrap_or(self.header().size);
         if size > limits::SIZE_MAX {
             return Err(place(Error::damaged(format!("a disk of {size} bytes"))));

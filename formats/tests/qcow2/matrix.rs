@@ -347,8 +347,9 @@ fn cases() -> Vec<Case> {
 }
 
 /// Reads the image whole, and in pieces of any length, and compares with what QEMU reads. QEMU 10.0
-/// loses compressed clusters now and then, and finds that when it reads them: so must we.
-fn judge(name: &str, folder: &Folder, source: &str) {
+/// loses compressed clusters now and then, and finds that when it reads them: so must we, and then the
+/// answer is false.
+fn judge(name: &str, folder: &Folder, source: &str) -> bool {
     let whole = folder.convert(&format!("{source} {DISK}"), "expected");
     let mut chain = Chain::open(DISK, &|name| folder.read(name)).unwrap();
     if let Some(snapshot) = source.strip_prefix("-l ") {
@@ -359,7 +360,7 @@ fn judge(name: &str, folder: &Folder, source: &str) {
     if !whole {
         let e = chain.all().expect_err(name);
         assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
-        return;
+        return false;
     }
     let expected = folder.read("expected");
     assert_eq!(chain.size(), expected.len() as u64, "{name}: size");
@@ -377,6 +378,7 @@ fn judge(name: &str, folder: &Folder, source: &str) {
             "{name}: {len} bytes at {at}"
         );
     }
+    true
 }
 
 #[test]
@@ -385,19 +387,27 @@ fn images_made_by_qemu_read_as_qemu_reads_them() {
         return;
     }
     let cases = cases();
-    let next = AtomicUsize::new(0);
+    let (next, damaged) = (AtomicUsize::new(0), AtomicUsize::new(0));
     std::thread::scope(|scope| {
         for _ in 0..2 {
             scope.spawn(|| {
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let folder = Folder::new();
                     (case.make)(&folder);
-                    judge(&case.name, &folder, "");
+                    if !judge(&case.name, &folder, "") {
+                        assert!(case.name.starts_with("random"), "{}: damaged", case.name);
+                        damaged.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
             });
         }
     });
-    println!("COUNT: {} images made by QEMU", cases.len());
+    let damaged = damaged.into_inner();
+    println!(
+        "COUNT: {} images made by QEMU, {damaged} of them damaged",
+        cases.len()
+    );
+    assert!(damaged <= 5);
     assert!(cases.len() >= 100);
 }
 
@@ -426,7 +436,8 @@ fn a_snapshot_reads_as_the_disk_was() {
             .collect();
         assert_eq!(names, ["1 (empty)", "2 (full)"]);
         for source in ["", "-l empty", "-l full"] {
-            judge(&format!("{options} {source}"), &folder, source);
+            let name = format!("{options} {source}");
+            assert!(judge(&name, &folder, source), "{name}: damaged");
         }
     }
 }

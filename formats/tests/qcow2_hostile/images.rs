@@ -132,45 +132,75 @@ fn the_healthy_images_are_read_without_a_complaint() {
 /// A change to [`full`]: an offset, bytes, a value.
 type Edit = (u64, usize, u64);
 
-/// The classes of malformed fields that QEMU tests its own driver with.
-const CLASSES: [(&str, &[Edit]); 16] = [
-    ("a huge header", &[(100, 4, 0xFFFF_FFF8)]),
-    ("a header larger than a cluster", &[(100, 4, CLUSTER + 8)]),
+/// The classes of malformed fields that QEMU tests its own driver with, and what a refusal says.
+const CLASSES: [(&str, &str, &[Edit]); 16] = [
+    ("a huge header", "offset 100", &[(100, 4, 0xFFFF_FFF8)]),
+    (
+        "a header larger than a cluster",
+        "offset 100",
+        &[(100, 4, CLUSTER + 8)],
+    ),
     (
         "a huge unknown extension",
+        "beyond its area",
         &[(112, 4, 0x1234_5678), (116, 4, 0x7FFF_FFFF)],
     ),
-    ("a huge refcount table", &[(56, 4, 0xFFFF_FFFF)]),
-    ("a refcount table that is a bit too large", &[(56, 4, 129)]),
-    ("a misaligned refcount table", &[(48, 8, REFTABLE + 1)]),
+    (
+        "a huge refcount table",
+        "offset 56",
+        &[(56, 4, 0xFFFF_FFFF)],
+    ),
+    (
+        "a refcount table that is a bit too large",
+        "offset 56",
+        &[(56, 4, 129)],
+    ),
+    (
+        "a misaligned refcount table",
+        "offset 48",
+        &[(48, 8, REFTABLE + 1)],
+    ),
     (
         "a refcount table far away",
+        "offset 48",
         &[(48, 8, 0xFFFF_FFFF_FFFF_0000)],
     ),
-    ("a misaligned snapshot table", &[(64, 8, 8 * CLUSTER + 8)]),
+    (
+        "a misaligned snapshot table",
+        "offset 64",
+        &[(64, 8, 8 * CLUSTER + 8)],
+    ),
     (
         "a snapshot table far away",
+        "offset 64",
         &[(64, 8, 0xFFFF_FFFF_FFFF_0000)],
     ),
-    ("huge numbers of snapshots", &[(60, 4, 0xFFFF_FFFF)]),
-    ("a few snapshots too many", &[(60, 4, 65_537)]),
-    ("a misaligned L1 table", &[(40, 8, L1 + 8)]),
-    ("an L1 table that is too small", &[(36, 4, 0)]),
-    ("a huge L1 table", &[(36, 4, 0x7FFF_FFFF)]),
+    (
+        "huge numbers of snapshots",
+        "offset 60",
+        &[(60, 4, 0xFFFF_FFFF)],
+    ),
+    ("a few snapshots too many", "offset 60", &[(60, 4, 65_537)]),
+    ("a misaligned L1 table", "offset 40", &[(40, 8, L1 + 8)]),
+    ("an L1 table that is too small", "offset 36", &[(36, 4, 0)]),
+    ("a huge L1 table", "offset 36", &[(36, 4, 0x7FFF_FFFF)]),
     (
         "a huge backing file name",
+        "offset 8",
         &[(8, 8, 256), (16, 4, 0xFFFF_FFFF)],
     ),
     (
         "a backing file name of a byte too many",
+        "offset 8",
         &[(8, 8, 256), (16, 4, 1024)],
     ),
 ];
 
 /// The same for what is not in the header.
-const BEHIND: [(&str, &[Edit]); 13] = [
+const BEHIND: [(&str, &str, &[Edit]); 13] = [
     (
         "two bitmaps of the same name",
+        "the same name",
         &[
             (120, 4, 2),
             (128, 8, 64),
@@ -182,38 +212,62 @@ const BEHIND: [(&str, &[Edit]); 13] = [
     ),
     (
         "a misaligned L1 table of a snapshot",
+        "not the start of a cluster",
         &[(8 * CLUSTER, 8, L1 + 8)],
     ),
     (
         "an L1 table of a snapshot far away",
+        "behind the end of the file",
         &[(8 * CLUSTER, 8, 1 << 62)],
     ),
     (
         "a huge L1 table of a snapshot",
+        "L1 table of 2147483647 entries",
         &[(8 * CLUSTER + 8, 4, 0x7FFF_FFFF)],
     ),
     (
         "an empty L1 table of a snapshot",
+        "needs 1",
         &[(8 * CLUSTER + 8, 4, 0)],
     ),
     (
         "huge extra data of a snapshot",
+        "bytes of extra data",
         &[(8 * CLUSTER + 36, 4, 0xFFFF_FFFF)],
     ),
     (
         "a huge disk of a snapshot",
+        "a disk of",
         &[(8 * CLUSTER + 48, 8, u64::MAX)],
     ),
     (
         "a huge name of a snapshot",
+        "a name of 65535",
         &[(8 * CLUSTER + 14, 2, 0xFFFF)],
     ),
-    ("a snapshot table behind the file", &[(64, 8, 99 * CLUSTER)]),
-    ("a bitmap table far away", &[(9 * CLUSTER, 8, 1 << 63)]),
-    ("a huge bitmap table", &[(9 * CLUSTER + 8, 4, 0xFFFF_FFFF)]),
-    ("a bitmap of no known type", &[(9 * CLUSTER + 16, 1, 2)]),
+    (
+        "a snapshot table behind the file",
+        "snapshot 0 (offset 0x630000)",
+        &[(64, 8, 99 * CLUSTER)],
+    ),
+    (
+        "a bitmap table far away",
+        "bitmap: table",
+        &[(9 * CLUSTER, 8, 1 << 63)],
+    ),
+    (
+        "a huge bitmap table",
+        "bitmap: a table of",
+        &[(9 * CLUSTER + 8, 4, 0xFFFF_FFFF)],
+    ),
+    (
+        "a bitmap of no known type",
+        "type 2",
+        &[(9 * CLUSTER + 16, 1, 2)],
+    ),
     (
         "a bitmap with a huge name",
+        "a name of 65535",
         &[(9 * CLUSTER + 18, 2, 0xFFFF)],
     ),
 ];
@@ -230,34 +284,63 @@ fn edited(edits: &[Edit]) -> Vec<u8> {
 #[test]
 fn every_class_of_malformed_field_is_refused() {
     let _alone = alone();
-    for (name, edits) in CLASSES.into_iter().chain(BEHIND) {
+    for (name, says, edits) in CLASSES.into_iter().chain(BEHIND) {
         let e = refused(name, &edited(edits));
         assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
+        assert!(e.to_string().contains(says), "{name}: {e}");
     }
 }
 
 /// Entries that break a rule, the first in the L1 table, the others in the L2 table.
-const ENTRIES: [(&str, Edit); 10] = [
-    ("an L2 table behind the file", (L1, 8, 99 * CLUSTER)),
+const ENTRIES: [(&str, &str, Edit); 10] = [
+    (
+        "an L2 table behind the file",
+        "L2 table: offset 0x630000",
+        (L1, 8, 99 * CLUSTER),
+    ),
     (
         "an L2 table at the end of all offsets",
+        "L2 table: offset 0xffffffffff0000",
         (L1, 8, 0x00FF_FFFF_FFFF_0000),
     ),
-    ("a misaligned L2 table", (L1, 8, L2 + 512)),
-    ("reserved bits in L1", (L1, 8, L2 | 1)),
-    ("data behind the file", (L2, 8, 99 * CLUSTER)),
+    (
+        "a misaligned L2 table",
+        "offset 0x30000: L1 entry",
+        (L1, 8, L2 + 512),
+    ),
+    (
+        "reserved bits in L1",
+        "offset 0x30000: L1 entry",
+        (L1, 8, L2 | 1),
+    ),
+    (
+        "data behind the file",
+        "offset 0x40000: a cluster at",
+        (L2, 8, 99 * CLUSTER),
+    ),
     (
         "data at the end of all offsets",
+        "offset 0x40000: a cluster at",
         (L2, 8, 0x00FF_FFFF_FFFF_0000),
     ),
-    ("misaligned data", (L2, 8, DATA + 512)),
-    ("reserved bits in L2", (L2, 8, DATA | 2)),
+    (
+        "misaligned data",
+        "offset 0x40000: L2 entry",
+        (L2, 8, DATA + 512),
+    ),
+    (
+        "reserved bits in L2",
+        "offset 0x40000: L2 entry",
+        (L2, 8, DATA | 2),
+    ),
     (
         "compressed data behind the file",
+        "offset 0x630000",
         (L2, 8, (1 << 62) | (99 * CLUSTER)),
     ),
     (
         "compressed data that is none",
+        "offset 0x50000: compressed",
         (L2, 8, 1 << 62 | 1 << 54 | DATA),
     ),
 ];
@@ -265,11 +348,12 @@ const ENTRIES: [(&str, Edit); 10] = [
 #[test]
 fn entries_that_break_a_rule_are_errors_where_they_are_and_nowhere_else() {
     let _alone = alone();
-    for (name, edit) in ENTRIES {
+    for (name, says, edit) in ENTRIES {
         let bytes = edited(&[edit]);
         let e = refused(name, &bytes);
         assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
-        assert!(e.to_string().contains("guest offset 0x0"), "{name}: {e}");
+        let place = e.to_string().contains("guest offset 0x0");
+        assert!(place && e.to_string().contains(says), "{name}: {e}");
         if edit.0 == L2 {
             let image = now(Qcow2::open_read(MemStore::from_bytes(&bytes), None)).unwrap();
             let other = now(image.map(2 * CLUSTER, CLUSTER)).unwrap();
@@ -415,8 +499,48 @@ fn as_many_snapshots_as_there_may_be_are_listed_in_time() {
     let _alone = alone();
     let most = with_snapshots(65_536, 90);
     judge("snapshots", MemStore::from_bytes(&most)).unwrap();
-    let e = refused("long names", &with_snapshots(40_000, 200));
-    assert!(e.to_string().contains("more than 16777216 bytes"), "{e}");
+}
+
+/// The same of names of 1023 bytes, none of which can be shown as it is.
+fn with_long_names(count: usize) -> Vec<u8> {
+    let short = image(3);
+    let mut entry = vec![0x1B; 56 + 2 * 1023];
+    entry.resize(entry.len().next_multiple_of(8), 0);
+    entry[..56].fill(0);
+    put64(&mut entry, 0, L1);
+    put32(&mut entry, 8, 1);
+    entry[12..16].copy_from_slice(&[3, 0xFF, 3, 0xFF]);
+    put32(&mut entry, 36, 16);
+    put64(&mut entry, 48, 8 * CLUSTER);
+    let mut bytes = [short.clone(), entry.repeat(count)].concat();
+    put32(&mut bytes, 60, count as u32);
+    put64(&mut bytes, 64, short.len() as u64);
+    bytes
+}
+
+#[test]
+fn a_list_of_snapshots_has_a_bound() {
+    let _alone = alone();
+    let image = Qcow2::open_read(MemStore::from_bytes(&with_long_names(32_000)), None);
+    let mut meter = Meter::default();
+    let e = meter.watch(|| now(now(image).unwrap().snapshots()).unwrap_err());
+    assert_eq!(e.kind(), Kind::Damaged);
+    assert!(e.to_string().contains("more than 67108864 bytes"), "{e}");
+    assert!(
+        meter.most() < 96 << 20 && meter.longest() < TIME,
+        "{meter:?}"
+    );
+}
+
+#[test]
+fn an_error_stays_short_whatever_the_image_says() {
+    let _alone = alone();
+    let mut bytes = with_long_names(1);
+    let at = 8 * CLUSTER as usize;
+    put64(&mut bytes, at, L1 + 8);
+    let e = refused("names", &bytes).to_string();
+    assert!(e.contains("not the start of a cluster"), "{e}");
+    assert!(e.len() < 800, "{} bytes", e.len());
 }
 
 #[test]
