@@ -169,7 +169,10 @@ impl<S: Store> Qcow2<S> {
 }
 
 fn copy(known: &Result<Bytes>) -> Result<Bytes> {
-    known.as_ref().map(Bytes::clone).map_err(Error::duplicate)
+    match known {
+        Ok(bytes) => Ok(bytes.clone()),
+        Err(e) => Err(e.duplicate()),
+    }
 }
 
 fn read_only() -> Error {
