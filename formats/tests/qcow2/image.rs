@@ -13,6 +13,7 @@ use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Kind, Result};
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
+use std::slice::from_ref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -293,7 +294,7 @@ fn a_zstd_frame_holds_a_cluster_and_nothing_else() {
     // XXH64 with seed 0 of 65536 bytes of 7, its lower half.
     let sum = 0x67DB_20F5_u32.to_le_bytes();
     for (name, bytes, says) in [
-        ("whole", frame(&[0, 0x58], &[whole.clone()], &[]), None),
+        ("whole", frame(&[0, 0x58], from_ref(&whole), &[]), None),
         (
             "an empty block behind",
             frame(&[0, 0x58], &[going.clone(), none], &[]),
@@ -321,22 +322,22 @@ fn a_zstd_frame_holds_a_cluster_and_nothing_else() {
         ),
         (
             "its checksum",
-            frame(&[4, 0x58], &[whole.clone()], &sum),
+            frame(&[4, 0x58], from_ref(&whole), &sum),
             None,
         ),
         (
             "another checksum",
-            frame(&[4, 0x58], &[whole.clone()], &[0; 4]),
+            frame(&[4, 0x58], from_ref(&whole), &[0; 4]),
             Some("wrong checksum"),
         ),
         (
             "its size",
-            frame(&sized(65536), &[whole.clone()], &[]),
+            frame(&sized(65536), from_ref(&whole), &[]),
             None,
         ),
         (
             "a larger size",
-            frame(&sized(65537), &[whole.clone()], &[]),
+            frame(&sized(65537), from_ref(&whole), &[]),
             Some("another size"),
         ),
         (

@@ -570,7 +570,7 @@ fn packed(start: &[u8], pattern: &[u8], zstd: bool) -> Vec<u8> {
     put64(&mut bytes, 72, u64::from(zstd) << 3);
     bytes[104] = u8::from(zstd);
     put64(&mut bytes, 2 * cluster, 3 * cluster as u64);
-    let entry = 1 << 62 | (sectors - 1) << 49 | 4 * cluster as u64;
+    let entry = (1 << 62) | ((sectors - 1) << 49) | (4 * cluster as u64);
     put64(&mut bytes, 3 * cluster, entry);
     let content = start.iter().chain(pattern.iter().cycle());
     let place = bytes
