@@ -163,6 +163,10 @@ impl<S: Store> Layer for AnyLayer<S> {
         each!(self, layer => layer.map(guest, len).await)
     }
 
+    async fn unpack(&self, guest: u64, buf: BytesMut) -> Result<BytesMut> {
+        each!(self, layer => layer.unpack(guest, buf).await)
+    }
+
     fn is_durable(&self, cluster: VirtCluster) -> bool {
         each!(self, layer => layer.is_durable(cluster))
     }

@@ -119,12 +119,13 @@ impl Error {
         )
     }
 
-    /// Puts the place (a file, an operation) in front of the message, unless it is there already.
+    /// Puts the place (a file, an operation) in front of the message, unless it is there already. The
+    /// message stays bounded.
     #[must_use]
     pub fn at(mut self, place: impl fmt::Display) -> Self {
         let place = format!("{place}: ");
         if !self.message.starts_with(&place) {
-            self.message = place + &self.message;
+            self.message = shorten(place + &self.message);
         }
         self
     }
@@ -211,5 +212,8 @@ mod tests {
             let said = Error::invalid(long).to_string();
             assert!(said.len() < 2100 && said.starts_with("file ") && said.ends_with(": rule"));
         }
+        let place = "x".repeat(1 << 20);
+        let said = Error::invalid("rule").at(place).at("file").to_string();
+        assert!(said.len() < 2100 && said.starts_with("file: ") && said.ends_with(": rule"));
     }
 }

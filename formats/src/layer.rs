@@ -5,9 +5,9 @@
 //! [`Layer::sync`] makes what was published durable, data first. A dropped guard gives the
 //! cluster back, or quarantines it when a write to it was already submitted.
 
+use crate::Result;
 use crate::store::Store;
 use crate::units::{ClusterSize, VirtCluster};
-use crate::{Error, Result};
 use bytes::BytesMut;
 
 /// The shape of an image.
@@ -119,14 +119,9 @@ pub trait Layer {
     async fn map(&self, guest: u64, len: u64) -> Result<Extent>;
 
     /// Fills `buf` from guest offset `guest`: a range that [`Layer::map`] answered as
-    /// [`Extent::Packed`], or a part of it. Any alignment. `Damaged` when it does not unpack. Layers
-    /// that compress nothing are never asked.
-    async fn unpack(&self, guest: u64, buf: BytesMut) -> Result<BytesMut> {
-        Err(Error::invalid(format!(
-            "guest offset {guest}, {} bytes: nothing is compressed in this layer",
-            buf.len()
-        )))
-    }
+    /// [`Extent::Packed`], or a part of it. Any alignment. `Damaged` when it does not unpack,
+    /// `Invalid` when it is not compressed.
+    async fn unpack(&self, guest: u64, buf: BytesMut) -> Result<BytesMut>;
 
     /// Whether the mapping of `cluster` would survive power loss as it is now.
     fn is_durable(&self, cluster: VirtCluster) -> bool;

@@ -44,11 +44,16 @@ pub const QCOW2_REFTABLE_MAX: u64 = 8 << 20;
 pub const QCOW2_SNAPSHOTS_MAX: u32 = 65_536;
 /// Bitmaps in a qcow2 image (the specification's bound).
 pub const QCOW2_BITMAPS_MAX: u32 = 65_535;
-/// Bytes of a snapshot table or bitmap directory. QEMU reads 64 MiB; a quarter holds as many entries
-/// as there may be with names of 150 bytes, and bounds the memory of a list.
-pub const QCOW2_DIRECTORY_MAX: u64 = 16 << 20;
+/// Bytes of a snapshot table or bitmap directory (QEMU's bounds). They are read entry by entry, so that
+/// no more of them is in memory than the names.
+pub const QCOW2_DIRECTORY_MAX: u64 = 64 << 20;
 /// Bytes of unknown data that one snapshot carries (QEMU's bound).
 pub const QCOW2_EXTRA_MAX: u32 = 1024;
 /// Bytes of history that unpacking a zstd cluster may ask for: what every decoder must offer
 /// (RFC 8878, 3.1.1.1.2), four times the largest cluster.
 pub const QCOW2_WINDOW_MAX: u64 = 8 << 20;
+/// Bytes that the blocks of a compressed qcow2 cluster make on average, at least: no compressor makes
+/// blocks that are nearly as small, and each may cost some microseconds.
+pub const QCOW2_BLOCK_MEAN: usize = 512;
+/// Blocks of a compressed qcow2 cluster that may be there in addition.
+pub const QCOW2_BLOCKS_SPARE: usize = 64;

@@ -5,6 +5,7 @@ use crate::ledger::Ledger;
 use crate::store::Store;
 use crate::units::{ClusterSize, SECTOR, VirtCluster, floor_to};
 use crate::{Error, Kind, Result, limits};
+use bytes::BytesMut;
 use std::cmp::Ordering;
 
 /// A raw image. Its cluster size comes from outside and only says how requests are cut.
@@ -135,6 +136,12 @@ impl<S: Store> Layer for Raw<S> {
 
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
         Ok(Extent::Data { at: guest, len })
+    }
+
+    async fn unpack(&self, guest: u64, _buf: BytesMut) -> Result<BytesMut> {
+        Err(Error::invalid(format!(
+            "guest offset {guest:#x}: a raw image compresses nothing"
+        )))
     }
 
     fn is_durable(&self, _cluster: VirtCluster) -> bool {

@@ -13,6 +13,7 @@ use crate::planted::{self, Bug};
 use crate::store::{Space, Store};
 use crate::units::{HostCluster, SECTOR, VirtCluster};
 use crate::{Error, Kind, Result};
+use bytes::BytesMut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of free clusters that are punched for reuse in one step.
@@ -375,6 +376,12 @@ impl<S: Store> Layer for Ploop<S> {
                 len,
             },
         })
+    }
+
+    async fn unpack(&self, guest: u64, _buf: BytesMut) -> Result<BytesMut> {
+        Err(Error::invalid(format!(
+            "guest offset {guest:#x}: a ploop delta compresses nothing"
+        )))
     }
 
     fn is_durable(&self, cluster: VirtCluster) -> bool {

@@ -82,7 +82,8 @@ impl Bitmap {
         refuse_place("bitmap: table", at, len, cluster)?;
         let bytes = size.div_ceil(self.granularity.max(1)).div_ceil(8);
         let needed = cluster.count(bytes);
-        if entries == 0 || bytes > BYTES_MAX || (needed != u64::from(entries) && !self.in_use) {
+        let fits = bytes <= BYTES_MAX && needed == u64::from(entries);
+        if entries == 0 || !(fits || self.in_use) {
             return Err(Error::damaged(format!(
                 "bitmap: a table of {entries} entries for a disk that needs {needed}"
             )));

@@ -88,7 +88,7 @@ impl FeatureName {
 pub struct BitmapsAt {
     /// Bitmaps, 1 to 65535.
     pub count: u32,
-    /// Bytes of the directory, 1 to 16 MiB.
+    /// Bytes of the directory, 1 to 64 MiB.
     pub len: u64,
     /// File offset of the directory, cluster aligned.
     pub at: u64,
@@ -132,7 +132,8 @@ pub enum Extension {
     BackingFormat(Vec<u8>),
     /// Names of feature bits.
     FeatureNames(Vec<FeatureName>),
-    /// Persistent bitmaps.
+    /// Persistent bitmaps, of an image that says that they are to be believed; otherwise the extension
+    /// is kept as one that is not known.
     Bitmaps(BitmapsAt),
     /// The name of the external data file.
     DataFile(Vec<u8>),
@@ -146,7 +147,7 @@ pub enum Extension {
 }
 
 impl Extension {
-    fn parse(magic: u32, data: &[u8], cluster: ClusterSize) -> Result<Self> {
+    fn parse(magic: u32, data: &[u8], cluster: ClusterSize, bitmaps: bool) -> Result<Self> {
         Ok(match magic {
             BACKING_FORMAT if data.len() > limits::QCOW2_FORMAT_NAME_MAX => {
                 return Err(Error::damaged(format!(
@@ -159,7 +160,7 @@ impl Extension {
                 let names = data.chunks_exact(FEATURE_LEN);
                 Self::FeatureNames(names.filter_map(FeatureName::parse).collect())
             }
-            BITMAPS => Self::Bitmaps(BitmapsAt::parse(data, cluster)?),
+            BITMAPS if bitmaps => Self::Bitmaps(BitmapsAt::parse(data, cluster)?),
             DATA_FILE if data.len() > limits::QCOW2_NAME_MAX => {
                 return Err(Error::damaged(format!(
                     "data file name of {} bytes",
@@ -194,29 +195,37 @@ impl Extension {
     }
 }
 
-/// Parses the extensions in `area`, the bytes from the header to the backing file's name or to the
-/// end of the first cluster.
-pub(super) fn parse_all(area: &[u8], cluster: ClusterSize) -> Result<Vec<Extension>> {
+/// Parses the extensions in `area`, the bytes from file offset `from`, where the header ends, to the
+/// backing file's name or to the end of the first cluster. `bitmaps`: those are to be believed.
+pub(super) fn parse_all(
+    area: &[u8],
+    from: usize,
+    cluster: ClusterSize,
+    bitmaps: bool,
+) -> Result<Vec<Extension>> {
     let mut all: Vec<Extension> = Vec::new();
     let mut rest = area;
+    let end = from.saturating_add(area.len());
     while rest.len() >= HEAD {
         let (magic, len) = (u32_at(rest, 0), u32_at(rest, 4) as usize);
         if magic == END {
             break;
         }
+        let at = end.saturating_sub(rest.len());
+        let place = |e: Error| e.at(format!("offset {at:#x}"));
         let data = rest.get(HEAD..).and_then(|r| r.get(..len));
         let data = data.ok_or_else(|| {
-            Error::damaged(format!(
+            place(Error::damaged(format!(
                 "header extension {magic:#010x} of {len} bytes goes beyond its area"
-            ))
+            )))
         })?;
-        let found = Extension::parse(magic, data, cluster)?;
+        let found = Extension::parse(magic, data, cluster, bitmaps).map_err(place)?;
         let same = |other| std::mem::discriminant(other) == std::mem::discriminant(&found);
         // There may be as many unknown ones as fit: only the few others are compared.
         if !matches!(found, Extension::Unknown { .. }) && all.iter().any(same) {
-            return Err(Error::damaged(format!(
+            return Err(place(Error::damaged(format!(
                 "header extension {magic:#010x} is there twice"
-            )));
+            ))));
         }
         all.push(found);
         let next = HEAD.saturating_add(len.next_multiple_of(8));
@@ -260,7 +269,17 @@ pub(super) fn encode_all(all: &[Extension]) -> Vec<u8> {
     out
 }
 
-/// Bytes that an image gave, made fit for a terminal and a log.
+/// Letters of a name that are shown, after escaping, before the rest is cut off.
+const SHOWN: usize = 255;
+
+/// Bytes that an image gave, made fit for a terminal and a log: no control characters, and cut where
+/// they are many.
 pub fn printable(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).escape_debug().to_string()
+    let text = String::from_utf8_lossy(bytes);
+    let mut escaped = text.escape_debug();
+    let mut shown: String = escaped.by_ref().take(SHOWN).collect();
+    if escaped.next().is_some() {
+        shown.push_str("[...]");
+    }
+    shown
 }

@@ -83,6 +83,20 @@ impl L1 {
     /// Refuses a table that cannot be one: too long, misaligned, in the header, or too short for
     /// `size` bytes.
     pub(super) fn new(at: u64, entries: u32, size: u64, layout: Layout) -> Result<Self> {
+        Self::judge_entries(entries, size, layout)?;
+        Self::judge_place(at, entries, layout)?;
+        Ok(Self { at, entries })
+    }
+
+    /// That of the header, whose fields a refusal names.
+    fn parse(bytes: &[u8], size: u64, layout: Layout) -> Result<Self> {
+        let (at, entries) = (u64_at(bytes, 40), u32_at(bytes, 36));
+        Self::judge_entries(entries, size, layout).map_err(|e| e.at("offset 36"))?;
+        Self::judge_place(at, entries, layout).map_err(|e| e.at("offset 40"))?;
+        Ok(Self { at, entries })
+    }
+
+    fn judge_entries(entries: u32, size: u64, layout: Layout) -> Result<()> {
         let len = u64::from(entries).saturating_mul(8);
         if len > limits::QCOW2_L1_MAX {
             return Err(Error::damaged(format!("an L1 table of {entries} entries")));
@@ -93,10 +107,15 @@ impl L1 {
                 "an L1 table of {entries} entries for a disk that needs {needed}"
             )));
         }
-        if entries > 0 {
-            refuse_place("L1 table", at, len, layout.cluster)?;
+        Ok(())
+    }
+
+    fn judge_place(at: u64, entries: u32, layout: Layout) -> Result<()> {
+        let len = u64::from(entries).saturating_mul(8);
+        match entries {
+            0 => Ok(()),
+            _ => refuse_place("L1 table", at, len, layout.cluster),
         }
-        Ok(Self { at, entries })
     }
 }
 
@@ -193,7 +212,9 @@ impl Header {
         // Names first: a feature that is not known changes what everything else means.
         refuse_unknown(features, area)?;
         let compression = parse_compression(bytes, len, features)?;
-        let extensions = extension::parse_all(area, cluster)?;
+        refuse_raw_over(features, backing.as_deref())?;
+        let bitmaps = features.autoclear & BITMAPS_VALID != 0;
+        let extensions = extension::parse_all(area, len, cluster, bitmaps)?;
         let layout = layout(version, cluster, features)?;
         let size = floor_to(u64_at(bytes, 24), SECTOR);
         if size > limits::SIZE_MAX {
@@ -204,8 +225,7 @@ impl Header {
             cluster,
             size,
             backing,
-            l1: L1::new(u64_at(bytes, 40), u32_at(bytes, 36), size, layout)
-                .map_err(|e| e.at("offset 36"))?,
+            l1: L1::parse(bytes, size, layout)?,
             refcounts: parse_refcounts(bytes, version, cluster)?,
             snapshots: parse_snapshots(bytes, cluster)?,
             features,
@@ -421,6 +441,17 @@ fn refuse_unknown(features: Features, area: &[u8]) -> Result<()> {
         "the image uses features that are not known here: {}",
         said.join(", ")
     )))
+}
+
+/// Refuses an external data file that is said to be the whole disk, over a backing file.
+fn refuse_raw_over(features: Features, backing: Option<&[u8]>) -> Result<()> {
+    let external = features.incompatible & EXTERNAL_DATA != 0;
+    match external && features.autoclear & EXTERNAL_RAW != 0 && backing.is_some() {
+        true => Err(Error::damaged(
+            "offset 88: a raw external data file and a backing file",
+        )),
+        false => Ok(()),
+    }
 }
 
 fn parse_compression(bytes: &[u8], len: usize, features: Features) -> Result<Compression> {

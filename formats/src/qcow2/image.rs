@@ -1,7 +1,8 @@
 //! An open qcow2 image: the [`Layer`] over a store, for reading.
 //!
 //! Owns its stores and what it keeps of them in memory: table slices and the last cluster that was
-//! unpacked, both bounded. Never holds a lock across I/O, never writes.
+//! unpacked, both bounded. Unpacks one cluster at a time: a lock is held across I/O for that alone.
+//! Never writes.
 
 use super::be::u64_at;
 use super::cache::Slices;
@@ -15,7 +16,7 @@ use crate::store::Store;
 use crate::units::{VirtCluster, floor_to};
 use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Mutex;
 
 /// An open qcow2 image.
 #[derive(Debug)]
@@ -29,8 +30,9 @@ pub struct Qcow2<S> {
     /// The external data file.
     data: Option<S>,
     slices: Slices,
-    /// The last compressed cluster that was read: small reads in a row unpack it once.
-    unpacked: Mutex<Option<(Packed, Bytes)>>,
+    /// The last compressed cluster that was read, or why it does not unpack: small reads in a row
+    /// unpack it once, and many readers never need more memory than one.
+    unpacked: Mutex<Option<(Packed, Result<Bytes>)>>,
 }
 
 /// What the first-level table says of a guest offset.
@@ -38,7 +40,11 @@ enum Lookup {
     /// So many bytes are in no second-level table.
     Absent(u64),
     /// Second-level entries, from that of the offset to the end of their slice.
-    Entries(Bytes),
+    Entries {
+        /// File offset of the first.
+        at: u64,
+        bytes: Bytes,
+    },
 }
 
 impl<S: Store> Qcow2<S> {
@@ -71,9 +77,17 @@ impl<S: Store> Qcow2<S> {
         &self.store
     }
 
-    /// Table bytes from `at` to the end of their slice, or to the end of the table.
+    /// Table bytes from `at` to the end of their slice, or to the end of the table. `Damaged` when
+    /// not all of them are in the file.
     async fn table(&self, at: u64, end: u64) -> Result<Bytes> {
         let start = self.slices.start(at);
+        let last = start.saturating_add(self.slices.unit()).min(end);
+        let len = self.store.info().len;
+        if last > len {
+            return Err(Error::damaged(format!(
+                "offset {at:#x}: a table that goes on to {last:#x}, behind the end of the file ({len} bytes)"
+            )));
+        }
         let slice = match self.slices.find(start) {
             Some(slice) => slice,
             None => {
@@ -110,8 +124,8 @@ impl<S: Store> Qcow2<S> {
         let n = guest.checked_rem(covers).unwrap_or(0) >> self.layout.cluster.log2();
         let at = table.saturating_add(n.saturating_mul(self.layout.entry_len()));
         let end = table.saturating_add(self.layout.cluster.bytes());
-        let found = self.table(at, end).await;
-        found.map(Lookup::Entries).map_err(|e| e.at("L2 table"))
+        let bytes = self.table(at, end).await.map_err(|e| e.at("L2 table"))?;
+        Ok(Lookup::Entries { at, bytes })
     }
 
     /// What there is of an extent of data: a file may end inside its last cluster, whose rest reads
@@ -139,22 +153,25 @@ impl<S: Store> Qcow2<S> {
 
     /// The bytes of a compressed cluster.
     async fn whole(&self, packed: Packed) -> Result<Bytes> {
-        let kept = self.kept().clone();
-        if let Some((_, bytes)) = kept.filter(|(at, _)| *at == packed) {
-            return Ok(bytes);
+        let mut last = self.unpacked.lock().await;
+        if let Some((_, known)) = last.as_ref().filter(|(at, _)| *at == packed) {
+            return copy(known);
         }
         let rest = self.store.info().len.saturating_sub(packed.at);
         let bytes = read_padded(&self.store, packed.at, packed.len.min(rest)).await?;
         let len = self.layout.cluster.bytes() as usize;
         let whole = packed::unpack(self.header.compression, &bytes, len)
-            .map_err(|e| e.at(format!("offset {:#x}", packed.at)))?;
-        let whole = Bytes::from(whole);
-        *self.kept() = Some((packed, whole.clone()));
-        Ok(whole)
+            .map(Bytes::from)
+            .map_err(|e| e.at(format!("offset {:#x}", packed.at)));
+        let (_, known) = last.insert((packed, whole));
+        copy(known)
     }
+}
 
-    fn kept(&self) -> MutexGuard<'_, Option<(Packed, Bytes)>> {
-        self.unpacked.lock().unwrap_or_else(PoisonError::into_inner)
+fn copy(known: &Result<Bytes>) -> Result<Bytes> {
+    match known {
+        Ok(bytes) => Ok(bytes.clone()),
+        Err(e) => Err(e.duplicate()),
     }
 }
 
@@ -179,10 +196,11 @@ impl<S: Store> Layer for Qcow2<S> {
 
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
-        let bytes = match self.look_up(guest).await.map_err(place)? {
+        let (entry, bytes) = match self.look_up(guest).await.map_err(place)? {
             Lookup::Absent(rest) => return Ok(Extent::Absent { len: len.min(rest) }),
-            Lookup::Entries(bytes) => bytes,
+            Lookup::Entries { at, bytes } => (at, bytes),
         };
+        let place = |e: Error| place(e.at(format!("offset {entry:#x}")));
         let layout = self.layout;
         let within = layout.cluster.within(guest);
         let entries = Entries {
@@ -203,7 +221,8 @@ impl<S: Store> Layer for Qcow2<S> {
 
     async fn unpack(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
-        let Lookup::Entries(bytes) = self.look_up(guest).await.map_err(place)? else {
+        let found = self.look_up(guest).await.map_err(place)?;
+        let Lookup::Entries { at, bytes } = found else {
             return Err(place(Error::invalid("is not compressed")));
         };
         let layout = self.layout;
@@ -211,7 +230,10 @@ impl<S: Store> Layer for Qcow2<S> {
             layout,
             bytes: &bytes,
         };
-        let Mapping::Packed(packed) = entries.first().map_err(place)? else {
+        let first = entries
+            .first()
+            .map_err(|e| place(e.at(format!("offset {at:#x}"))));
+        let Mapping::Packed(packed) = first? else {
             return Err(place(Error::invalid("is not compressed")));
         };
         let whole = self.whole(packed).await.map_err(place)?;

@@ -73,8 +73,13 @@ impl<S: Store> Qcow2<S> {
         listed.map(|(all, _)| all)
     }
 
-    /// The disk as it was at a snapshot of this image.
+    /// The disk as it was at a snapshot of this image. `Damaged` with an external data file, whose
+    /// bytes have one state only.
     pub fn at_snapshot(mut self, snapshot: &Snapshot) -> Result<Self> {
+        if self.header().has_data_file() {
+            let what = Error::damaged("a snapshot in an image with an external data file");
+            return Err(what.at(format!("snapshot {}", snapshot.printable())));
+        }
         let (l1, size) = snapshot_l1(self.metadata(), self.header(), snapshot)?;
         self.show(l1, size);
         Ok(self)

@@ -242,6 +242,12 @@ mod tests {
         L2Entry { word, bits: 0 }
     }
 
+    fn damaged<T: std::fmt::Debug>(done: Result<T>, says: &str) {
+        let e = done.unwrap_err();
+        assert_eq!(e.kind(), crate::Kind::Damaged, "{e}");
+        assert!(e.to_string().contains(says), "{e}: does not say {says:?}");
+    }
+
     #[test]
     fn the_kinds_of_a_standard_entry() {
         let l = layout(16);
@@ -254,14 +260,20 @@ mod tests {
             Mapping::Zero { at: Some(0x5_0000) }
         );
         assert_eq!(say(0x5_0000).unwrap(), Mapping::Data { at: 0x5_0000 });
-        for word in [0x5_0200, 0x5_0002, 0x5_0000 | 1 << 56, 1 << 61, 2] {
-            assert!(say(word).is_err(), "{word:#x}");
+        for (word, says) in [
+            (0x5_0200, "not the start of a cluster"),
+            (0x5_0002, "reserved bits"),
+            (0x5_0000 | 1 << 56, "reserved bits"),
+            (1 << 61, "reserved bits"),
+            (2, "reserved bits"),
+        ] {
+            damaged(say(word), says);
         }
         let v2 = Layout {
             zero_flag: false,
             ..l
         };
-        assert!(plain(0x5_0001).mapping(v2, 0).is_err());
+        damaged(plain(0x5_0001).mapping(v2, 0), "in version 2");
     }
 
     #[test]
@@ -275,7 +287,7 @@ mod tests {
             Mapping::Data { at: 0 }
         );
         assert_eq!(plain(0).mapping(l, 0).unwrap(), Mapping::Absent);
-        assert!(plain(PACKED | 0x5_0000).mapping(l, 0).is_err());
+        damaged(plain(PACKED | 0x5_0000).mapping(l, 0), "external data");
     }
 
     #[test]
@@ -302,7 +314,10 @@ mod tests {
                 len: (8192 * 512) - 511
             }
         );
-        assert!(plain(PACKED | 100).mapping(layout(16), 0).is_err());
+        damaged(
+            plain(PACKED | 100).mapping(layout(16), 0),
+            "inside the header",
+        );
     }
 
     #[test]
@@ -339,17 +354,14 @@ mod tests {
             extended: true,
             ..layout(16)
         };
-        for (word, bits) in [
-            (0x7_0000, 1 | 1 << 32),
-            (0, 1),
-            (0x7_0001, 1),
-            (PACKED | 0x7_0000, 1),
-            (0x7_0000 | 1 << 60, 0),
+        for (word, bits, says) in [
+            (0x7_0000, 1 | 1 << 32, "both allocated and zero"),
+            (0, 1, "subclusters and no cluster"),
+            (0x7_0001, 1, "reserved bits"),
+            (PACKED | 0x7_0000, 1, "compressed and has subclusters"),
+            (0x7_0000 | 1 << 60, 0, "reserved bits"),
         ] {
-            assert!(
-                L2Entry { word, bits }.mapping(l, 5).is_err(),
-                "{word:#x} {bits:#x}"
-            );
+            damaged(L2Entry { word, bits }.mapping(l, 5), says);
         }
     }
 
@@ -361,8 +373,13 @@ mod tests {
             L1Entry(COPIED | 0x3_0000).table(cluster).unwrap(),
             Some(0x3_0000)
         );
-        for word in [0x3_0200, 0x3_0001, 0x3_0000 | 1 << 62, 1 << 56] {
-            assert!(L1Entry(word).table(cluster).is_err(), "{word:#x}");
+        for (word, says) in [
+            (0x3_0200, "not the start of a cluster"),
+            (0x3_0001, "reserved bits"),
+            (0x3_0000 | 1 << 62, "reserved bits"),
+            (1 << 56, "reserved bits"),
+        ] {
+            damaged(L1Entry(word).table(cluster), says);
         }
     }
 }

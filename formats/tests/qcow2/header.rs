@@ -174,10 +174,10 @@ const BROKEN: [Broken; 40] = [
     (36, 4, 0, "offset 36"),
     (36, 4, (4 << 20) + 1, "offset 36"),
     (36, 4, u32::MAX as u64, "offset 36"),
-    (40, 8, 0, "offset 36"),
-    (40, 8, L1 + 512, "offset 36"),
-    (40, 8, 1 << 63, "offset 36"),
-    (40, 8, u64::MAX - CLUSTER + 1, "offset 36"),
+    (40, 8, 0, "offset 40"),
+    (40, 8, L1 + 512, "offset 40"),
+    (40, 8, 1 << 63, "offset 40"),
+    (40, 8, u64::MAX - CLUSTER + 1, "offset 40"),
     (48, 8, 0, "offset 48"),
     (48, 8, 512, "offset 48"),
     (48, 8, 1 << 63, "offset 48"),
@@ -230,7 +230,10 @@ fn extended_entries_need_subclusters_of_a_sector() {
         let mut bytes = header(3);
         put64(&mut bytes, 72, 1 << 4);
         put32(&mut bytes, 20, bits);
-        assert_eq!(Header::parse(&bytes).is_ok(), fine, "2^{bits}");
+        match fine {
+            true => assert!(Header::parse(&bytes).is_ok()),
+            false => refused(&bytes, Kind::Damaged, "less than a sector"),
+        }
     }
 }
 
@@ -249,10 +252,36 @@ fn extensions_that_break_a_rule_are_refused() {
         put32(&mut bytes, 112, 77);
         put32(&mut bytes, 116, len);
         refused(&bytes, Kind::Damaged, "beyond its area");
+        refused(&bytes, Kind::Damaged, "offset 0x70: ");
     }
     let mut bytes = with(FORMAT, b"raw");
     extend(&mut bytes, 128, FORMAT, b"raw");
     refused(&bytes, Kind::Damaged, "twice");
+    refused(&bytes, Kind::Damaged, "offset 0x80: ");
+}
+
+/// Whether a header is read, and written as it was: nobody believes its bitmaps.
+fn kept(bytes: &[u8]) {
+    let parsed = Header::parse(bytes).unwrap();
+    assert_eq!(parsed.bitmaps(), None);
+    let mut again = parsed.encode().unwrap();
+    again.resize(bytes.len(), 0);
+    assert!(again == bytes);
+}
+
+#[test]
+fn a_raw_external_data_file_has_nothing_below_it() {
+    for (incompatible, autoclear, fine) in [(1 << 2, 0, true), (0, 2, true), (1 << 2, 2, false)] {
+        let mut bytes = header(3);
+        put64(&mut bytes, 72, incompatible);
+        put64(&mut bytes, 88, autoclear);
+        assert!(Header::parse(&bytes).is_ok());
+        backing(&mut bytes, 200, b"base");
+        match fine {
+            true => assert!(Header::parse(&bytes).is_ok()),
+            false => refused(&bytes, Kind::Damaged, "offset 88: a raw external"),
+        }
+    }
 }
 
 #[test]
@@ -265,6 +294,7 @@ fn a_bitmap_directory_that_breaks_a_rule_is_refused() {
         put64(&mut data, 8, len);
         put64(&mut data, 16, at);
         let mut bytes = header(3);
+        put64(&mut bytes, 88, 1);
         extend(&mut bytes, 112, BITMAPS, &data);
         bytes
     };
@@ -274,27 +304,35 @@ fn a_bitmap_directory_that_breaks_a_rule_is_refused() {
         (0, 65_536),
         (1, 1),
         (2, 0),
-        (2, (16 << 20) + 1),
+        (2, (64 << 20) + 1),
         (3, 0),
         (3, 512),
         (3, u64::MAX - CLUSTER + 1),
     ] {
         let mut fields = fine;
         fields[field] = value;
-        refused(&make(fields), Kind::Damaged, "bitmaps extension");
+        let mut bytes = make(fields);
+        refused(&bytes, Kind::Damaged, "offset 0x70: bitmaps extension");
+        put64(&mut bytes, 88, 0);
+        kept(&bytes);
     }
     for len in [0, 23, 25, 4096] {
         let mut bytes = header(3);
+        put64(&mut bytes, 88, 1);
         extend(&mut bytes, 112, BITMAPS, &vec![0; len]);
-        refused(&bytes, Kind::Damaged, "bitmaps extension");
+        refused(&bytes, Kind::Damaged, "offset 0x70: bitmaps extension");
+        put64(&mut bytes, 88, 0);
+        kept(&bytes);
     }
+    assert!(Header::parse(&make([1, 0, 64 << 20, CLUSTER])).is_ok());
 }
 
 #[test]
 fn a_file_that_ends_inside_its_header_is_refused() {
     let bytes = full();
     for len in 0..112 {
-        assert!(Header::parse(&bytes[..len]).is_err(), "{len} bytes");
+        let says = if len < 72 { "shorter" } else { "offset 100" };
+        refused(&bytes[..len], Kind::Damaged, says);
     }
     let short = header(3);
     assert!(Header::parse(&short[..112]).is_ok());

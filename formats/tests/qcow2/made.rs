@@ -87,3 +87,20 @@ pub fn stored(content: &[u8]) -> Vec<u8> {
     }
     out
 }
+
+/// An image whose first guest cluster is compressed as zstd: `packed`, in the cluster at [`DATA`].
+pub fn zstd(packed: &[u8]) -> Vec<u8> {
+    let mut bytes = image(3);
+    put64(&mut bytes, 72, 1 << 3);
+    bytes[104] = 1;
+    put64(&mut bytes, L2 as usize, 1 << 62 | 1 << 54 | DATA);
+    bytes[DATA as usize..(DATA + CLUSTER) as usize].fill(0);
+    bytes[DATA as usize..DATA as usize + packed.len()].copy_from_slice(packed);
+    bytes
+}
+
+/// A zstd block: `len` times the same byte.
+pub fn repeated(byte: u8, len: u64, last: bool) -> Vec<u8> {
+    let head = ((len as u32) << 3 | 0b010 | u32::from(last)).to_le_bytes();
+    [&head[..3], &[byte]].concat()
+}

@@ -350,8 +350,9 @@ fn cases() -> Vec<Case> {
 }
 
 /// Reads the image whole, and in pieces of any length, and compares with what QEMU reads. QEMU 10.0
-/// loses compressed clusters now and then, and finds that when it reads them: so must we.
-fn judge(name: &str, folder: &Folder, source: &str) {
+/// loses compressed clusters now and then, and finds that when it reads them: so must we, and then the
+/// answer is false.
+fn judge(name: &str, folder: &Folder, source: &str) -> bool {
     let whole = folder.convert(&format!("{source} {DISK}"), "expected");
     let mut chain = Chain::open(DISK, &|name| folder.read(name)).unwrap();
     if let Some(snapshot) = source.strip_prefix("-l ") {
@@ -362,7 +363,7 @@ fn judge(name: &str, folder: &Folder, source: &str) {
     if !whole {
         let e = chain.all().expect_err(name);
         assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
-        return;
+        return false;
     }
     let expected = folder.read("expected");
     assert_eq!(chain.size(), expected.len() as u64, "{name}: size");
@@ -380,6 +381,7 @@ fn judge(name: &str, folder: &Folder, source: &str) {
             "{name}: {len} bytes at {at}"
         );
     }
+    true
 }
 
 /// Makes every image, and looks at it.
@@ -403,9 +405,19 @@ fn for_each_image(look: impl Fn(&str, &Folder) + Sync) {
 
 #[test]
 fn images_made_by_qemu_read_as_qemu_reads_them() {
-    if installed("images_made_by_qemu_read_as_qemu_reads_them") {
-        for_each_image(|name, folder| judge(name, folder, ""));
+    if !installed("images_made_by_qemu_read_as_qemu_reads_them") {
+        return;
     }
+    let damaged = AtomicUsize::new(0);
+    for_each_image(|name, folder| {
+        if !judge(name, folder, "") {
+            assert!(name.starts_with("random"), "{name}: damaged");
+            damaged.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let damaged = damaged.into_inner();
+    println!("COUNT: {damaged} of them damaged");
+    assert!(damaged <= 5);
 }
 
 /// QEMU 10.0 now and then puts compressed data into a cluster that it gave away meanwhile. Those are
@@ -457,7 +469,8 @@ fn a_snapshot_reads_as_the_disk_was() {
             .collect();
         assert_eq!(names, ["1 (empty)", "2 (full)"]);
         for source in ["", "-l empty", "-l full"] {
-            judge(&format!("{options} {source}"), &folder, source);
+            let name = format!("{options} {source}");
+            assert!(judge(&name, &folder, source), "{name}: damaged");
         }
     }
 }

@@ -2,7 +2,9 @@
 //! panic. Nothing that they name is opened: a store is all that an image gets.
 
 use crate::chain::Chain;
-use crate::made::{CLUSTER, DATA, L1, L2, REFTABLE, backing, extend, header, image, put32, put64};
+use crate::made::{
+    CLUSTER, DATA, L1, L2, REFTABLE, backing, extend, header, image, put32, put64, repeated, zstd,
+};
 use crate::memory::{Meter, alone};
 use crate::qemu::{Folder, installed};
 use bytes::BytesMut;
@@ -143,45 +145,75 @@ fn the_healthy_images_are_read_without_a_complaint() {
 /// A change to [`full`]: an offset, bytes, a value.
 type Edit = (u64, usize, u64);
 
-/// The classes of malformed fields that QEMU tests its own driver with.
-const CLASSES: [(&str, &[Edit]); 16] = [
-    ("a huge header", &[(100, 4, 0xFFFF_FFF8)]),
-    ("a header larger than a cluster", &[(100, 4, CLUSTER + 8)]),
+/// The classes of malformed fields that QEMU tests its own driver with, and what a refusal says.
+const CLASSES: [(&str, &str, &[Edit]); 16] = [
+    ("a huge header", "offset 100", &[(100, 4, 0xFFFF_FFF8)]),
+    (
+        "a header larger than a cluster",
+        "offset 100",
+        &[(100, 4, CLUSTER + 8)],
+    ),
     (
         "a huge unknown extension",
+        "beyond its area",
         &[(112, 4, 0x1234_5678), (116, 4, 0x7FFF_FFFF)],
     ),
-    ("a huge refcount table", &[(56, 4, 0xFFFF_FFFF)]),
-    ("a refcount table that is a bit too large", &[(56, 4, 129)]),
-    ("a misaligned refcount table", &[(48, 8, REFTABLE + 1)]),
+    (
+        "a huge refcount table",
+        "offset 56",
+        &[(56, 4, 0xFFFF_FFFF)],
+    ),
+    (
+        "a refcount table that is a bit too large",
+        "offset 56",
+        &[(56, 4, 129)],
+    ),
+    (
+        "a misaligned refcount table",
+        "offset 48",
+        &[(48, 8, REFTABLE + 1)],
+    ),
     (
         "a refcount table far away",
+        "offset 48",
         &[(48, 8, 0xFFFF_FFFF_FFFF_0000)],
     ),
-    ("a misaligned snapshot table", &[(64, 8, 8 * CLUSTER + 8)]),
+    (
+        "a misaligned snapshot table",
+        "offset 64",
+        &[(64, 8, 8 * CLUSTER + 8)],
+    ),
     (
         "a snapshot table far away",
+        "offset 64",
         &[(64, 8, 0xFFFF_FFFF_FFFF_0000)],
     ),
-    ("huge numbers of snapshots", &[(60, 4, 0xFFFF_FFFF)]),
-    ("a few snapshots too many", &[(60, 4, 65_537)]),
-    ("a misaligned L1 table", &[(40, 8, L1 + 8)]),
-    ("an L1 table that is too small", &[(36, 4, 0)]),
-    ("a huge L1 table", &[(36, 4, 0x7FFF_FFFF)]),
+    (
+        "huge numbers of snapshots",
+        "offset 60",
+        &[(60, 4, 0xFFFF_FFFF)],
+    ),
+    ("a few snapshots too many", "offset 60", &[(60, 4, 65_537)]),
+    ("a misaligned L1 table", "offset 40", &[(40, 8, L1 + 8)]),
+    ("an L1 table that is too small", "offset 36", &[(36, 4, 0)]),
+    ("a huge L1 table", "offset 36", &[(36, 4, 0x7FFF_FFFF)]),
     (
         "a huge backing file name",
+        "offset 8",
         &[(8, 8, 256), (16, 4, 0xFFFF_FFFF)],
     ),
     (
         "a backing file name of a byte too many",
+        "offset 8",
         &[(8, 8, 256), (16, 4, 1024)],
     ),
 ];
 
 /// The same for what is not in the header.
-const BEHIND: [(&str, &[Edit]); 13] = [
+const BEHIND: [(&str, &str, &[Edit]); 13] = [
     (
         "two bitmaps of the same name",
+        "the same name",
         &[
             (120, 4, 2),
             (128, 8, 64),
@@ -193,38 +225,62 @@ const BEHIND: [(&str, &[Edit]); 13] = [
     ),
     (
         "a misaligned L1 table of a snapshot",
+        "not the start of a cluster",
         &[(8 * CLUSTER, 8, L1 + 8)],
     ),
     (
         "an L1 table of a snapshot far away",
+        "behind the end of the file",
         &[(8 * CLUSTER, 8, 1 << 62)],
     ),
     (
         "a huge L1 table of a snapshot",
+        "L1 table of 2147483647 entries",
         &[(8 * CLUSTER + 8, 4, 0x7FFF_FFFF)],
     ),
     (
         "an empty L1 table of a snapshot",
+        "needs 1",
         &[(8 * CLUSTER + 8, 4, 0)],
     ),
     (
         "huge extra data of a snapshot",
+        "bytes of extra data",
         &[(8 * CLUSTER + 36, 4, 0xFFFF_FFFF)],
     ),
     (
         "a huge disk of a snapshot",
+        "a disk of",
         &[(8 * CLUSTER + 48, 8, u64::MAX)],
     ),
     (
         "a huge name of a snapshot",
+        "a name of 65535",
         &[(8 * CLUSTER + 14, 2, 0xFFFF)],
     ),
-    ("a snapshot table behind the file", &[(64, 8, 99 * CLUSTER)]),
-    ("a bitmap table far away", &[(9 * CLUSTER, 8, 1 << 63)]),
-    ("a huge bitmap table", &[(9 * CLUSTER + 8, 4, 0xFFFF_FFFF)]),
-    ("a bitmap of no known type", &[(9 * CLUSTER + 16, 1, 2)]),
+    (
+        "a snapshot table behind the file",
+        "snapshot 0 (offset 0x630000)",
+        &[(64, 8, 99 * CLUSTER)],
+    ),
+    (
+        "a bitmap table far away",
+        "bitmap: table",
+        &[(9 * CLUSTER, 8, 1 << 63)],
+    ),
+    (
+        "a huge bitmap table",
+        "bitmap: a table of",
+        &[(9 * CLUSTER + 8, 4, 0xFFFF_FFFF)],
+    ),
+    (
+        "a bitmap of no known type",
+        "type 2",
+        &[(9 * CLUSTER + 16, 1, 2)],
+    ),
     (
         "a bitmap with a huge name",
+        "a name of 65535",
         &[(9 * CLUSTER + 18, 2, 0xFFFF)],
     ),
 ];
@@ -241,34 +297,63 @@ fn edited(edits: &[Edit]) -> Vec<u8> {
 #[test]
 fn every_class_of_malformed_field_is_refused() {
     let _alone = alone();
-    for (name, edits) in CLASSES.into_iter().chain(BEHIND) {
+    for (name, says, edits) in CLASSES.into_iter().chain(BEHIND) {
         let e = refused(name, &edited(edits));
         assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
+        assert!(e.to_string().contains(says), "{name}: {e}");
     }
 }
 
 /// Entries that break a rule, the first in the L1 table, the others in the L2 table.
-const ENTRIES: [(&str, Edit); 10] = [
-    ("an L2 table behind the file", (L1, 8, 99 * CLUSTER)),
+const ENTRIES: [(&str, &str, Edit); 10] = [
+    (
+        "an L2 table behind the file",
+        "L2 table: offset 0x630000",
+        (L1, 8, 99 * CLUSTER),
+    ),
     (
         "an L2 table at the end of all offsets",
+        "L2 table: offset 0xffffffffff0000",
         (L1, 8, 0x00FF_FFFF_FFFF_0000),
     ),
-    ("a misaligned L2 table", (L1, 8, L2 + 512)),
-    ("reserved bits in L1", (L1, 8, L2 | 1)),
-    ("data behind the file", (L2, 8, 99 * CLUSTER)),
+    (
+        "a misaligned L2 table",
+        "offset 0x30000: L1 entry",
+        (L1, 8, L2 + 512),
+    ),
+    (
+        "reserved bits in L1",
+        "offset 0x30000: L1 entry",
+        (L1, 8, L2 | 1),
+    ),
+    (
+        "data behind the file",
+        "offset 0x40000: a cluster at",
+        (L2, 8, 99 * CLUSTER),
+    ),
     (
         "data at the end of all offsets",
+        "offset 0x40000: a cluster at",
         (L2, 8, 0x00FF_FFFF_FFFF_0000),
     ),
-    ("misaligned data", (L2, 8, DATA + 512)),
-    ("reserved bits in L2", (L2, 8, DATA | 2)),
+    (
+        "misaligned data",
+        "offset 0x40000: L2 entry",
+        (L2, 8, DATA + 512),
+    ),
+    (
+        "reserved bits in L2",
+        "offset 0x40000: L2 entry",
+        (L2, 8, DATA | 2),
+    ),
     (
         "compressed data behind the file",
+        "offset 0x630000",
         (L2, 8, (1 << 62) | (99 * CLUSTER)),
     ),
     (
         "compressed data that is none",
+        "offset 0x50000: compressed",
         (L2, 8, 1 << 62 | 1 << 54 | DATA),
     ),
 ];
@@ -276,11 +361,12 @@ const ENTRIES: [(&str, Edit); 10] = [
 #[test]
 fn entries_that_break_a_rule_are_errors_where_they_are_and_nowhere_else() {
     let _alone = alone();
-    for (name, edit) in ENTRIES {
+    for (name, says, edit) in ENTRIES {
         let bytes = edited(&[edit]);
         let e = refused(name, &bytes);
         assert_eq!(e.kind(), Kind::Damaged, "{name}: {e}");
-        assert!(e.to_string().contains("guest offset 0x0"), "{name}: {e}");
+        let place = e.to_string().contains("guest offset 0x0");
+        assert!(place && e.to_string().contains(says), "{name}: {e}");
         if edit.0 == L2 {
             let image = now(Qcow2::open_read(MemStore::from_bytes(&bytes), None)).unwrap();
             let other = now(image.map(2 * CLUSTER, CLUSTER)).unwrap();
@@ -426,8 +512,48 @@ fn as_many_snapshots_as_there_may_be_are_listed_in_time() {
     let _alone = alone();
     let most = with_snapshots(65_536, 90);
     judge("snapshots", MemStore::from_bytes(&most)).unwrap();
-    let e = refused("long names", &with_snapshots(40_000, 200));
-    assert!(e.to_string().contains("more than 16777216 bytes"), "{e}");
+}
+
+/// The same of names of 1023 bytes, none of which can be shown as it is.
+fn with_long_names(count: usize) -> Vec<u8> {
+    let short = image(3);
+    let mut entry = vec![0x1B; 56 + 2 * 1023];
+    entry.resize(entry.len().next_multiple_of(8), 0);
+    entry[..56].fill(0);
+    put64(&mut entry, 0, L1);
+    put32(&mut entry, 8, 1);
+    entry[12..16].copy_from_slice(&[3, 0xFF, 3, 0xFF]);
+    put32(&mut entry, 36, 16);
+    put64(&mut entry, 48, 8 * CLUSTER);
+    let mut bytes = [short.clone(), entry.repeat(count)].concat();
+    put32(&mut bytes, 60, count as u32);
+    put64(&mut bytes, 64, short.len() as u64);
+    bytes
+}
+
+#[test]
+fn a_list_of_snapshots_has_a_bound() {
+    let _alone = alone();
+    let image = Qcow2::open_read(MemStore::from_bytes(&with_long_names(32_000)), None);
+    let mut meter = Meter::default();
+    let e = meter.watch(|| now(now(image).unwrap().snapshots()).unwrap_err());
+    assert_eq!(e.kind(), Kind::Damaged);
+    assert!(e.to_string().contains("more than 67108864 bytes"), "{e}");
+    assert!(
+        meter.most() < 96 << 20 && meter.longest() < TIME,
+        "{meter:?}"
+    );
+}
+
+#[test]
+fn an_error_stays_short_whatever_the_image_says() {
+    let _alone = alone();
+    let mut bytes = with_long_names(1);
+    let at = 8 * CLUSTER as usize;
+    put64(&mut bytes, at, L1 + 8);
+    let e = refused("names", &bytes).to_string();
+    assert!(e.contains("not the start of a cluster"), "{e}");
+    assert!(e.len() < 800, "{} bytes", e.len());
 }
 
 /// An image with so many bytes behind what it uses.
@@ -539,21 +665,55 @@ fn references_far_apart_are_counted_in_little_memory() {
 fn a_frame_that_wants_a_huge_history_is_refused() {
     let _alone = alone();
     for (descriptor, fine) in [(0x68u8, true), (0x70, false), (0xF8, false), (0xFF, false)] {
-        let mut bytes = image(3);
-        put64(&mut bytes, 72, 1 << 3);
-        bytes[104] = 1;
-        put64(&mut bytes, L2 as usize, 1 << 62 | 1 << 54 | DATA);
-        // A zstd frame: a window, and one block of a byte repeated.
-        let block = ((CLUSTER as u32) << 3 | 0b011).to_le_bytes();
         let frame = [
-            &[0x28, 0xB5, 0x2F, 0xFD, 0, descriptor][..],
-            &block[..3],
-            &[7],
-        ]
-        .concat();
-        bytes[DATA as usize..DATA as usize + frame.len()].copy_from_slice(&frame);
+            &[0x28, 0xB5, 0x2F, 0xFD, 0, descriptor],
+            &repeated(7, CLUSTER, true)[..],
+        ];
+        let bytes = zstd(&frame.concat());
         let done = judge("window", MemStore::from_bytes(&bytes));
         assert_eq!(done.is_ok(), fine, "{descriptor:#x}: {done:?}");
+    }
+}
+
+/// An image of 2 MiB clusters, the first of which is all that a compressed cluster can be: 4 MiB of
+/// `pattern` over and over, behind `start`.
+fn packed(start: &[u8], pattern: &[u8], zstd: bool) -> Vec<u8> {
+    let (cluster, sectors) = (2 << 20, 8192);
+    let mut bytes = vec![0; 8 * cluster];
+    bytes[..112].copy_from_slice(&header(3)[..112]);
+    put32(&mut bytes, 20, 21);
+    put64(&mut bytes, 24, 2 * cluster as u64);
+    put64(&mut bytes, 40, 2 * cluster as u64);
+    put64(&mut bytes, 48, cluster as u64);
+    put64(&mut bytes, 72, u64::from(zstd) << 3);
+    bytes[104] = u8::from(zstd);
+    put64(&mut bytes, 2 * cluster, 3 * cluster as u64);
+    let entry = (1 << 62) | ((sectors - 1) << 49) | (4 * cluster as u64);
+    put64(&mut bytes, 3 * cluster, entry);
+    let content = start.iter().chain(pattern.iter().cycle());
+    let place = bytes
+        .iter_mut()
+        .skip(4 * cluster)
+        .take(512 * sectors as usize);
+    place.zip(content).for_each(|(to, from)| *to = *from);
+    bytes
+}
+
+#[test]
+fn compressed_clusters_of_blocks_that_make_nothing_cost_no_time() {
+    let _alone = alone();
+    // Four fixed-Huffman blocks with nothing but their ends, in 40 bits; stored blocks of no bytes.
+    let fixed = [0x02, 0x08, 0x20, 0x80, 0];
+    let stored = [0, 0, 0, 0xFF, 0xFF];
+    let frame = [0x28, 0xB5, 0x2F, 0xFD, 0, 0x58];
+    for (name, bytes) in [
+        ("fixed", packed(&[], &fixed, false)),
+        ("stored", packed(&[], &stored, false)),
+        ("raw", packed(&frame, &[0, 0, 0], true)),
+        ("repeated", packed(&frame, &repeated(0, 0, false), true)),
+    ] {
+        let e = refused(name, &bytes);
+        assert!(e.to_string().contains("more blocks"), "{name}: {e}");
     }
 }
 
