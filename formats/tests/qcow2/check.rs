@@ -1,6 +1,8 @@
 //! Images with damage of every kind, planted: what a check finds, and what QEMU's finds.
 
-use crate::made::{CLUSTER, DATA, L1, L2, REFTABLE, extend, image, put32, put64};
+use crate::made::{
+    CLUSTER, DATA, L1, L2, REFTABLE, image, list_bitmap, list_snapshot, put32, put64,
+};
 use crate::qemu::{Folder, installed};
 use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::qcow2::check::FindingKind::{
@@ -39,28 +41,10 @@ fn whole() -> Vec<u8> {
     put64(&mut bytes, (L2 + 16) as usize, DATA + CLUSTER);
     put64(&mut bytes, (L2 + 48) as usize, 1 << 62 | PACKED);
     put64(&mut bytes, (L2 + 56) as usize, 1 << 62 | (PACKED + 700));
-    put32(&mut bytes, 60, 1);
-    put64(&mut bytes, 64, SNAPSHOTS);
-    let at = SNAPSHOTS as usize;
-    put64(&mut bytes, at, OLD_L1);
-    put32(&mut bytes, at + 8, 1);
-    bytes[at + 12..at + 16].copy_from_slice(&[0, 1, 0, 4]);
-    put32(&mut bytes, at + 36, 16);
-    put64(&mut bytes, at + 48, 8 * CLUSTER);
-    bytes[at + 56..at + 61].copy_from_slice(b"1name");
+    list_snapshot(&mut bytes, SNAPSHOTS, OLD_L1);
     put64(&mut bytes, OLD_L1 as usize, OLD_L2 | COPIED);
     put64(&mut bytes, (OLD_L2 + 16) as usize, DATA + CLUSTER);
-    let mut directory = vec![0; 24];
-    put32(&mut directory, 0, 1);
-    put64(&mut directory, 8, 32);
-    put64(&mut directory, 16, BITMAPS);
-    put64(&mut bytes, 88, 1);
-    extend(&mut bytes, 112, 0x2385_2875, &directory);
-    let at = BITMAPS as usize;
-    put64(&mut bytes, at, BITS_TABLE);
-    put32(&mut bytes, at + 8, 1);
-    bytes[at + 16..at + 20].copy_from_slice(&[1, 16, 0, 4]);
-    bytes[at + 24..at + 28].copy_from_slice(b"bits");
+    list_bitmap(&mut bytes, BITMAPS, BITS_TABLE);
     put64(&mut bytes, BITS_TABLE as usize, BITS);
     bytes
 }

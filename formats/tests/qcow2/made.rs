@@ -74,6 +74,34 @@ pub fn image(version: u32) -> Vec<u8> {
     bytes
 }
 
+/// Gives an image the snapshot `name`, listed at `at`, of the disk that the table at `l1` says.
+pub fn list_snapshot(bytes: &mut [u8], at: u64, l1: u64) {
+    put32(bytes, 60, 1);
+    put64(bytes, 64, at);
+    let at = at as usize;
+    put64(bytes, at, l1);
+    put32(bytes, at + 8, 1);
+    bytes[at + 12..at + 16].copy_from_slice(&[0, 1, 0, 4]);
+    put32(bytes, at + 36, 16);
+    put64(bytes, at + 48, SIZE);
+    bytes[at + 56..at + 61].copy_from_slice(b"1name");
+}
+
+/// Gives an image the bitmap `bits`, listed at `at`, which the table at `table` holds.
+pub fn list_bitmap(bytes: &mut [u8], at: u64, table: u64) {
+    let mut directory = vec![0; 24];
+    put32(&mut directory, 0, 1);
+    put64(&mut directory, 8, 32);
+    put64(&mut directory, 16, at);
+    put64(bytes, 88, 1);
+    extend(bytes, 112, 0x2385_2875, &directory);
+    let at = at as usize;
+    put64(bytes, at, table);
+    put32(bytes, at + 8, 1);
+    bytes[at + 16..at + 20].copy_from_slice(&[1, 16, 0, 4]);
+    bytes[at + 24..at + 28].copy_from_slice(b"bits");
+}
+
 /// `content` as deflate that compresses nothing: blocks of stored bytes.
 pub fn stored(content: &[u8]) -> Vec<u8> {
     let pieces: Vec<&[u8]> = content.chunks(0xFFFF).collect();

@@ -3,7 +3,8 @@
 
 use crate::chain::Chain;
 use crate::made::{
-    CLUSTER, DATA, L1, L2, REFTABLE, backing, extend, header, image, put32, put64, repeated, zstd,
+    CLUSTER, DATA, L1, L2, REFTABLE, backing, extend, header, image, list_bitmap, list_snapshot,
+    put32, put64, repeated, zstd,
 };
 use crate::memory::{Meter, alone};
 use crate::qemu::{Folder, installed};
@@ -104,26 +105,8 @@ fn full() -> Vec<u8> {
     let mut bytes = image(3);
     let (snapshots, bitmaps) = (8 * CLUSTER, 9 * CLUSTER);
     bytes.resize(10 * CLUSTER as usize, 0);
-    put32(&mut bytes, 60, 1);
-    put64(&mut bytes, 64, snapshots);
-    let at = snapshots as usize;
-    put64(&mut bytes, at, L1);
-    put32(&mut bytes, at + 8, 1);
-    bytes[at + 12..at + 16].copy_from_slice(&[0, 1, 0, 4]);
-    put32(&mut bytes, at + 36, 16);
-    put64(&mut bytes, at + 48, 8 * CLUSTER);
-    bytes[at + 56..at + 61].copy_from_slice(b"1name");
-    let mut directory = vec![0; 24];
-    put32(&mut directory, 0, 1);
-    put64(&mut directory, 8, 32);
-    put64(&mut directory, 16, bitmaps);
-    put64(&mut bytes, 88, 1);
-    extend(&mut bytes, 112, 0x2385_2875, &directory);
-    let at = bitmaps as usize;
-    put64(&mut bytes, at, DATA);
-    put32(&mut bytes, at + 8, 1);
-    bytes[at + 16..at + 20].copy_from_slice(&[1, 16, 0, 4]);
-    bytes[at + 24..at + 28].copy_from_slice(b"bits");
+    list_snapshot(&mut bytes, snapshots, L1);
+    list_bitmap(&mut bytes, bitmaps, DATA);
     bytes
 }
 
