@@ -26,12 +26,14 @@ const MIB: u64 = 1 << 20;
 /// More than the table of one header cluster of 32 KiB can say.
 const STEP: u64 = 300 * MIB;
 
-fn grows_in_use(test: &str, fs: &str, tools: &[&str]) {
+/// Grows a disk by `step` bytes again and again, each time by more than the table of one header cluster
+/// can say.
+fn grows_in_use(test: &str, fs: &str, (cluster, step): (&str, u64), tools: &[&str]) {
     if !can_mount(test) || !have(test, tools) {
         return;
     }
-    let disk = Disk::with_fs("400M", fs, &["--cluster", "32K"]);
-    let sizes = (1..=count("PLOOP_GROWS", 6)).map(|n| 400 * MIB + n * STEP);
+    let disk = Disk::with_fs("400M", fs, &["--cluster", cluster]);
+    let sizes = (1..=count("PLOOP_GROWS", 6)).map(|n| 400 * MIB + n * step);
     let sizes: Vec<u64> = sizes.collect();
     resized_under_load(test, &disk, fs, &sizes, |size, folder| {
         assert!(room_of(folder) > size * 9 / 10);
@@ -41,13 +43,15 @@ fn grows_in_use(test: &str, fs: &str, tools: &[&str]) {
 #[test]
 fn xfs_grows_with_its_disk_under_verified_load() {
     let test = "xfs_grows_with_its_disk_under_verified_load";
-    grows_in_use(test, "xfs", &["fio", "mkfs.xfs", "xfs_growfs", "qemu-img"]);
+    let tools = ["fio", "mkfs.xfs", "xfs_growfs", "qemu-img"];
+    grows_in_use(test, "xfs", ("64K", 1100 * MIB), &tools);
 }
 
 #[test]
 fn btrfs_grows_with_its_disk_under_verified_load() {
     let test = "btrfs_grows_with_its_disk_under_verified_load";
-    grows_in_use(test, "btrfs", &["fio", "mkfs.btrfs", "qemu-img"]);
+    let tools = ["fio", "mkfs.btrfs", "qemu-img"];
+    grows_in_use(test, "btrfs", ("1M", 300 << 30), &tools);
 }
 
 #[test]
