@@ -7,6 +7,8 @@ mod campaign;
 use campaign::{SEED, caught, count, holds};
 use ploop::testkit::changes::{self, Past};
 use ploop_formats::store::mutate::{Break, Mutation, Mutator};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 #[test]
 fn after_any_cut_of_any_change_the_disk_is_the_old_one_or_the_new_one() {
@@ -41,26 +43,38 @@ const BARRIERS: [(&str, u64, &[u64]); 13] = [
     ("flatten", 15, &[1, 2, 3, 10]),
 ];
 
+/// Two kinds are tried side by side: each takes its time.
 #[test]
 fn every_barrier_of_every_change_is_missed_when_it_is_gone() {
-    for (kind, count, idle) in BARRIERS {
-        for number in (0..count).filter(|n| !idle.contains(n)) {
-            // The first is about names that an earlier process left.
-            let past = match number {
-                0 => Past::Death,
-                _ => Past::Settled,
-            };
-            let mutator = Mutator::new();
-            let mutation = Mutation {
-                covers: None,
-                how: Break::Drop,
-                only: Some(number),
-            };
-            let report = caught(200_000, |seed, tally| {
-                mutator.set(Some(mutation));
-                changes::run(seed, tally, kind, past, &mutator)
-            });
-            println!("{kind} without barrier {number}: {} states", report.states);
+    let next = AtomicUsize::new(0);
+    let tries = || {
+        while let Some((kind, count, idle)) = BARRIERS.get(next.fetch_add(1, Ordering::Relaxed)) {
+            (0..*count)
+                .filter(|n| !idle.contains(n))
+                .for_each(|number| assert_missed(kind, number));
         }
-    }
+    };
+    thread::scope(|scope| {
+        scope.spawn(tries);
+        scope.spawn(tries);
+    });
+}
+
+fn assert_missed(kind: &str, number: u64) {
+    // The first is about names that an earlier process left.
+    let past = match number {
+        0 => Past::Death,
+        _ => Past::Settled,
+    };
+    let mutator = Mutator::new();
+    let mutation = Mutation {
+        covers: None,
+        how: Break::Drop,
+        only: Some(number),
+    };
+    let report = caught(200_000, |seed, tally| {
+        mutator.set(Some(mutation));
+        changes::run(seed, tally, kind, past, &mutator)
+    });
+    println!("{kind} without barrier {number}: {} states", report.states);
 }
