@@ -32,6 +32,7 @@ pub mod guid;
 pub mod layer;
 pub mod ledger;
 pub mod limits;
+mod pending;
 pub mod planted;
 pub mod ploop;
 pub mod progress;

@@ -44,16 +44,16 @@ impl<S: Store> Ploop<S> {
     pub async fn reserve_below(&self, limit: HostCluster) -> Result<Option<Reserved>> {
         self.may_write()?;
         self.store.room()?;
-        let slot = lock(&self.index).take_slot()?;
+        let slot = lock(&self.index).pending.take_slot()?;
         let taken = self.take_below(limit.0).await;
         match taken {
             Ok(Some(cluster)) => Ok(Some(self.reserved(cluster, slot))),
             Ok(None) => {
-                lock(&self.index).return_slot(slot);
+                lock(&self.index).pending.return_slot(slot);
                 Ok(None)
             }
             Err(e) => {
-                lock(&self.index).return_slot(slot);
+                lock(&self.index).pending.return_slot(slot);
                 Err(e)
             }
         }

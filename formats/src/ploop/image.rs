@@ -85,7 +85,7 @@ impl Drop for Reserved {
             return;
         }
         let mut index = lock(&self.index);
-        index.return_slot(self.slot);
+        index.pending.return_slot(self.slot);
         match self.state {
             _ if planted::is(Bug::ReuseQuarantined) => index.alloc.give_back(self.cluster.0),
             State::Untouched => index.alloc.give_back(self.cluster.0),
@@ -120,7 +120,7 @@ impl<S: Store> Ploop<S> {
 
     /// Whether answered changes wait for a sync to become durable.
     pub fn has_pending(&self) -> bool {
-        lock(&self.index).has_pending()
+        lock(&self.index).pending.awaits_pass()
     }
 
     /// Fails when the image may not be written: read-only, or poisoned by an earlier failure.
@@ -309,7 +309,11 @@ impl<S: Store> Ploop<S> {
         let supply = self.supply.try_lock().ok()?;
         let (end, fresh, allocates) = {
             let index = lock(&self.index);
-            (index.alloc.end(), index.alloc.fresh(), index.allocates())
+            (
+                index.alloc.end(),
+                index.alloc.fresh(),
+                index.pending.allocates(),
+            )
         };
         if !allocates {
             return None;
@@ -341,7 +345,7 @@ impl<S: Store> Ploop<S> {
         self.store
             .flush()
             .await
-            .inspect_err(|_| lock(&self.index).ledger.poison())
+            .inspect_err(|_| lock(&self.index).pending.ledger().poison())
     }
 }
 
@@ -385,20 +389,20 @@ impl<S: Store> Layer for Ploop<S> {
     }
 
     fn is_durable(&self, cluster: VirtCluster) -> bool {
-        lock(&self.index).is_durable(cluster)
+        lock(&self.index).pending.is_durable(cluster)
     }
 
     async fn reserve(&self) -> Result<Reserved> {
         self.may_write()?;
         self.store.room()?;
-        let slot = lock(&self.index).take_slot()?;
+        let slot = lock(&self.index).pending.take_slot()?;
         loop {
             let taken = lock(&self.index).alloc.take();
             if let Some(cluster) = taken {
                 return Ok(self.reserved(cluster, slot));
             }
             if let Err(e) = self.supply().await {
-                lock(&self.index).return_slot(slot);
+                lock(&self.index).pending.return_slot(slot);
                 return Err(e);
             }
         }
@@ -407,7 +411,7 @@ impl<S: Store> Layer for Ploop<S> {
     fn publish(&self, cluster: VirtCluster, reserved: Reserved, below: Below) {
         let fresh = below == Below::Zeros && self.store.info().fresh_zero;
         let (to, slot) = reserved.settle();
-        lock(&self.index).publish(cluster, to, slot, fresh);
+        lock(&self.index).pending.publish(cluster, to, slot, fresh);
     }
 
     async fn release(&self, cluster: VirtCluster) -> Result<()> {

@@ -5,30 +5,19 @@
 //! forgotten at any time. Page images for the disk are built from durable plus frozen entries only,
 //! so that an entry published during a pass is not made durable before its data.
 //!
-//! Every pending entry also stands in the ledger, written before the guest is answered. No I/O here.
+//! Pending and frozen entries are in [`crate::pending`]. No I/O here.
 
 use super::alloc::Alloc;
 use super::header::{HEADER_LEN, Header};
 use crate::ledger::Ledger;
 use crate::limits;
+use crate::pending::Pending;
 use crate::planted::{self, Bug};
 use crate::units::{HostCluster, VirtCluster};
-use crate::{Error, Kind, Result};
+use crate::{Error, Result};
 use bytes::{Bytes, BytesMut};
 use lru::LruCache;
-use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
-
-/// A mapping that is not durable yet.
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    /// File cluster, or `None` when the mapping was dropped.
-    to: Option<HostCluster>,
-    /// Its word in the ledger.
-    slot: usize,
-    /// Losing the cluster's data in a crash would show what was there before: no barrier needed.
-    fresh: bool,
-}
 
 /// Where a cluster is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,31 +31,13 @@ pub(super) enum Lookup {
     },
 }
 
-/// What one pass writes.
-#[derive(Debug, Default)]
-pub(super) struct Frozen {
-    entries: BTreeMap<u32, Entry>,
-    freed: Vec<u32>,
-}
-
-impl Frozen {
-    /// Whether data must be durable before these entries are written.
-    pub(super) fn needs_data_first(&self) -> bool {
-        self.entries.values().any(|e| !e.fresh)
-    }
-}
-
 /// The index of one open image.
 #[derive(Debug)]
 pub(super) struct Index {
     pub(super) header: Header,
     pub(super) alloc: Alloc,
-    pub(super) ledger: Ledger,
+    pub(super) pending: Pending,
     pages: LruCache<u32, Bytes>,
-    pending: BTreeMap<u32, Entry>,
-    frozen: Frozen,
-    freed: Vec<u32>,
-    slots: Vec<usize>,
     epoch: u64,
 }
 
@@ -96,39 +67,12 @@ pub(super) fn raw_entry(page: &[u8], at: usize) -> u32 {
 impl Index {
     /// An index whose pending entries are those of `ledger`, left by a dead predecessor.
     pub(super) fn new(header: Header, alloc: Alloc, ledger: Ledger) -> Self {
-        let mut pending = BTreeMap::new();
-        let mut used = vec![false; ledger.slots()];
-        for (slot, cluster, to) in ledger.entries() {
-            let to = Some(HostCluster(to)).filter(|c| c.0 != 0);
-            pending.insert(
-                cluster.0,
-                Entry {
-                    to,
-                    slot,
-                    fresh: false,
-                },
-            );
-            if let Some(mark) = used.get_mut(slot) {
-                *mark = true;
-            }
-        }
-        let slots = used
-            .iter()
-            .enumerate()
-            .rev()
-            .filter(|(_, u)| !**u)
-            .map(|(i, _)| i)
-            .collect();
         let pages = NonZeroUsize::new(limits::PAGES_CACHED).unwrap_or(NonZeroUsize::MIN);
         Self {
             header,
             alloc,
-            ledger,
+            pending: Pending::new(ledger),
             pages: LruCache::new(pages),
-            pending,
-            frozen: Frozen::default(),
-            freed: Vec::new(),
-            slots,
             epoch: 0,
         }
     }
@@ -139,8 +83,8 @@ impl Index {
         if n >= self.header.entries {
             return Ok(Lookup::Absent);
         }
-        if let Some(entry) = self.pending.get(&n).or_else(|| self.frozen.entries.get(&n)) {
-            return Ok(entry.to.map_or(Lookup::Absent, Lookup::At));
+        if let Some(to) = self.pending.find(n) {
+            return Ok(to.map_or(Lookup::Absent, Lookup::At));
         }
         let (page, at) = place(&self.header, n);
         let Some(bytes) = self.pages.get(&page) else {
@@ -162,7 +106,7 @@ impl Index {
         first: Option<HostCluster>,
         max: u64,
     ) -> u64 {
-        let quiet = self.pending.is_empty() && self.frozen.entries.is_empty();
+        let quiet = self.pending.is_quiet();
         let mut last: Option<(u32, Bytes)> = None;
         let mut n = 1u64;
         while n < max {
@@ -248,71 +192,6 @@ impl Index {
         self.epoch
     }
 
-    /// Whether the mapping of `cluster` is durable. After a failed flush nothing counts as that: a
-    /// write that is to be durable must find out.
-    pub(super) fn is_durable(&self, cluster: VirtCluster) -> bool {
-        let settled = |map: &BTreeMap<u32, Entry>| !map.contains_key(&cluster.0);
-        settled(&self.pending) && settled(&self.frozen.entries) && !self.ledger.is_poisoned()
-    }
-
-    /// Takes a word of the ledger for a mapping to come.
-    pub(super) fn take_slot(&mut self) -> Result<usize> {
-        self.slots
-            .pop()
-            .ok_or_else(|| Error::new(Kind::Pending, "the ledger is full"))
-    }
-
-    /// Gives an unused word back.
-    pub(super) fn return_slot(&mut self, slot: usize) {
-        self.slots.push(slot);
-    }
-
-    /// Whether anything awaits a pass.
-    pub(super) fn has_pending(&self) -> bool {
-        !self.pending.is_empty() || !self.freed.is_empty()
-    }
-
-    /// Whether clusters were taken since the last pass began.
-    pub(super) fn allocates(&self) -> bool {
-        self.pending.values().any(|e| e.to.is_some())
-    }
-
-    /// The word that already speaks for this cluster, if any: one word per cluster, always.
-    fn slot_of(&self, n: u32) -> Option<usize> {
-        self.pending
-            .get(&n)
-            .or_else(|| self.frozen.entries.get(&n))
-            .map(|e| e.slot)
-    }
-
-    /// Makes `cluster` point at `to`, in memory and in the ledger; `spare` is a free word.
-    pub(super) fn publish(
-        &mut self,
-        cluster: VirtCluster,
-        to: HostCluster,
-        spare: usize,
-        fresh: bool,
-    ) {
-        let slot = match self.slot_of(cluster.0) {
-            Some(slot) => {
-                self.return_slot(spare);
-                slot
-            }
-            None => spare,
-        };
-        if !planted::is(Bug::LedgerAfterAnswer) {
-            self.ledger.put(slot, cluster, to.0);
-        }
-        self.pending.insert(
-            cluster.0,
-            Entry {
-                to: Some(to),
-                slot,
-                fresh,
-            },
-        );
-    }
-
     /// Makes `cluster`, which is at `from`, point at `to`, into which it was copied. What is at `from`
     /// counts until that is durable.
     pub(super) fn relocate(
@@ -322,62 +201,36 @@ impl Index {
         to: HostCluster,
         spare: usize,
     ) {
-        self.publish(cluster, to, spare, planted::is(Bug::MovedCountsAsFresh));
+        let fresh = planted::is(Bug::MovedCountsAsFresh);
+        self.pending.publish(cluster, to, spare, fresh);
         if planted::is(Bug::OldPlaceFreeAtOnce) {
             self.alloc.free(&[from.0]);
         } else {
-            self.freed.push(from.0);
+            self.pending.free_later(from.0);
         }
     }
 
-    /// Drops the mapping of `cluster`, which is at `from`. A dropped mapping needs no data first.
+    /// Drops the mapping of `cluster`, which is at `from`.
     pub(super) fn drop_mapping(&mut self, cluster: VirtCluster, from: HostCluster) -> Result<()> {
-        let slot = match self.slot_of(cluster.0) {
-            Some(slot) => slot,
-            None => self.take_slot()?,
-        };
-        self.ledger.put(slot, cluster, 0);
-        self.pending.insert(
-            cluster.0,
-            Entry {
-                to: None,
-                slot,
-                fresh: true,
-            },
-        );
+        self.pending.drop_mapping(cluster)?;
         if planted::is(Bug::FreeReusableBeforeSync) {
             self.alloc.free(&[from.0]);
         } else {
-            self.freed.push(from.0);
+            self.pending.free_later(from.0);
         }
         Ok(())
     }
 
-    /// Begins a pass: what is pending now is what it covers, and what a pass that was given up
-    /// half-way left behind, if there was one: whether there was.
+    /// Begins a pass: whether an earlier one was given up half-way.
     pub(super) fn freeze(&mut self) -> bool {
-        let given_up = !self.frozen.entries.is_empty();
-        self.pass_undone();
-        self.frozen = Frozen {
-            entries: std::mem::take(&mut self.pending),
-            freed: std::mem::take(&mut self.freed),
-        };
-        given_up
-    }
-
-    /// What the running pass covers.
-    pub(super) fn frozen(&self) -> &Frozen {
-        &self.frozen
+        self.epoch = self.epoch.wrapping_add(1);
+        self.pending.freeze()
     }
 
     /// Pages that the running pass writes, ascending.
     pub(super) fn frozen_pages(&self) -> Vec<u32> {
-        let mut pages: Vec<u32> = self
-            .frozen
-            .entries
-            .keys()
-            .map(|n| place(&self.header, *n).0)
-            .collect();
+        let frozen = self.pending.frozen();
+        let mut pages: Vec<u32> = frozen.map(|n| place(&self.header, n).0).collect();
         pages.dedup();
         pages
     }
@@ -392,18 +245,15 @@ impl Index {
         let mut image: BytesMut = crate::buf::aligned(durable.len());
         image.copy_from_slice(durable);
         let (first, last) = entries_of(page);
-        let later =
-            planted::is(Bug::LaterEntriesInPageImage).then(|| self.pending.range(first..last));
-        let frozen = self.frozen.entries.range(first..last);
-        for (n, entry) in frozen.chain(later.into_iter().flatten()) {
-            let raw = match entry.to {
+        for (n, to) in self.pending.frozen_in(first..last) {
+            let raw = match to {
                 None => 0,
                 Some(to) => self
                     .header
                     .cluster_to_entry(to)
                     .ok_or_else(|| Error::invalid("file cluster outside the format"))?,
             };
-            let at = place(&self.header, *n).1;
+            let at = place(&self.header, n).1;
             if let Some(b) = image.get_mut(at..at.saturating_add(4)) {
                 b.copy_from_slice(&raw.to_le_bytes());
             }
@@ -416,31 +266,14 @@ impl Index {
         for (page, bytes) in images {
             self.pages.put(page, bytes);
         }
-        let frozen = std::mem::take(&mut self.frozen);
-        for (n, entry) in &frozen.entries {
-            if self
-                .pending
-                .get(n)
-                .is_none_or(|later| later.slot != entry.slot)
-            {
-                self.ledger.clear(entry.slot);
-                self.slots.push(entry.slot);
-            }
-        }
-        self.alloc.free(&frozen.freed);
-        if planted::is(Bug::FreeReusableAtPassEnd) {
-            self.alloc.free(&std::mem::take(&mut self.freed));
-        }
+        let freed = self.pending.pass_done();
+        self.alloc.free(&freed);
         self.epoch = self.epoch.wrapping_add(1);
     }
 
     /// The pass did not end well: everything it covered is pending again.
     pub(super) fn pass_undone(&mut self) {
-        let frozen = std::mem::take(&mut self.frozen);
-        for (n, entry) in frozen.entries {
-            self.pending.entry(n).or_insert(entry);
-        }
-        self.freed.extend(frozen.freed);
+        self.pending.pass_undone();
         self.epoch = self.epoch.wrapping_add(1);
     }
 }

@@ -61,7 +61,7 @@ impl<S: Store> Ploop<S> {
         index.pass_undone();
         index.alloc.dirty_again(punched);
         if why.kind() != Kind::NoSpace {
-            index.ledger.poison();
+            index.pending.ledger().poison();
         }
     }
 
@@ -69,7 +69,7 @@ impl<S: Store> Ploop<S> {
     async fn write_frozen(&self) -> Result<Vec<(u32, Bytes)>> {
         let (pages, data_first) = {
             let index = lock(&self.index);
-            (index.frozen_pages(), index.frozen().needs_data_first())
+            (index.frozen_pages(), index.pending.needs_data_first())
         };
         let mut update = Update::new();
         if data_first && !planted::is(Bug::IndexBeforeData) {

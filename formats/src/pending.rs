@@ -1,0 +1,238 @@
+//! Pending mappings: what a guest was answered and no table on disk says yet. In memory and in the
+//! ledger, no I/O.
+//!
+//! An entry is *pending* (answered, not durable), then *frozen* (being written by the pass that runs
+//! now), then durable and not here any more. Every entry also stands in the ledger, written before the
+//! guest is answered. Entries are built into tables from the frozen ones only, so that one that is
+//! published during a pass is not made durable before its data.
+
+use crate::ledger::Ledger;
+use crate::planted::{self, Bug};
+use crate::units::{HostCluster, VirtCluster};
+use crate::{Error, Kind, Result};
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// A mapping that is not durable yet.
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    /// File cluster, or `None` when the mapping was dropped.
+    to: Option<HostCluster>,
+    /// Its word in the ledger.
+    slot: usize,
+    /// Losing the cluster's data in a crash would show what was there before: no barrier needed.
+    fresh: bool,
+}
+
+/// What one pass writes.
+#[derive(Debug, Default)]
+struct Frozen {
+    entries: BTreeMap<u32, Entry>,
+    freed: Vec<u32>,
+}
+
+/// The pending mappings of one open image.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    ledger: Ledger,
+    later: BTreeMap<u32, Entry>,
+    frozen: Frozen,
+    freed: Vec<u32>,
+    slots: Vec<usize>,
+}
+
+impl Pending {
+    /// Those of `ledger`, left by a dead predecessor.
+    pub(crate) fn new(ledger: Ledger) -> Self {
+        let mut later = BTreeMap::new();
+        let mut used = vec![false; ledger.slots()];
+        for (slot, cluster, to) in ledger.entries() {
+            let entry = Entry {
+                to: Some(HostCluster(to)).filter(|c| c.0 != 0),
+                slot,
+                fresh: false,
+            };
+            later.insert(cluster.0, entry);
+            if let Some(mark) = used.get_mut(slot) {
+                *mark = true;
+            }
+        }
+        let free = used.iter().enumerate().rev().filter(|(_, used)| !**used);
+        let slots = free.map(|(slot, _)| slot).collect();
+        Self {
+            ledger,
+            later,
+            frozen: Frozen::default(),
+            freed: Vec::new(),
+            slots,
+        }
+    }
+
+    /// The ledger behind them.
+    pub(crate) const fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    fn entry(&self, n: u32) -> Option<&Entry> {
+        self.later.get(&n).or_else(|| self.frozen.entries.get(&n))
+    }
+
+    /// Where cluster `n` is if that is pending: the inner none when its mapping was dropped.
+    pub(crate) fn find(&self, n: u32) -> Option<Option<HostCluster>> {
+        self.entry(n).map(|entry| entry.to)
+    }
+
+    /// The clusters of guests that are pending.
+    pub(crate) fn clusters(&self) -> impl Iterator<Item = u32> + '_ {
+        self.later.keys().chain(self.frozen.entries.keys()).copied()
+    }
+
+    /// The next cluster from `n` on that is pending.
+    pub(crate) fn next_from(&self, n: u32) -> Option<u32> {
+        let first = |map: &BTreeMap<u32, Entry>| map.range(n..).next().map(|(n, _)| *n);
+        let both = [first(&self.later), first(&self.frozen.entries)];
+        both.into_iter().flatten().min()
+    }
+
+    /// Whether no mapping at all is pending.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.later.is_empty() && self.frozen.entries.is_empty()
+    }
+
+    /// Whether the mapping of `cluster` is durable. After a failed flush nothing counts as that: a
+    /// write that is to be durable must find out.
+    pub(crate) fn is_durable(&self, cluster: VirtCluster) -> bool {
+        self.entry(cluster.0).is_none() && !self.ledger.is_poisoned()
+    }
+
+    /// Whether anything awaits a pass.
+    pub(crate) fn awaits_pass(&self) -> bool {
+        !self.later.is_empty() || !self.freed.is_empty()
+    }
+
+    /// Whether clusters were taken since the last pass began.
+    pub(crate) fn allocates(&self) -> bool {
+        self.later.values().any(|e| e.to.is_some())
+    }
+
+    /// Takes a word of the ledger for a mapping to come. `Pending` when there is none.
+    pub(crate) fn take_slot(&mut self) -> Result<usize> {
+        self.slots
+            .pop()
+            .ok_or_else(|| Error::new(Kind::Pending, "the ledger is full"))
+    }
+
+    /// Gives an unused word back.
+    pub(crate) fn return_slot(&mut self, slot: usize) {
+        self.slots.push(slot);
+    }
+
+    /// The word that already speaks for this cluster, if any: one word per cluster, always.
+    fn slot_of(&self, n: u32) -> Option<usize> {
+        self.entry(n).map(|e| e.slot)
+    }
+
+    /// Makes `cluster` point at `to`, in memory and in the ledger; `spare` is a free word.
+    pub(crate) fn publish(
+        &mut self,
+        cluster: VirtCluster,
+        to: HostCluster,
+        spare: usize,
+        fresh: bool,
+    ) {
+        let slot = match self.slot_of(cluster.0) {
+            Some(slot) => {
+                self.return_slot(spare);
+                slot
+            }
+            None => spare,
+        };
+        if !planted::is(Bug::LedgerAfterAnswer) {
+            self.ledger.put(slot, cluster, to.0);
+        }
+        let to = Some(to);
+        self.later.insert(cluster.0, Entry { to, slot, fresh });
+    }
+
+    /// Drops the mapping of `cluster`. A dropped mapping needs no data first. `Pending` when there is
+    /// no word for it.
+    pub(crate) fn drop_mapping(&mut self, cluster: VirtCluster) -> Result<()> {
+        let slot = match self.slot_of(cluster.0) {
+            Some(slot) => slot,
+            None => self.take_slot()?,
+        };
+        self.ledger.put(slot, cluster, 0);
+        let dropped = Entry {
+            to: None,
+            slot,
+            fresh: true,
+        };
+        self.later.insert(cluster.0, dropped);
+        Ok(())
+    }
+
+    /// A file cluster is free once the next pass is durable.
+    pub(crate) fn free_later(&mut self, cluster: u32) {
+        self.freed.push(cluster);
+    }
+
+    /// Begins a pass: what is pending now is what it covers, and what a pass that was given up
+    /// half-way left behind, if there was one: whether there was.
+    pub(crate) fn freeze(&mut self) -> bool {
+        let given_up = !self.frozen.entries.is_empty();
+        self.pass_undone();
+        self.frozen = Frozen {
+            entries: std::mem::take(&mut self.later),
+            freed: std::mem::take(&mut self.freed),
+        };
+        given_up
+    }
+
+    /// Whether data must be durable before what is frozen is written.
+    pub(crate) fn needs_data_first(&self) -> bool {
+        self.frozen.entries.values().any(|e| !e.fresh)
+    }
+
+    /// The clusters whose mappings the running pass writes, ascending.
+    pub(crate) fn frozen(&self) -> impl Iterator<Item = u32> + '_ {
+        self.frozen.entries.keys().copied()
+    }
+
+    /// What the running pass writes for the clusters in a range, and nothing later.
+    pub(crate) fn frozen_in(
+        &self,
+        range: Range<u32>,
+    ) -> impl Iterator<Item = (u32, Option<HostCluster>)> + '_ {
+        let later =
+            planted::is(Bug::LaterEntriesInPageImage).then(|| self.later.range(range.clone()));
+        let frozen = self.frozen.entries.range(range);
+        let all = frozen.chain(later.into_iter().flatten());
+        all.map(|(n, entry)| (*n, entry.to))
+    }
+
+    /// The pass is durable: its words are empty. Gives what it freed.
+    pub(crate) fn pass_done(&mut self) -> Vec<u32> {
+        let frozen = std::mem::take(&mut self.frozen);
+        for (n, entry) in &frozen.entries {
+            let later = self.later.get(n);
+            if later.is_none_or(|later| later.slot != entry.slot) {
+                self.ledger.clear(entry.slot);
+                self.slots.push(entry.slot);
+            }
+        }
+        let mut freed = frozen.freed;
+        if planted::is(Bug::FreeReusableAtPassEnd) {
+            freed.append(&mut self.freed);
+        }
+        freed
+    }
+
+    /// The pass did not end well: everything it covered is pending again.
+    pub(crate) fn pass_undone(&mut self) {
+        let frozen = std::mem::take(&mut self.frozen);
+        for (n, entry) in frozen.entries {
+            self.later.entry(n).or_insert(entry);
+        }
+        self.freed.extend(frozen.freed);
+    }
+}
