@@ -1,11 +1,14 @@
-//! The first write to a cluster: reserve, read what is needed from below, write, publish.
+//! The first write to a cluster: reserve, read what is needed of what was there, write, publish.
 //!
 //! Ordering: the reserved cluster durably reads as zeros; everything the guest must find in it is
 //! written before it is published; it is published before the guest is answered. Durability is
 //! the flush pass's business, which is told what would be lost ([`Below`]).
 //!
-//! Only what is needed is copied up: nothing if no lower layer has data there, nothing of what the
-//! request overwrites, and no zeros at the ends of what is there, which the new cluster has already.
+//! What was there is mostly in a lower layer, but the top may have it in a way that it cannot be
+//! written: shared, compressed, in part. Only what is needed is copied: nothing if no layer has data
+//! there, nothing of what the request overwrites, and no zeros at the ends of what is there, which the
+//! new cluster has already.
+//!
 //! Memory is bounded by [`STEP`] whatever the cluster size, and for all copies of a disk together.
 
 use crate::stack::Stack;
@@ -61,20 +64,19 @@ impl Piece {
     }
 }
 
-/// Gives `cluster`, which the top does not have, a place that holds `piece` and the rest from
-/// below. The caller has the cluster to itself. Fails with `Pending` before anything is done.
+/// Gives `cluster`, which has no place of its own in the top, one that holds `piece` and the rest as it
+/// was. The caller has the cluster to itself. Fails with `Pending` before anything is done.
 pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Result<()> {
     let top = stack.top();
     let geometry = top.geometry();
     let start = geometry.cluster.start(cluster);
     let guest_end = (start + geometry.cluster.bytes()).min(geometry.size);
-    let depth = stack.depth() - 1;
-    let lower_zero = stack.reads_zero(start, guest_end, depth).await?;
+    let was_zero = stack.reads_zero(start, guest_end, stack.depth()).await?;
     let only_zeros = matches!(piece, Piece::Zero { .. }) && piece.range() == (start, guest_end);
     // The file has the whole cluster, the guest perhaps not: the last block is written whole.
     let end = guest_end.next_multiple_of(stack.align());
 
-    let mut reserved = top.reserve().await?;
+    let mut reserved = top.reserve(VirtCluster(cluster)).await?;
     let host = reserved.host();
     reserved.submitted();
     if let Piece::Zero { keep: true, .. } = piece {
@@ -82,7 +84,7 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
             .punch_data(host, geometry.cluster.bytes(), Space::Keep)
             .await?;
     }
-    let below = if lower_zero || only_zeros {
+    let below = if was_zero || only_zeros {
         Below::Zeros
     } else {
         Below::Data
@@ -95,7 +97,7 @@ pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Res
     while at < end {
         let to = (at + STEP).min(end);
         let (from, bytes, _permit);
-        if lower_zero || piece.covers(at, to) {
+        if was_zero || piece.covers(at, to) {
             let (cut_from, cut_to) = piece.cut(at, to);
             (from, bytes) = overlaid(stack.align(), &piece, cut_from, cut_to);
         } else {
@@ -122,7 +124,7 @@ fn publish<L: Layer>(top: &L, cluster: u32, reserved: Option<L::Reservation>, be
 }
 
 /// The bytes to write for guest range `from .. to` of a new cluster, where they start, and nothing
-/// where zeros are right: the piece with what is around it below, but for zeros at the ends.
+/// where zeros are right: the piece with what was around it, but for zeros at the ends.
 async fn copied<S: Store>(
     stack: &Stack<S>,
     piece: &Piece,
@@ -138,8 +140,7 @@ async fn copied<S: Store>(
         None => middle.fill(0),
     }
     let (head, tail) =
-        futures_util::future::join(stack.read_below(from, head), stack.read_below(cut_to, tail))
-            .await;
+        futures_util::future::join(stack.read_any(from, head), stack.read_any(cut_to, tail)).await;
     // Three neighbours in memory: joining them moves nothing.
     let mut whole = head?;
     whole.unsplit(middle);

@@ -10,11 +10,11 @@ use crate::device::{Device, GuestExtent, Zero};
 use crate::flight::{Admitted, Flight, Mode};
 use crate::flush::Flush;
 use crate::hold::Hold;
-use crate::stack::{AnyLayer, Segment, Stack, packed};
+use crate::stack::{AnyLayer, Segment, Stack};
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
-use ploop_formats::layer::{Extent, Layer};
+use ploop_formats::layer::{Extent, Layer, Place};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, VirtCluster};
@@ -257,7 +257,7 @@ impl<S: Store> Disk<S> {
         let mut done = 0;
         while done < data.len() {
             let left = (data.len() - done) as u64;
-            let Extent::Data { at: host, len } = stack.top().map(at + done as u64, left).await?
+            let Place::Here { at: host, len } = stack.top().place(at + done as u64, left).await?
             else {
                 return Ok(false);
             };
@@ -302,8 +302,8 @@ impl<S: Store> Disk<S> {
         while done < data.len() {
             let guest = at + done as u64;
             let left = (data.len() - done) as u64;
-            let len = match stack.top().map(guest, left).await? {
-                Extent::Data { at: host, len } => {
+            let len = match stack.top().place(guest, left).await? {
+                Place::Here { at: host, len } => {
                     old.push(overwrite(
                         stack,
                         host,
@@ -311,8 +311,7 @@ impl<S: Store> Disk<S> {
                     ));
                     len
                 }
-                Extent::Packed { .. } => return Err(packed()),
-                Extent::Zero { len } | Extent::Absent { len } => {
+                Place::New { len } => {
                     let within = self.cluster.within(guest);
                     let len = len.min(self.cluster.bytes() - within);
                     let bytes = data.slice(done..done + len as usize);
@@ -358,15 +357,11 @@ impl<S: Store> Disk<S> {
     async fn wipe_step(&self, stack: &Stack<S>, from: u64, to: u64, how: Wipe) -> Result<()> {
         let mut at = from;
         while at < to {
-            let extent = stack.top().map(at, to - at).await?;
-            at += match extent {
-                Extent::Data { at: host, len } => {
+            at += match stack.top().place(at, to - at).await? {
+                Place::Here { at: host, len } => {
                     self.wipe_present(stack, at, host, len, how).await?
                 }
-                Extent::Packed { .. } => return Err(packed()),
-                Extent::Zero { len } | Extent::Absent { len } => {
-                    self.wipe_absent(stack, at, len, how).await?
-                }
+                Place::New { len } => self.wipe_absent(stack, at, len, how).await?,
             };
         }
         Ok(())
@@ -383,19 +378,10 @@ impl<S: Store> Disk<S> {
     ) -> Result<u64> {
         let size = self.cluster;
         let len = len.min(size.bytes() - size.within(guest));
-        let top = stack.top();
-        let end = (guest - size.within(guest) + size.bytes()).min(top.geometry().size);
-        let whole = size.within(guest) == 0 && guest + len == end;
-        let releasable = whole && how != Wipe::Keep && top.allocates();
-        if releasable
-            && (planted::is(Bug::DiscardExposesParent)
-                || stack.reads_zero(guest, end, stack.depth() - 1).await?)
-        {
-            let cluster = VirtCluster(self.table_index(guest)?);
-            self.with_room(|| top.release(cluster)).await?;
+        if how != Wipe::Keep && self.release_whole(stack, guest, len).await? {
             return Ok(len);
         }
-        if how == Wipe::Advise && !top.store().info().punches {
+        if how == Wipe::Advise && !stack.top().store().info().punches {
             return Ok(len);
         }
         let space = if how == Wipe::Keep {
@@ -407,18 +393,41 @@ impl<S: Store> Disk<S> {
         Ok(len)
     }
 
-    /// Wipes the start of a range that the top does not have; how much of it was done.
+    /// Takes a range out of the top if it is a whole cluster, and zeros are what is below; whether.
+    async fn release_whole(&self, stack: &Stack<S>, guest: u64, len: u64) -> Result<bool> {
+        let (size, top) = (self.cluster, stack.top());
+        let end = (guest - size.within(guest) + size.bytes()).min(top.geometry().size);
+        if size.within(guest) != 0 || guest + len != end || !top.allocates() {
+            return Ok(false);
+        }
+        let exposed = planted::is(Bug::DiscardExposesParent);
+        if !exposed && !stack.reads_zero(guest, end, stack.depth() - 1).await? {
+            return Ok(false);
+        }
+        let cluster = VirtCluster(self.table_index(guest)?);
+        self.with_room(|| top.release(cluster)).await?;
+        Ok(true)
+    }
+
+    /// Wipes the start of a range that has no place of its own in the top; how much of it was done.
     async fn wipe_absent(&self, stack: &Stack<S>, guest: u64, len: u64, how: Wipe) -> Result<u64> {
+        let size = self.cluster;
+        let in_cluster = len.min(size.bytes() - size.within(guest));
+        let (held, len) = match stack.top().map(guest, len).await? {
+            Extent::Absent { len } => (false, len),
+            _ => (true, in_cluster),
+        };
+        if held && how != Wipe::Keep && self.release_whole(stack, guest, len).await? {
+            return Ok(len);
+        }
         if how == Wipe::Advise {
             return Ok(len);
         }
-        let below = stack.resolve(guest, len, stack.depth() - 1).await?;
-        if below.at.is_none() && how == Wipe::Free {
-            return Ok(below.len);
+        let found = stack.resolve(guest, len, stack.depth()).await?;
+        if found.at.is_none() && how == Wipe::Free {
+            return Ok(found.len);
         }
-        let len = below
-            .len
-            .min(self.cluster.bytes() - self.cluster.within(guest));
+        let len = found.len.min(in_cluster);
         let cluster = self.table_index(guest)?;
         let piece = Piece::Zero {
             from: guest,
@@ -440,8 +449,8 @@ impl<S: Store> Disk<S> {
             let start = edge - size.within(edge);
             let end = (start + size.bytes()).min(stack.top().geometry().size);
             let partial = at > start || at + len < end;
-            let absent = matches!(stack.top().map(edge, 1).await?, Extent::Absent { .. });
-            if partial && absent && !stack.reads_zero(start, end, stack.depth() - 1).await? {
+            let new = matches!(stack.top().place(edge, 1).await?, Place::New { .. });
+            if partial && new && !stack.reads_zero(start, end, stack.depth()).await? {
                 return Ok(false);
             }
         }

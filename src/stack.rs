@@ -10,7 +10,7 @@
 use crate::merged::{Merged, Place};
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
-use ploop_formats::layer::{Below, Extent, Geometry, Layer};
+use ploop_formats::layer::{Below, Extent, Geometry, Layer, Place as Placed};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::{Ploop, Reserved};
 use ploop_formats::raw::Raw;
@@ -171,9 +171,13 @@ impl<S: Store> Layer for AnyLayer<S> {
         each!(self, layer => layer.is_durable(cluster))
     }
 
-    async fn reserve(&self) -> Result<Reserved> {
+    async fn place(&self, guest: u64, len: u64) -> Result<Placed> {
+        each!(self, layer => layer.place(guest, len).await)
+    }
+
+    async fn reserve(&self, cluster: VirtCluster) -> Result<Reserved> {
         match self {
-            AnyLayer::Ploop(layer) => layer.reserve().await,
+            AnyLayer::Ploop(layer) => layer.reserve(cluster).await,
             AnyLayer::Raw(_) => Err(Error::invalid("a raw image has every cluster")),
         }
     }
@@ -571,9 +575,9 @@ impl<S: Store> Stack<S> {
         }
     }
 
-    /// Fills `buf` from guest offset `guest`, as the layers below the top have it. Of any alignment.
-    pub async fn read_below(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
-        let depth = self.layers.len() - 1;
+    /// Fills `buf` from guest offset `guest`, as all layers have it. Of any alignment.
+    pub async fn read_any(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
+        let depth = self.layers.len();
         let len = buf.len();
         let aligned = [guest, len as u64]
             .iter()

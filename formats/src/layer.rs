@@ -64,11 +64,29 @@ impl Extent {
     }
 }
 
-/// What the guest would read from the layers below a cluster, were the new cluster's data lost.
+/// Where a guest range is written in one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In this layer's file, and nobody else has it: it is overwritten where it is.
+    Here {
+        /// File offset in bytes.
+        at: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Nowhere yet, or in a cluster that is shared, compressed or there in part: its clusters get
+    /// others, each as a whole.
+    New {
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// What the guest would read in a cluster's place, were the new cluster's data lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Below {
-    /// Zeros (no lower data), or the new cluster holds only zeros: a fresh cluster whose data is
-    /// lost in a crash reads as what it replaced, so its index needs no barrier.
+    /// Zeros (no data before, here or below), or the new cluster holds only zeros: a fresh cluster
+    /// whose data is lost in a crash reads as what it replaced, so its index needs no barrier.
     Zeros,
     /// Something else: data must be durable before the index that names it.
     Data,
@@ -123,14 +141,27 @@ pub trait Layer {
     /// `Invalid` when it is not compressed.
     async fn unpack(&self, guest: u64, buf: BytesMut) -> Result<BytesMut>;
 
+    /// Where the first part of the guest range `guest .. guest + len` is written: at most `len` bytes
+    /// and never none. As [`Layer::map`] otherwise.
+    async fn place(&self, guest: u64, len: u64) -> Result<Place> {
+        Ok(match self.map(guest, len).await? {
+            Extent::Data { at, len } => Place::Here { at, len },
+            Extent::Packed { len } | Extent::Zero { len } | Extent::Absent { len } => {
+                Place::New { len }
+            }
+        })
+    }
+
     /// Whether the mapping of `cluster` would survive power loss as it is now.
     fn is_durable(&self, cluster: VirtCluster) -> bool;
 
-    /// Takes a free file cluster that reads as zeros. Fails with `NoSpace` when the storage is
-    /// full and with `Pending` when a sync must come first.
-    async fn reserve(&self) -> Result<Self::Reservation>;
+    /// Takes a free file cluster that reads as zeros, for guest cluster `cluster`, which the caller
+    /// has to himself. Fails with `NoSpace` when the storage is full and with `Pending` when a sync
+    /// must come first.
+    async fn reserve(&self, cluster: VirtCluster) -> Result<Self::Reservation>;
 
-    /// Makes `cluster` point at the reserved cluster, whose data was written successfully.
+    /// Makes `cluster`, which it was reserved for, point at the reserved cluster, whose data was
+    /// written successfully.
     /// Returns once a later [`Layer::map`] sees it and a successor process would too.
     fn publish(&self, cluster: VirtCluster, reserved: Self::Reservation, below: Below);
 

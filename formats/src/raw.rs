@@ -148,7 +148,7 @@ impl<S: Store> Layer for Raw<S> {
         true
     }
 
-    async fn reserve(&self) -> Result<Never> {
+    async fn reserve(&self, _cluster: VirtCluster) -> Result<Never> {
         Err(Error::invalid("a raw image has every cluster"))
     }
 

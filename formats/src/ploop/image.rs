@@ -392,7 +392,7 @@ impl<S: Store> Layer for Ploop<S> {
         lock(&self.index).pending.is_durable(cluster)
     }
 
-    async fn reserve(&self) -> Result<Reserved> {
+    async fn reserve(&self, _cluster: VirtCluster) -> Result<Reserved> {
         self.may_write()?;
         self.store.room()?;
         let slot = lock(&self.index).pending.take_slot()?;

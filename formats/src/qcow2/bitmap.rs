@@ -10,6 +10,8 @@ use crate::{Error, Result, limits};
 const FIXED: usize = 24;
 /// Bytes of the longest entry.
 pub(super) const ENTRY_MAX: usize = FIXED + limits::QCOW2_NAME_MAX;
+/// Where an entry has its flags.
+pub(super) const FLAGS_AT: u64 = 12;
 const IN_USE: u32 = 1;
 const ENABLED: u32 = 1 << 1;
 const KNOWN: u32 = IN_USE | ENABLED | 1 << 2;
@@ -30,6 +32,8 @@ pub struct Bitmap {
     pub in_use: bool,
     /// It goes on recording writes.
     pub enabled: bool,
+    /// All flags of its entry.
+    flags: u32,
     /// File offset of its table, cluster aligned.
     pub(super) table_at: u64,
     /// Entries of that table, of 8 bytes.
@@ -66,12 +70,23 @@ impl Bitmap {
             granularity: 1u64.wrapping_shl(u32::from(bits)),
             in_use: flags & IN_USE != 0,
             enabled: flags & ENABLED != 0,
+            flags,
             table_at: u64_at(bytes, 0),
             table_entries: u32_at(bytes, 8),
         };
         found.judge_table(size, cluster)?;
-        let len = FIXED.saturating_add(name_len);
-        Ok((found, len.next_multiple_of(8)))
+        let len = found.entry_len() as usize;
+        Ok((found, len))
+    }
+
+    /// The flags of an entry that says that the bitmap was not stored properly.
+    pub(super) fn flags_in_use(&self) -> [u8; 4] {
+        (self.flags | IN_USE).to_be_bytes()
+    }
+
+    /// Bytes of its entry.
+    pub(super) const fn entry_len(&self) -> u64 {
+        FIXED.saturating_add(self.name.len()).next_multiple_of(8) as u64
     }
 
     /// Refuses a table that is nowhere, or does not fit the disk. One that was in use may be of any

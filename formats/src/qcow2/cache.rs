@@ -14,7 +14,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 #[derive(Debug)]
 pub(super) struct Slices {
     unit: u64,
-    kept: Mutex<LruCache<u64, Bytes>>,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    slices: LruCache<u64, Bytes>,
+    /// Changes with the tables.
+    epoch: u64,
 }
 
 impl Slices {
@@ -23,7 +30,10 @@ impl Slices {
         let count = NonZeroUsize::new(limits::PAGES_CACHED).unwrap_or(NonZeroUsize::MIN);
         Self {
             unit: cluster.bytes().min(limits::PAGE),
-            kept: Mutex::new(LruCache::new(count)),
+            kept: Mutex::new(Kept {
+                slices: LruCache::new(count),
+                epoch: 0,
+            }),
         }
     }
 
@@ -39,14 +49,40 @@ impl Slices {
 
     /// The slice that begins at `start`, if it is kept.
     pub(super) fn find(&self, start: u64) -> Option<Bytes> {
-        self.lock().get(&start).cloned()
+        self.lock().slices.get(&start).cloned()
     }
 
+    /// Counts changes of the tables: what was read before one is not kept behind it.
+    pub(super) fn epoch(&self) -> u64 {
+        self.lock().epoch
+    }
+
+    /// Tables change.
+    pub(super) fn new_epoch(&self) {
+        let mut kept = self.lock();
+        kept.epoch = kept.epoch.wrapping_add(1);
+    }
+
+    /// Keeps a slice that was read while `epoch` was current; one that was read across a change may be
+    /// half old, and is left out.
+    pub(super) fn keep_read(&self, start: u64, slice: Bytes, epoch: u64) {
+        let mut kept = self.lock();
+        if kept.epoch == epoch {
+            kept.slices.put(start, slice);
+        }
+    }
+
+    /// Keeps a slice that was written.
     pub(super) fn keep(&self, start: u64, slice: Bytes) {
-        self.lock().put(start, slice);
+        self.lock().slices.put(start, slice);
     }
 
-    fn lock(&self) -> MutexGuard<'_, LruCache<u64, Bytes>> {
+    /// Forgets the slice that begins at `start`.
+    pub(super) fn forget(&self, start: u64) {
+        self.lock().slices.pop(&start);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

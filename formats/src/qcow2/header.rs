@@ -303,6 +303,17 @@ impl Header {
         out
     }
 
+    /// Puts a refcount table into the bytes of a header.
+    pub(super) fn put_refcounts(head: &mut [u8], at: u64, clusters: u32) {
+        put(head, 48, &at.to_be_bytes());
+        put(head, 56, &clusters.to_be_bytes());
+    }
+
+    /// Puts autoclear features into the bytes of a header.
+    pub(super) fn put_autoclear(head: &mut [u8], features: u64) {
+        put(head, 88, &features.to_be_bytes());
+    }
+
     /// Virtual size and cluster.
     pub const fn geometry(&self) -> Geometry {
         Geometry {
@@ -344,6 +355,11 @@ impl Header {
             _ => None,
         })
     }
+}
+
+fn put(head: &mut [u8], at: usize, field: &[u8]) {
+    let slot = head.iter_mut().skip(at);
+    slot.zip(field).for_each(|(to, from)| *to = *from);
 }
 
 fn layout(version: Version, cluster: ClusterSize, features: Features) -> Result<Layout> {

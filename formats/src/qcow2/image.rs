@@ -1,8 +1,9 @@
-//! An open qcow2 image: the [`Layer`] over a store, for reading.
+//! An open qcow2 image: the [`Layer`] over a store.
 //!
 //! Owns its stores and what it keeps of them in memory: table slices and the last cluster that was
 //! unpacked, both bounded. Unpacks one cluster at a time: a lock is held across I/O for that alone.
-//! Never writes.
+//! One that is open for writing has a writing half ([`super::writer`]); how it begins and ends is in
+//! `start`, where clusters come from in `supply`, and the flush pass in `sync`.
 
 use super::be::u64_at;
 use super::cache::Slices;
@@ -11,11 +12,13 @@ use super::open::read_padded;
 use super::packed;
 use super::run::Entries;
 use super::table::{L1Entry, Layout, Mapping, Packed};
-use crate::layer::{Below, Extent, Geometry, Layer, Never};
+use super::writer::{Fate, NewTable, Reserved, Writer, lock};
+use crate::layer::{Below, Extent, Geometry, Layer, Place};
 use crate::store::Store;
-use crate::units::{VirtCluster, floor_to};
+use crate::units::{HostCluster, VirtCluster, floor_to};
 use crate::{Error, Kind, Result};
 use bytes::{Bytes, BytesMut};
+use std::sync::Arc;
 use tokio::sync::Mutex;
 
 /// An open qcow2 image.
@@ -33,6 +36,8 @@ pub struct Qcow2<S> {
     /// The last compressed cluster that was read, or why it does not unpack: small reads in a row
     /// unpack it once, and many readers never need more memory than one.
     unpacked: Mutex<Option<(Packed, Result<Bytes>)>>,
+    /// The writing half; none when it is open for reading.
+    writer: Option<Writer>,
 }
 
 /// What the first-level table says of a guest offset.
@@ -44,6 +49,8 @@ enum Lookup {
         /// File offset of the first.
         at: u64,
         bytes: Bytes,
+        /// Nobody else has the table.
+        owned: bool,
     },
 }
 
@@ -55,6 +62,7 @@ impl<S: Store> Qcow2<S> {
             size: header.size,
             slices: Slices::new(header.cluster),
             unpacked: Mutex::new(None),
+            writer: None,
             header,
             store,
             data,
@@ -77,6 +85,85 @@ impl<S: Store> Qcow2<S> {
         &self.store
     }
 
+    /// How its tables are to be read.
+    pub(super) const fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// The writing half. `ReadOnly` when it is not open for writing.
+    pub(super) fn writer(&self) -> Result<&Writer> {
+        self.writer.as_ref().ok_or_else(read_only)
+    }
+
+    /// Opens it for writing, alone.
+    pub(super) fn write_with(&mut self, writer: Writer) {
+        self.writer = Some(writer);
+    }
+
+    /// Fails when the image may not be written: read-only, or poisoned by an earlier failure.
+    pub(super) fn may_write(&self) -> Result<&Writer> {
+        match self.writer()? {
+            writer if writer.ledger.is_poisoned() => Err(Error::poisoned()),
+            writer => Ok(writer),
+        }
+    }
+
+    /// Whether a failed flush or metadata write forbids further success.
+    pub fn is_poisoned(&self) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.ledger.is_poisoned())
+    }
+
+    /// Forbids further success, to this process and its successors.
+    pub fn poison(&self) {
+        if let Some(writer) = &self.writer {
+            writer.ledger.poison();
+        }
+    }
+
+    /// Whether answered changes wait for a sync to become durable.
+    pub fn has_pending(&self) -> bool {
+        let awaits = |w: &Writer| lock(&w.state).pending.awaits_pass();
+        self.writer.as_ref().is_some_and(awaits)
+    }
+
+    /// Bytes of a slice.
+    pub(super) const fn slice_len(&self) -> u64 {
+        self.slices.unit()
+    }
+
+    /// What was read before counts no more.
+    pub(super) fn new_epoch(&self) {
+        self.slices.new_epoch();
+    }
+
+    /// Changes with the tables.
+    pub(super) fn epoch(&self) -> u64 {
+        self.slices.epoch()
+    }
+
+    /// Slices that were written are the truth.
+    pub(super) fn keep(&self, slices: impl IntoIterator<Item = (u64, Bytes)>) {
+        for (at, slice) in slices {
+            self.slices.keep(at, slice);
+        }
+    }
+
+    /// Slices whose writing failed are read again.
+    pub(super) fn forget(&self, slices: impl IntoIterator<Item = u64>) {
+        slices.into_iter().for_each(|at| self.slices.forget(at));
+    }
+
+    /// The slice of metadata that begins at `start`.
+    pub(super) async fn slice(&self, start: u64) -> Result<Bytes> {
+        if let Some(slice) = self.slices.find(start) {
+            return Ok(slice);
+        }
+        let epoch = self.epoch();
+        let slice = read_padded(&self.store, start, self.slices.unit()).await?;
+        self.slices.keep_read(start, slice.clone(), epoch);
+        Ok(slice)
+    }
+
     /// Table bytes from `at` to the end of their slice, or to the end of the table. `Damaged` when
     /// not all of them are in the file.
     async fn table(&self, at: u64, end: u64) -> Result<Bytes> {
@@ -88,21 +175,25 @@ impl<S: Store> Qcow2<S> {
                 "offset {at:#x}: a table that goes on to {last:#x}, behind the end of the file ({len} bytes)"
             )));
         }
-        let slice = match self.slices.find(start) {
-            Some(slice) => slice,
-            None => {
-                let slice = read_padded(&self.store, start, self.slices.unit()).await?;
-                self.slices.keep(start, slice.clone());
-                slice
-            }
-        };
+        let slice = self.slice(start).await?;
         let stop = end.saturating_sub(start).min(slice.len() as u64);
         let from = at.saturating_sub(start).min(stop);
         Ok(slice.slice(from as usize..stop as usize))
     }
 
-    /// What the tables say of `guest`, as far as one slice of each tells.
+    /// What the durable tables say of `guest`, as far as one slice of each tells.
     async fn look_up(&self, guest: u64) -> Result<Lookup> {
+        loop {
+            let epoch = self.epoch();
+            let found = self.look_once(guest).await;
+            // A table may have moved meanwhile, and another one have its place.
+            if epoch == self.epoch() {
+                return found;
+            }
+        }
+    }
+
+    async fn look_once(&self, guest: u64) -> Result<Lookup> {
         let covers = self.layout.table_covers();
         let index = guest.checked_div(covers).unwrap_or(0);
         let entries = u64::from(self.l1.entries);
@@ -112,10 +203,8 @@ impl<S: Store> Qcow2<S> {
         let entry_at = |n: u64| self.l1.at.saturating_add(n.saturating_mul(8));
         let l1 = self.table(entry_at(index), entry_at(entries)).await?;
         let place = |e: Error| e.at(format!("offset {:#x}", entry_at(index)));
-        let Some(table) = L1Entry(u64_at(&l1, 0))
-            .table(self.layout.cluster)
-            .map_err(place)?
-        else {
+        let entry = L1Entry(u64_at(&l1, 0));
+        let Some(table) = entry.table(self.layout.cluster).map_err(place)? else {
             let empty = l1.chunks_exact(8).take_while(|e| e.iter().all(|b| *b == 0));
             let tables = (empty.count() as u64).max(1);
             let end = index.saturating_add(tables).saturating_mul(covers);
@@ -125,7 +214,8 @@ impl<S: Store> Qcow2<S> {
         let at = table.saturating_add(n.saturating_mul(self.layout.entry_len()));
         let end = table.saturating_add(self.layout.cluster.bytes());
         let bytes = self.table(at, end).await.map_err(|e| e.at("L2 table"))?;
-        Ok(Lookup::Entries { at, bytes })
+        let owned = entry.copied();
+        Ok(Lookup::Entries { at, bytes, owned })
     }
 
     /// What there is of an extent of data: a file may end inside its last cluster, whose rest reads
@@ -168,6 +258,159 @@ impl<S: Store> Qcow2<S> {
     }
 }
 
+/// What is pending of a guest range.
+enum Known {
+    /// Its first cluster is pending, and will be there.
+    At { at: u64, len: u64 },
+    /// Its first cluster is pending, and will be nowhere.
+    Dropped { len: u64 },
+    /// So much of it is not pending.
+    Not { len: u64 },
+}
+
+impl<S: Store> Qcow2<S> {
+    /// What is pending of `guest .. guest + len`.
+    fn pending(&self, guest: u64, len: u64) -> Result<Known> {
+        let Some(writer) = &self.writer else {
+            return Ok(Known::Not { len });
+        };
+        let size = self.layout.cluster;
+        let n = size.cluster_of(guest);
+        let n = n.ok_or_else(|| Error::invalid("offset past the tables"))?;
+        let within = size.within(guest);
+        let here = size.bytes().saturating_sub(within).min(len);
+        let state = lock(&writer.state);
+        Ok(match state.pending.find(n) {
+            Some(Some(host)) => Known::At {
+                at: size.start(host.0).saturating_add(within),
+                len: here,
+            },
+            Some(None) => Known::Dropped { len: here },
+            None => {
+                let next = state.pending.next_from(n).map(|next| size.start(next));
+                let rest = next.map_or(u64::MAX, |next| next.saturating_sub(guest));
+                Known::Not { len: len.min(rest) }
+            }
+        })
+    }
+
+    /// Where a range is written of which nothing is pending, as second-level entries say it.
+    fn place_by(&self, guest: u64, len: u64, bytes: &[u8], owned: bool) -> Result<Place> {
+        let layout = self.layout;
+        let within = layout.cluster.within(guest);
+        let entries = Entries { layout, bytes };
+        let end = within.saturating_add(len);
+        let Some((at, run)) = entries.own(end)?.filter(|_| owned) else {
+            let here = layout.cluster.bytes().saturating_sub(within);
+            return Ok(Place::New { len: len.min(here) });
+        };
+        let last = at.saturating_add(run).saturating_sub(1);
+        self.judge_data(at, last)?;
+        Ok(Place::Here {
+            at: at.saturating_add(within),
+            len: run.saturating_sub(within).min(len),
+        })
+    }
+
+    /// Refuses bytes of the file that are named as guest data and are not in it, or hold metadata.
+    fn judge_data(&self, first: u64, last: u64) -> Result<()> {
+        let size = self.layout.cluster;
+        let inside = last < self.store.info().len;
+        match (size.cluster_of(first), size.cluster_of(last)) {
+            (Some(first), Some(last)) if inside => {
+                lock(&self.writer()?.state).refuse_metadata(first..=last)
+            }
+            _ => Err(Error::damaged(format!(
+                "a cluster at {first:#x}, behind the end of the file"
+            ))),
+        }
+    }
+
+    /// Clusters of the file that a guest cluster has, each once.
+    async fn held(&self, cluster: VirtCluster) -> Result<Vec<u32>> {
+        if let Some(to) = lock(&self.writer()?.state).pending.find(cluster.0) {
+            return Ok(to.map(|host| host.0).into_iter().collect());
+        }
+        self.held_durably(cluster).await
+    }
+
+    /// Clusters of the file that a guest cluster has as the tables say it, each once.
+    pub(super) async fn held_durably(&self, cluster: VirtCluster) -> Result<Vec<u32>> {
+        let size = self.layout.cluster;
+        let guest = size.start(cluster.0);
+        let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
+        let Lookup::Entries { at, bytes, .. } = self.look_up(guest).await.map_err(place)? else {
+            return Ok(Vec::new());
+        };
+        let place = |e: Error| place(e.at(format!("offset {at:#x}")));
+        let layout = self.layout;
+        let entries = Entries {
+            layout,
+            bytes: &bytes,
+        };
+        let names = entries.first_entry().names(layout).map_err(place)?;
+        if names.is_empty() {
+            return Ok(Vec::new());
+        }
+        let last = names.end.saturating_sub(1);
+        // Of a compressed cluster the last sectors may be said to be behind the end.
+        let last = last.min(self.store.info().len.saturating_sub(1));
+        self.judge_data(names.start, last).map_err(place)?;
+        let number = |at: u64| size.cluster_of(at).unwrap_or(u32::MAX);
+        Ok((number(names.start)..=number(last)).collect())
+    }
+
+    /// Sees to it that the table of `cluster` may be written: it is nobody else's, or a new one will
+    /// take its place.
+    pub(super) async fn own_table(&self, writer: &Writer, cluster: VirtCluster) -> Result<()> {
+        let index = u64::from(cluster.0).checked_div(self.layout.entries());
+        let index = index.unwrap_or(0) as u32;
+        loop {
+            if lock(&writer.state).tables.contains_key(&index) {
+                return Ok(());
+            }
+            let epoch = self.epoch();
+            let entry = self.l1_entry(index).await?;
+            let old = entry.table(self.layout.cluster)?;
+            if old.is_some() && entry.copied() {
+                return Ok(());
+            }
+            let host = self.take(writer).await?;
+            let mut state = lock(&writer.state);
+            // It may have been put in meanwhile, or by another.
+            if epoch != self.epoch() || state.tables.contains_key(&index) {
+                state.alloc.give_back(host);
+                continue;
+            }
+            state.metadata.insert(host);
+            state.tables.insert(index, NewTable { host, old });
+            return Ok(());
+        }
+    }
+
+    /// Entry `index` of the first-level table.
+    pub(super) async fn l1_entry(&self, index: u32) -> Result<L1Entry> {
+        if index >= self.l1.entries {
+            return Err(Error::invalid("a cluster past the L1 table"));
+        }
+        let at = self.l1_at(index);
+        let bytes = self.table(at, at.saturating_add(8)).await?;
+        Ok(L1Entry(u64_at(&bytes, 0)))
+    }
+
+    /// File offset of entry `index` of the first-level table.
+    pub(super) fn l1_at(&self, index: u32) -> u64 {
+        self.l1
+            .at
+            .saturating_add(u64::from(index).saturating_mul(8))
+    }
+
+    /// The first-level table.
+    pub(super) const fn l1(&self) -> L1 {
+        self.l1
+    }
+}
+
 fn copy(known: &Result<Bytes>) -> Result<Bytes> {
     match known {
         Ok(bytes) => Ok(bytes.clone()),
@@ -181,7 +424,7 @@ fn read_only() -> Error {
 
 impl<S: Store> Layer for Qcow2<S> {
     type Store = S;
-    type Reservation = Never;
+    type Reservation = Reserved;
 
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -195,10 +438,15 @@ impl<S: Store> Layer for Qcow2<S> {
     }
 
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
+        let len = match self.pending(guest, len)? {
+            Known::At { at, len } => return Ok(Extent::Data { at, len }),
+            Known::Dropped { len } => return Ok(Extent::Absent { len }),
+            Known::Not { len } => len,
+        };
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
         let (entry, bytes) = match self.look_up(guest).await.map_err(place)? {
             Lookup::Absent(rest) => return Ok(Extent::Absent { len: len.min(rest) }),
-            Lookup::Entries { at, bytes } => (at, bytes),
+            Lookup::Entries { at, bytes, .. } => (at, bytes),
         };
         let place = |e: Error| place(e.at(format!("offset {entry:#x}")));
         let layout = self.layout;
@@ -222,7 +470,7 @@ impl<S: Store> Layer for Qcow2<S> {
     async fn unpack(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
         let found = self.look_up(guest).await.map_err(place)?;
-        let Lookup::Entries { at, bytes } = found else {
+        let Lookup::Entries { at, bytes, .. } = found else {
             return Err(place(Error::invalid("is not compressed")));
         };
         let layout = self.layout;
@@ -245,27 +493,80 @@ impl<S: Store> Layer for Qcow2<S> {
         Ok(buf)
     }
 
-    fn is_durable(&self, _cluster: VirtCluster) -> bool {
-        true
+    async fn place(&self, guest: u64, len: u64) -> Result<Place> {
+        let len = match self.pending(guest, len)? {
+            Known::At { at, len } => return Ok(Place::Here { at, len }),
+            Known::Dropped { len } => return Ok(Place::New { len }),
+            Known::Not { len } => len,
+        };
+        let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
+        match self.look_up(guest).await.map_err(place)? {
+            Lookup::Absent(rest) => Ok(Place::New { len: len.min(rest) }),
+            Lookup::Entries { at, bytes, owned } => {
+                let place = |e: Error| place(e.at(format!("offset {at:#x}")));
+                self.place_by(guest, len, &bytes, owned).map_err(place)
+            }
+        }
     }
 
-    async fn reserve(&self) -> Result<Never> {
-        Err(read_only())
+    fn is_durable(&self, cluster: VirtCluster) -> bool {
+        let durable = |w: &Writer| lock(&w.state).pending.is_durable(cluster);
+        self.writer.as_ref().is_none_or(durable)
     }
 
-    fn publish(&self, _cluster: VirtCluster, reserved: Never, _below: Below) {
-        match reserved {}
+    async fn reserve(&self, cluster: VirtCluster) -> Result<Reserved> {
+        let writer = self.may_write()?;
+        let old = self.held(cluster).await?;
+        self.own_table(writer, cluster).await?;
+        let slot = lock(&writer.state).pending.take_slot()?;
+        let taken = self.take(writer).await;
+        let taken = taken.inspect_err(|_| lock(&writer.state).pending.return_slot(slot))?;
+        Ok(Reserved {
+            cluster: HostCluster(taken),
+            host: self.layout.cluster.start(taken),
+            slot,
+            old,
+            fate: Fate::Untouched,
+            state: Arc::clone(&writer.state),
+        })
     }
 
-    async fn release(&self, _cluster: VirtCluster) -> Result<()> {
-        Err(read_only())
+    fn publish(&self, cluster: VirtCluster, mut reserved: Reserved, below: Below) {
+        let fresh = below == Below::Zeros && self.store.info().fresh_zero;
+        reserved.fate = Fate::Published;
+        let mut state = lock(&reserved.state);
+        let (to, slot) = (reserved.cluster, reserved.slot);
+        state.pending.publish(cluster, to, slot, fresh);
+        for old in &reserved.old {
+            state.pending.free_later(*old);
+        }
+    }
+
+    async fn release(&self, cluster: VirtCluster) -> Result<()> {
+        let writer = self.may_write()?;
+        let start = self.layout.cluster.start(cluster.0);
+        if let Extent::Absent { .. } = self.map(start, 1).await? {
+            return Ok(());
+        }
+        let old = self.held(cluster).await?;
+        self.own_table(writer, cluster).await?;
+        let mut state = lock(&writer.state);
+        state.pending.drop_mapping(cluster)?;
+        for old in old {
+            state.pending.free_later(old);
+        }
+        Ok(())
     }
 
     async fn sync(&self) -> Result<()> {
-        Err(read_only())
+        let writer = self.may_write()?;
+        self.unless_final(self.pass(writer).await)
     }
 
     async fn close(&self) -> Result<()> {
-        Ok(())
+        match self.writer {
+            None => Ok(()),
+            Some(_) => self.unless_final(self.shut(self.may_write()?).await),
+        }
     }
 }

@@ -15,8 +15,7 @@ pub(super) struct Entries<'a> {
 impl Entries<'_> {
     /// What is said of the whole cluster of the first entry, when it is compressed.
     pub(super) fn first(self) -> Result<Mapping> {
-        let entry = self.entry(0).unwrap_or(L2Entry { word: 0, bits: 0 });
-        entry.mapping(self.layout, 0)
+        self.first_entry().mapping(self.layout, 0)
     }
 
     fn entry(self, n: u64) -> Option<L2Entry> {
@@ -32,6 +31,30 @@ impl Entries<'_> {
             word: u64_at(bytes, 0),
             bits,
         })
+    }
+
+    /// The entry of the first cluster; none of a table that ends before it.
+    pub(super) fn first_entry(self) -> L2Entry {
+        self.entry(0).unwrap_or(L2Entry { word: 0, bits: 0 })
+    }
+
+    /// Where the cluster of the first entry may be overwritten, and how many bytes from its start go
+    /// on like that, up to `max` and some; none when it may not.
+    pub(super) fn own(self, max: u64) -> Result<Option<(u64, u64)>> {
+        let Some(at) = self.first_entry().own(self.layout)? else {
+            return Ok(None);
+        };
+        let size = self.layout.cluster.bytes();
+        let mut len = size;
+        while len < max {
+            let next = self.entry(self.layout.cluster.whole(len));
+            let next = next.and_then(|entry| entry.own(self.layout).ok().flatten());
+            if next.is_none() || next != at.checked_add(len) {
+                break;
+            }
+            len = len.saturating_add(size);
+        }
+        Ok(Some((at, len)))
     }
 
     /// What is said of piece `n`, counted from the start of the first cluster: where the piece

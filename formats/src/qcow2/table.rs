@@ -5,6 +5,7 @@
 
 use crate::units::ClusterSize;
 use crate::{Error, Result};
+use std::ops::Range;
 
 /// Refcount is exactly one; with an external data file: this entry names a cluster.
 const COPIED: u64 = 1 << 63;
@@ -81,6 +82,11 @@ impl L1Entry {
         Ok(Some(at).filter(|at| *at != 0))
     }
 
+    /// The entry of a table that nobody else has.
+    pub(super) const fn owned(table: u64) -> Self {
+        Self(table | COPIED)
+    }
+
     /// The file offset in it, whatever else is wrong with it.
     pub(super) const fn raw_offset(self) -> u64 {
         self.0 & OFFSET
@@ -147,6 +153,51 @@ impl L2Entry {
             (false, Some(at)) => Ok(Mapping::Data { at }),
             (false, None) => Ok(Mapping::Absent),
         }
+    }
+
+    /// The entry of a cluster that is there as a whole, and nobody else has; that of none.
+    pub(super) const fn owned(host: Option<u64>, layout: Layout) -> Self {
+        match host {
+            None => Self { word: 0, bits: 0 },
+            Some(at) => Self {
+                word: at | COPIED,
+                bits: if layout.extended { u32::MAX as u64 } else { 0 },
+            },
+        }
+    }
+
+    /// The file offset of the cluster if it may be overwritten: all of it is data, and nobody else
+    /// has it.
+    pub(super) fn own(self, layout: Layout) -> Result<Option<u64>> {
+        if !self.copied() || layout.extended && self.bits != u64::from(u32::MAX) {
+            return Ok(None);
+        }
+        Ok(match self.mapping(layout, 0)? {
+            Mapping::Data { at } => Some(at),
+            _ => None,
+        })
+    }
+
+    /// The bytes of the file that it names, from the first to one past the last; empty when it names
+    /// none.
+    pub(super) fn names(self, layout: Layout) -> Result<Range<u64>> {
+        let (at, len) = match self.mapping(layout, 0)? {
+            Mapping::Packed(packed) => (packed.at, packed.len),
+            _ => match self.host(layout)? {
+                Some(at) => (at, layout.cluster.bytes()),
+                None => (0, 0),
+            },
+        };
+        Ok(at..at.saturating_add(len))
+    }
+
+    /// Its bytes: 8, or 16 of an extended one.
+    pub(super) fn encode(self, layout: Layout) -> Vec<u8> {
+        let mut bytes = self.word.to_be_bytes().to_vec();
+        if layout.extended {
+            bytes.extend(self.bits.to_be_bytes());
+        }
+        bytes
     }
 
     /// The file offset in an entry that is not compressed, whatever else is wrong with it.

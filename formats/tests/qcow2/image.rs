@@ -117,7 +117,10 @@ fn an_image_may_be_shared_by_threads() {
 fn an_image_that_is_open_for_reading_is_not_written() {
     let store = Counted::new(&image(3));
     let image = now(Qcow2::open_read(store, None)).unwrap();
-    assert_eq!(kind(now(image.reserve())), Some(Kind::ReadOnly));
+    assert_eq!(
+        kind(now(image.reserve(VirtCluster(0)))),
+        Some(Kind::ReadOnly)
+    );
     assert_eq!(
         kind(now(image.release(VirtCluster(0)))),
         Some(Kind::ReadOnly)

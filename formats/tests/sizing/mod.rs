@@ -314,7 +314,7 @@ pub fn opened(pages: Pages) -> (MemStore, Ploop<MemStore>) {
 /// Writes a cluster, and makes nothing durable.
 pub fn write(image: &Ploop<MemStore>, cluster: u32, byte: u8) {
     now(async {
-        let mut reserved = image.reserve().await.unwrap();
+        let mut reserved = image.reserve(VirtCluster(cluster)).await.unwrap();
         reserved.submitted();
         let data = vec![byte; CLUSTER as usize];
         let at = reserved.host();

@@ -427,22 +427,23 @@ enum Spot<'a, S> {
     /// It has its place.
     Here(u64),
     /// It gets a cluster when there is something to write.
-    Wanted(&'a AnyLayer<S>),
+    Wanted(&'a AnyLayer<S>, VirtCluster),
     /// It has got one.
-    Taken(Reserved),
+    Taken(VirtCluster, Reserved),
 }
 
 impl<S: Store> Spot<'_, S> {
     async fn host(&mut self) -> Result<u64> {
-        if let Self::Wanted(to) = self {
-            let mut reserved = to.reserve().await?;
+        if let Self::Wanted(to, cluster) = self {
+            let cluster = *cluster;
+            let mut reserved = to.reserve(cluster).await?;
             reserved.submitted();
-            *self = Self::Taken(reserved);
+            *self = Self::Taken(cluster, reserved);
         }
         match self {
             Self::Here(host) => Ok(*host),
-            Self::Taken(reserved) => Ok(reserved.host()),
-            Self::Wanted(_) => Err(Error::invalid("a cluster that was taken and is not there")),
+            Self::Taken(_, reserved) => Ok(reserved.host()),
+            Self::Wanted(..) => Err(Error::invalid("a cluster that was taken and is not there")),
         }
     }
 }
@@ -455,13 +456,15 @@ async fn copy_piece<S: Store>(
 ) -> Result<()> {
     let mut spot = match piece.host {
         Some(host) => Spot::Here(host),
-        None => Spot::Wanted(to),
+        None => {
+            let cluster = to.geometry().cluster.cluster_of(piece.at);
+            let cluster = cluster.ok_or_else(|| Error::invalid("offset past the table"))?;
+            Spot::Wanted(to, VirtCluster(cluster))
+        }
     };
     copy_bytes(from, to, piece, &mut spot, spares).await?;
-    if let Spot::Taken(reserved) = spot {
-        let cluster = to.geometry().cluster.cluster_of(piece.at);
-        let cluster = cluster.ok_or_else(|| Error::invalid("offset past the table"))?;
-        to.publish(VirtCluster(cluster), reserved, Below::Data);
+    if let Spot::Taken(cluster, reserved) = spot {
+        to.publish(cluster, reserved, Below::Data);
     }
     Ok(())
 }

@@ -779,7 +779,7 @@ fn free_clusters_are_not_written_full_of_zeros_where_there_are_no_holes() {
     use ploop_formats::layer::Layer;
     use ploop_formats::ledger::Ledger;
     use ploop_formats::ploop::{Header, Ploop, Version, create};
-    use ploop_formats::units::ClusterSize;
+    use ploop_formats::units::{ClusterSize, VirtCluster};
     for cache in [Cache::None, Cache::Writeback] {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("f");
@@ -805,7 +805,7 @@ fn free_clusters_are_not_written_full_of_zeros_where_there_are_no_holes() {
             store.flush().await.unwrap();
             assert!(used() < before + 128, "{} blocks more", used() - before);
             // What is wanted is zeroed.
-            let taken = image.reserve().await.unwrap();
+            let taken = image.reserve(VirtCluster(0)).await.unwrap();
             drop(taken);
             image.close().await.unwrap();
         });

@@ -87,7 +87,7 @@ async fn allocate(image: &Ploop<MemStore>) -> Option<u8> {
     if !matches!(image.map(0, 1).await, Ok(Extent::Absent { .. })) {
         return None;
     }
-    let mut reserved = image.reserve().await.ok()?;
+    let mut reserved = image.reserve(VirtCluster(0)).await.ok()?;
     let data = Bytes::from(vec![0xA7; 512]);
     reserved.submitted();
     image

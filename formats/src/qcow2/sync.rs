@@ -1,0 +1,251 @@
+//! The flush pass and the clean end: how what a guest was answered becomes durable. The ordering, in
+//! one place:
+//!
+//! 1. Freeze: the entries and frees that are pending now are what this pass covers.
+//! 2. New second-level tables are written where nobody names them yet. One that takes the place of a
+//!    shared table is a copy of it.
+//! 3. Data barrier, which covers them, too. Left out only when every frozen entry is fresh, its cluster
+//!    durably read as zeros, which the guest read there before, and so does what is new of a table.
+//! 4. Entries of tables that are there, and first-level entries that name the new ones. Refcounts of
+//!    what they name have been durable since it was handed out (`supply`).
+//! 5. Metadata barrier. Now the frozen entries are durable, and their words leave the ledger.
+//! 6. Refcounts of what is not named any more, which no barrier follows: a cut leaves a leak. What has
+//!    none left is free; it is handed out again only with a barrier behind its new refcount.
+//!
+//! A write of steps 2 to 4 that finds no space leaves everything pending and may be tried again. Every
+//! other failure is final and poisons the image.
+//!
+//! The clean end: a pass; refcounts of what was made ready and not used; barrier; the file is cut to
+//! what is used of it; barrier.
+
+use super::blocks::{Change, Images, frozen, put};
+use super::image::Qcow2;
+use super::table::{L1Entry, L2Entry};
+use super::writer::{NewTable, Writer, lock};
+use crate::planted::{self, Bug};
+use crate::store::Store;
+use crate::units::{HostCluster, floor_to};
+use crate::update::Update;
+use crate::{Error, Kind, Result};
+use bytes::Bytes;
+use roaring::RoaringBitmap;
+
+/// What a pass writes.
+#[derive(Default)]
+struct Plan {
+    /// New tables.
+    before: Images,
+    /// What is durable with the second barrier.
+    after: Images,
+    /// New tables that get their first-level entries, by their numbers.
+    links: Vec<(u32, NewTable)>,
+    /// Something must be durable before what names it.
+    data_first: bool,
+}
+
+impl<S: Store> Qcow2<S> {
+    /// Runs one pass. The caller runs one at a time.
+    pub(super) async fn pass(&self, writer: &Writer) -> Result<()> {
+        if lock(&writer.state).pending.freeze() {
+            // Tables of a pass that was given up may still be on their way.
+            self.metadata().settle().await;
+        }
+        self.new_epoch();
+        let done = self.write_frozen(writer).await;
+        self.new_epoch();
+        match done {
+            Ok(links) => self.freed(writer, links).await,
+            Err(e) => {
+                lock(&writer.state).pending.pass_undone();
+                Err(e)
+            }
+        }
+    }
+
+    /// Steps 2 to 5; gives the tables that are named now.
+    async fn write_frozen(&self, writer: &Writer) -> Result<Vec<(u32, NewTable)>> {
+        if planted::is(Bug::LaterEntriesInPageImage) {
+            // Only what is published while the data barrier runs can be wrongly in an image.
+            self.metadata().flush().await?;
+        }
+        let mut plan = self.plan_pass(writer).await?;
+        let (before, after) = (frozen(plan.before), frozen(plan.after));
+        let mut update = write_all(Update::new(), &before);
+        if plan.data_first && !planted::is(Bug::IndexBeforeData) {
+            update = update.barrier();
+        }
+        let update = write_all(update, &after).barrier();
+        let slices = before.into_iter().chain(after);
+        match update.apply(self.metadata()).await {
+            Ok(()) => self.keep(slices),
+            Err(e) => {
+                self.forget(slices.map(|(at, _)| at));
+                return Err(e);
+            }
+        }
+        Ok(std::mem::take(&mut plan.links))
+    }
+
+    async fn plan_pass(&self, writer: &Writer) -> Result<Plan> {
+        let per = u32::try_from(self.layout().entries()).unwrap_or(u32::MAX);
+        let (tables, data_first) = {
+            let state = lock(&writer.state);
+            let table = |n: u32| n.checked_div(per).unwrap_or(0);
+            let mut tables: Vec<u32> = state.pending.frozen().map(table).collect();
+            tables.dedup();
+            (tables, state.pending.needs_data_first())
+        };
+        let mut plan = Plan {
+            data_first,
+            ..Plan::default()
+        };
+        for index in tables {
+            let (entries, new) = {
+                let state = lock(&writer.state);
+                let first = index.saturating_mul(per);
+                let range = first..first.saturating_add(per);
+                let entries = state.pending.frozen_in(range);
+                let entries: Vec<_> = entries
+                    .map(|(n, to)| (n.saturating_sub(first), to))
+                    .collect();
+                (entries, state.tables.get(&index).copied())
+            };
+            match new {
+                None => self.change_table(index, &entries, &mut plan).await?,
+                Some(new) => self.new_table(index, new, &entries, &mut plan).await?,
+            }
+        }
+        Ok(plan)
+    }
+
+    /// Entries of a table that is named already.
+    async fn change_table(
+        &self,
+        index: u32,
+        entries: &[(u32, Option<HostCluster>)],
+        plan: &mut Plan,
+    ) -> Result<()> {
+        let table = self.l1_entry(index).await?.table(self.layout().cluster)?;
+        let table = table.ok_or_else(|| Error::damaged("an L2 table that was there is not"))?;
+        for (n, _) in entries {
+            self.image_of(self.entry_at(table, *n), &mut plan.after)
+                .await?;
+        }
+        self.put_entries(table, entries, &mut plan.after);
+        Ok(())
+    }
+
+    /// A table that nobody names yet, and the entry that will.
+    async fn new_table(
+        &self,
+        index: u32,
+        new: NewTable,
+        entries: &[(u32, Option<HostCluster>)],
+        plan: &mut Plan,
+    ) -> Result<()> {
+        let size = self.layout().cluster;
+        let (table, unit) = (size.start(new.host), self.slice_len());
+        let zeros = || crate::buf::aligned(unit as usize);
+        if new.old.is_some() || !self.metadata().info().fresh_zero {
+            plan.data_first = true;
+            for at in (0..size.bytes()).step_by(unit as usize) {
+                let image = match new.old {
+                    Some(old) => self.copy_of(old.saturating_add(at)).await?,
+                    None => zeros(),
+                };
+                plan.before.insert(table.saturating_add(at), image);
+            }
+        }
+        for (n, _) in entries {
+            let slice = floor_to(self.entry_at(table, *n), unit);
+            plan.before.entry(slice).or_insert_with(zeros);
+        }
+        self.put_entries(table, entries, &mut plan.before);
+        let at = self.l1_at(index);
+        self.image_of(at, &mut plan.after).await?;
+        put(
+            &mut plan.after,
+            unit,
+            at,
+            &L1Entry::owned(table).0.to_be_bytes(),
+        );
+        plan.links.push((index, new));
+        Ok(())
+    }
+
+    /// File offset of entry `n` of the table at `table`.
+    fn entry_at(&self, table: u64, n: u32) -> u64 {
+        table.saturating_add(u64::from(n).saturating_mul(self.layout().entry_len()))
+    }
+
+    /// Puts entries of the table at `table` into images of its slices.
+    fn put_entries(&self, table: u64, entries: &[(u32, Option<HostCluster>)], images: &mut Images) {
+        let layout = self.layout();
+        for (n, to) in entries {
+            let host = to.map(|to| layout.cluster.start(to.0));
+            let bytes = L2Entry::owned(host, layout).encode(layout);
+            put(images, self.slice_len(), self.entry_at(table, *n), &bytes);
+        }
+    }
+
+    /// The pass is durable: what it replaced has a user less.
+    async fn freed(&self, writer: &Writer, links: Vec<(u32, NewTable)>) -> Result<()> {
+        let size = self.layout().cluster;
+        let mut freed = {
+            let mut state = lock(&writer.state);
+            for (index, _) in &links {
+                state.tables.remove(index);
+            }
+            state.pending.pass_done()
+        };
+        let old = links.iter().filter_map(|(_, new)| new.old);
+        freed.extend(old.filter_map(|at| size.cluster_of(at)));
+        if freed.is_empty() {
+            return Ok(());
+        }
+        let blocks = writer.blocks.lock().await;
+        match self.lower(writer, &blocks, freed.iter().copied()).await {
+            Err(e) if e.kind() == Kind::NoSpace => {
+                let mut state = lock(&writer.state);
+                freed.into_iter().for_each(|n| state.pending.free_later(n));
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    /// The clean end. Nothing runs any more.
+    pub(super) async fn shut(&self, writer: &Writer) -> Result<()> {
+        self.pass(writer).await?;
+        let blocks = writer.blocks.lock().await;
+        let unused = {
+            let mut state = lock(&writer.state);
+            let tables = std::mem::take(&mut state.tables);
+            let mut unused: RoaringBitmap = tables.values().map(|new| new.host).collect();
+            unused |= state.alloc.take_fresh();
+            unused |= state.alloc.take_quarantined();
+            unused
+        };
+        let mut images = Images::new();
+        let counted = self.count(&blocks, &unused, Change::Drop, &mut images);
+        let free = counted.await?;
+        let images = frozen(images);
+        let update = write_all(Update::new(), &images).barrier();
+        update.apply(self.metadata()).await?;
+        self.keep(images);
+        let end = {
+            let mut state = lock(&writer.state);
+            state.alloc.free(&free);
+            state.alloc.used_end()
+        };
+        let cut = Update::new()
+            .len(self.layout().cluster.start(end))
+            .barrier();
+        cut.apply(self.metadata()).await
+    }
+}
+
+fn write_all(update: Update, images: &[(u64, Bytes)]) -> Update {
+    let write = |update: Update, (at, data): &(u64, Bytes)| update.write(*at, data.clone());
+    images.iter().fold(update, write)
+}
