@@ -9,11 +9,10 @@
 //! In a new image nothing is hidden by what is not there: zeros are not stored, and holes of a
 //! source's files are not read.
 
-use crate::stack::{AnyLayer, Stack, packed};
+use crate::stack::{AnyLayer, AnyReserved, Stack, packed};
 use bytes::BytesMut;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use ploop_formats::layer::{Below, Extent, Geometry, Layer, Reservation};
-use ploop_formats::ploop::Reserved;
 use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::store::{Reach, Store};
 use ploop_formats::units::VirtCluster;
@@ -192,7 +191,7 @@ impl<'a, S: Store> Source<'a, S> {
             Self::Stack(stack) => {
                 let segment = stack.resolve(at, len, stack.depth()).await?;
                 let layer = segment.layer.and_then(|layer| stack.layers().get(layer));
-                match (layer, segment.at) {
+                match (layer, segment.offset()?) {
                     (Some(layer), Some(at)) => data(layer.store(), at, segment.len).await,
                     _ => Ok(Part::nothing(segment.len)),
                 }
@@ -429,7 +428,7 @@ enum Spot<'a, S> {
     /// It gets a cluster when there is something to write.
     Wanted(&'a AnyLayer<S>, VirtCluster),
     /// It has got one.
-    Taken(VirtCluster, Reserved),
+    Taken(VirtCluster, AnyReserved),
 }
 
 impl<S: Store> Spot<'_, S> {
