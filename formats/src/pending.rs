@@ -68,6 +68,25 @@ impl Pending {
         }
     }
 
+    /// Words of a dead predecessor that name no cluster of a guest, which has `clusters`, but something
+    /// else that was promised: number, file cluster and slot of each. They are the caller's from now on.
+    pub(crate) fn take_beyond(&mut self, clusters: u32) -> Vec<(u32, Option<HostCluster>, usize)> {
+        let beyond = self.later.split_off(&clusters);
+        let all = beyond.into_iter();
+        all.map(|(n, entry)| (n, entry.to, entry.slot)).collect()
+    }
+
+    /// Says in a word that was taken something that is not about a cluster of a guest.
+    pub(crate) fn put_beyond(&self, slot: usize, n: u32, host: u32) {
+        self.ledger.put(slot, VirtCluster(n), host);
+    }
+
+    /// Empties such a word.
+    pub(crate) fn clear_beyond(&mut self, slot: usize) {
+        self.ledger.clear(slot);
+        self.slots.push(slot);
+    }
+
     /// The ledger behind them.
     pub(crate) const fn ledger(&self) -> &Ledger {
         &self.ledger

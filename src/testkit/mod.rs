@@ -11,6 +11,7 @@
     reason = "test instruments stop at the first surprise"
 )]
 
+pub mod chains;
 pub mod changes;
 pub mod compacts;
 pub mod crash;
@@ -30,6 +31,7 @@ pub mod switches;
 pub mod toy;
 pub mod trees;
 
+pub use chains::Chains;
 pub use engine::Engine;
 pub use report::{Failure, Report};
 pub use subject::Subject;

@@ -124,7 +124,9 @@ impl Bench {
     pub fn written(&self, sim: &Sim, file: usize) -> BenchStore {
         let store = sim.stores().swap_remove(file);
         let metadata_end = store.rules().metadata_end;
-        let store = FaultStore::with_metadata(store, self.faults.clone(), metadata_end);
+        // Where tables may be anywhere no failure of a write says whether it was of metadata.
+        let known = Some(metadata_end).filter(|end| *end != u64::MAX);
+        let store = FaultStore::with_metadata(store, self.faults.clone(), known.unwrap_or(0));
         MutateStore::new(store, self.mutator.clone(), metadata_end)
     }
 }

@@ -375,17 +375,32 @@ impl<S: Store> Qcow2<S> {
             if old.is_some() && entry.copied() {
                 return Ok(());
             }
-            let host = self.take(writer).await?;
+            let slot = lock(&writer.state).pending.take_slot()?;
+            let taken = self.take(writer).await;
+            let host = taken.inspect_err(|_| lock(&writer.state).pending.return_slot(slot))?;
             let mut state = lock(&writer.state);
             // It may have been put in meanwhile, or by another.
             if epoch != self.epoch() || state.tables.contains_key(&index) {
                 state.alloc.give_back(host);
+                state.pending.return_slot(slot);
                 continue;
             }
+            let word = self.table_word(index);
+            state.pending.put_beyond(slot, word, host);
             state.metadata.insert(host);
-            state.tables.insert(index, NewTable { host, old });
+            state.tables.insert(index, NewTable { host, old, slot });
             return Ok(());
         }
+    }
+
+    /// What a word of the ledger calls second-level table `index`.
+    pub(super) fn table_word(&self, index: u32) -> u32 {
+        self.guest_clusters().saturating_add(index)
+    }
+
+    /// Clusters of the guest.
+    pub(super) fn guest_clusters(&self) -> u32 {
+        u32::try_from(self.layout.cluster.count(self.size)).unwrap_or(u32::MAX)
     }
 
     /// Entry `index` of the first-level table.

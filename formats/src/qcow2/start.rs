@@ -15,7 +15,7 @@ use super::header::{BITMAPS_VALID, CORRUPT, DIRTY, EXTERNAL_DATA, Header, L1};
 use super::image::Qcow2;
 use super::open::{list_bitmaps, list_snapshots, read_padded, snapshot_l1};
 use super::table::L1Entry;
-use super::writer::{State, Writer, lock};
+use super::writer::{NewTable, State, Writer, lock};
 use crate::ledger::Ledger;
 use crate::pending::Pending;
 use crate::store::Store;
@@ -105,18 +105,48 @@ impl<S: Store> Qcow2<S> {
     /// Step 3.
     async fn recover(&self) -> Result<()> {
         let writer = self.writer()?;
-        let left: Vec<u32> = lock(&writer.state).pending.clusters().collect();
-        if left.is_empty() {
+        let (tables, left) = {
+            let mut state = lock(&writer.state);
+            let tables = state.pending.take_beyond(self.guest_clusters());
+            let left: Vec<u32> = state.pending.clusters().collect();
+            (tables, left)
+        };
+        if tables.is_empty() && left.is_empty() {
             return Ok(());
         }
-        let place = |e: Error| e.at("recovering what the last worker had answered");
-        for cluster in left {
-            self.replaced(writer, cluster).await.map_err(place)?;
-            self.own_table(writer, VirtCluster(cluster))
-                .await
-                .map_err(place)?;
+        let recover = async {
+            for (word, host, slot) in tables {
+                self.inherit_table(writer, word, host, slot).await?;
+            }
+            for cluster in left {
+                self.replaced(writer, cluster).await?;
+                self.own_table(writer, VirtCluster(cluster)).await?;
+            }
+            self.pass(writer).await
+        };
+        let done = self.unless_final(recover.await);
+        done.map_err(|e| e.at("recovering what the last worker had answered"))
+    }
+
+    /// Goes on with a new second-level table of a dead predecessor, unless it is named already.
+    async fn inherit_table(
+        &self,
+        writer: &Writer,
+        word: u32,
+        host: Option<HostCluster>,
+        slot: usize,
+    ) -> Result<()> {
+        let index = word.saturating_sub(self.guest_clusters());
+        let old = self.l1_entry(index).await?.table(self.header().cluster)?;
+        let mut state = lock(&writer.state);
+        match host.filter(|host| old != Some(self.header().cluster.start(host.0))) {
+            None => state.pending.clear_beyond(slot),
+            Some(HostCluster(host)) => {
+                state.metadata.insert(host);
+                state.tables.insert(index, NewTable { host, old, slot });
+            }
         }
-        self.unless_final(self.pass(writer).await).map_err(place)
+        Ok(())
     }
 
     /// What a guest cluster has durably, and not by the word of a dead predecessor, has a user less
@@ -246,7 +276,8 @@ fn judge(header: &Header) -> Result<()> {
         let what = "an image with an external data file is opened for reading only";
         return Err(Error::unsupported(what));
     }
-    match header.cluster.count(header.size) >= u64::from(u32::MAX) {
+    let clusters = header.cluster.count(header.size);
+    match clusters.saturating_add(u64::from(header.l1.entries)) >= u64::from(u32::MAX) {
         true => Err(Error::unsupported("a disk of 2^32 clusters or more")),
         false => Ok(()),
     }

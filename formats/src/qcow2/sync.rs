@@ -28,7 +28,7 @@ use crate::units::{HostCluster, floor_to};
 use crate::update::Update;
 use crate::{Error, Kind, Result};
 use bytes::Bytes;
-use roaring::RoaringBitmap;
+use std::collections::BTreeSet;
 
 /// What a pass writes.
 #[derive(Default)]
@@ -91,8 +91,9 @@ impl<S: Store> Qcow2<S> {
         let (tables, data_first) = {
             let state = lock(&writer.state);
             let table = |n: u32| n.checked_div(per).unwrap_or(0);
-            let mut tables: Vec<u32> = state.pending.frozen().map(table).collect();
-            tables.dedup();
+            let mut tables: BTreeSet<u32> = state.pending.frozen().map(table).collect();
+            // Also those that nobody needed after all: they do not wait for ever.
+            tables.extend(state.tables.keys());
             (tables, state.pending.needs_data_first())
         };
         let mut plan = Plan {
@@ -193,8 +194,9 @@ impl<S: Store> Qcow2<S> {
         let size = self.layout().cluster;
         let mut freed = {
             let mut state = lock(&writer.state);
-            for (index, _) in &links {
+            for (index, new) in &links {
                 state.tables.remove(index);
+                state.pending.clear_beyond(new.slot);
             }
             state.pending.pass_done()
         };
@@ -220,11 +222,7 @@ impl<S: Store> Qcow2<S> {
         let blocks = writer.blocks.lock().await;
         let unused = {
             let mut state = lock(&writer.state);
-            let tables = std::mem::take(&mut state.tables);
-            let mut unused: RoaringBitmap = tables.values().map(|new| new.host).collect();
-            unused |= state.alloc.take_fresh();
-            unused |= state.alloc.take_quarantined();
-            unused
+            state.alloc.take_fresh() | state.alloc.take_quarantined()
         };
         let mut images = Images::new();
         let counted = self.count(&blocks, &unused, Change::Drop, &mut images);

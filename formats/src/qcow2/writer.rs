@@ -15,13 +15,16 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A second-level table that no first-level entry names yet: where it will be, and what it takes the
-/// place of.
+/// place of. It has a word in the ledger, whose number is its own behind those of the guest's clusters: a
+/// successor that finds a full host needs no other.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NewTable {
     /// File cluster; it reads as zeros until it is written.
     pub(super) host: u32,
     /// File offset of the table that others have, too, and of which this one is a copy.
     pub(super) old: Option<u64>,
+    /// Its word in the ledger.
+    pub(super) slot: usize,
 }
 
 /// The part that requests share.
