@@ -6,8 +6,20 @@
 
 mod campaign;
 
+use bytes::BytesMut;
 use campaign::{SEED, count, holds};
-use ploop::testkit::{Chains, crash, death, faults, models};
+use ploop::stack::{AnyLayer, Stack};
+use ploop::testkit::session::{Session, blind};
+use ploop::testkit::subject::{Bench, Subject, Wish};
+use ploop::testkit::{Chains, crash, death, faults, models, mutate};
+use ploop_formats::layer::Layer;
+use ploop_formats::planted::{Bug, plant};
+use ploop_formats::qcow2::Qcow2;
+use ploop_formats::store::mem::MemStore;
+use ploop_formats::store::pages::Pages;
+use ploop_formats::testkit::exec::now;
+use ploop_formats::testkit::rng::Rng;
+use std::sync::Arc;
 
 #[test]
 fn long_sequences_read_as_the_model_says() {
@@ -31,4 +43,65 @@ fn after_any_death_every_answered_request_is_visible_to_the_successor() {
 fn errors_of_the_storage_lose_nothing_that_was_answered() {
     let runs = count("PLOOP_FAULT_RUNS", 2_000);
     holds(faults::campaign::<Chains>(SEED, runs));
+}
+
+#[test]
+fn every_planted_bug_is_caught() {
+    let mut missed = Vec::new();
+    for bug in Bug::OF_QCOW2 {
+        let catch = mutate::bug_in_chains(bug, SEED, 100_000);
+        println!("{catch}");
+        if catch.by.is_none() {
+            missed.push(bug);
+        }
+    }
+    assert!(missed.is_empty(), "{missed:?}");
+}
+
+/// What a guest would read from the snapshot of an image.
+fn snapshot(pages: &Pages) -> Option<Vec<u8>> {
+    let image = now(Qcow2::open_read(MemStore::from_pages(pages.clone()), None)).unwrap();
+    let list = now(image.snapshots()).unwrap();
+    let image = image.at_snapshot(list.first()?).unwrap();
+    let len = image.geometry().size as usize;
+    let stack = Stack::of_chain(vec![Arc::new(AnyLayer::Qcow2(image))]).unwrap();
+    Some(
+        now(stack.read(0, BytesMut::zeroed(len), 1))
+            .unwrap()
+            .to_vec(),
+    )
+}
+
+/// Works on disks whose tops have snapshots; how many of them held what they had.
+fn snapshots_that_hold(runs: u64) -> (u64, u64) {
+    let wish = Wish {
+        min_layers: 1,
+        max_layers: 3,
+        max_clusters: 0,
+    };
+    let (mut held, mut all) = (0, 0);
+    for seed in 0..runs {
+        let mut rng = Rng::new(seed);
+        let setup = Chains::setup(&mut rng, &wish);
+        let Some(before) = snapshot(&setup.files.last().unwrap().0) else {
+            continue;
+        };
+        let mut session = Session::<Chains>::with_bench(&setup, &Bench::default(), seed);
+        let ops = setup.shape(60, 8).make(&mut rng);
+        session.live(ops, 4, &mut blind).unwrap();
+        let after = snapshot(&session.sim().stores()[session.top()].pages());
+        all += 1;
+        held += u64::from(after.as_ref() == Some(&before));
+    }
+    (held, all)
+}
+
+#[test]
+fn what_a_snapshot_holds_is_not_written_to() {
+    let (held, all) = snapshots_that_hold(400);
+    println!("COUNT: {all} snapshots");
+    assert!(all > 50 && held == all, "{held} of {all}");
+    let _planted = plant(Bug::WriteToShared);
+    let (held, all) = snapshots_that_hold(400);
+    assert!(held < all, "a write to what is shared is not noticed");
 }

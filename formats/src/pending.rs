@@ -207,6 +207,11 @@ impl Pending {
         given_up
     }
 
+    /// What the running pass frees, which it then does not.
+    pub(crate) fn take_freed(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.frozen.freed)
+    }
+
     /// Whether data must be durable before what is frozen is written.
     pub(crate) fn needs_data_first(&self) -> bool {
         self.frozen.entries.values().any(|e| !e.fresh)

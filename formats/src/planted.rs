@@ -58,10 +58,20 @@ pub enum Bug {
     OldPlaceFreeAtOnce,
     /// A cluster moves while others use it.
     MoveUnderShared,
+    /// A cluster is handed out before its refcount is durable.
+    CountAfterUse,
+    /// A refcount block is named before it is written.
+    BlockBeforeCounts,
+    /// The copy of a shared table is named before it is written.
+    TableBeforeCopy,
+    /// A cluster that others have, too, is overwritten.
+    WriteToShared,
+    /// A refcount is lowered before what named its cluster is gone durably.
+    LowerBeforeDrop,
 }
 
 impl Bug {
-    /// Every bug.
+    /// Every bug that ploop deltas can have.
     pub const ALL: [Bug; 25] = [
         Bug::IndexBeforeData,
         Bug::FreshForReused,
@@ -88,6 +98,26 @@ impl Bug {
         Bug::MovedCountsAsFresh,
         Bug::OldPlaceFreeAtOnce,
         Bug::MoveUnderShared,
+    ];
+
+    /// Every bug that an active qcow2 image can have. [`Bug::WriteToShared`] shows in snapshots alone.
+    pub const OF_QCOW2: [Bug; 16] = [
+        Bug::IndexBeforeData,
+        Bug::FreshForReused,
+        Bug::LaterEntriesInPageImage,
+        Bug::PublishBeforeData,
+        Bug::CopyUpUnderShared,
+        Bug::LedgerAfterAnswer,
+        Bug::NoFence,
+        Bug::ReuseQuarantined,
+        Bug::DiscardExposesParent,
+        Bug::FlushJoinsFrozenPass,
+        Bug::FuaIgnoresIndex,
+        Bug::FreeReusableAtPassEnd,
+        Bug::CountAfterUse,
+        Bug::BlockBeforeCounts,
+        Bug::TableBeforeCopy,
+        Bug::LowerBeforeDrop,
     ];
 }
 

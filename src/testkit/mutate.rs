@@ -1,8 +1,8 @@
 //! The power of the campaigns, measured: every planted bug and every broken barrier must be caught.
 
 use super::report::Tally;
-use super::subject::Bench;
-use super::{Stacked, compacts, crash, death, faults, grows, models, switches};
+use super::subject::{Bench, Subject};
+use super::{Chains, Stacked, compacts, crash, death, faults, grows, models, switches};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::mutate::{Break, Covers, Mutation};
 use std::fmt;
@@ -41,11 +41,24 @@ impl Campaign {
 
     fn run<S: Stacked>(self, seed: u64, tally: &mut Tally, bench: &Bench) -> Result<(), String> {
         match self {
+            Campaign::Switch => switches::run::<S>(seed, tally, bench),
+            _ => self.run_any::<S>(seed, tally, bench),
+        }
+    }
+
+    /// Of a subject that does not switch.
+    fn run_any<S: Subject>(
+        self,
+        seed: u64,
+        tally: &mut Tally,
+        bench: &Bench,
+    ) -> Result<(), String> {
+        match self {
             Campaign::Crash => crash::run::<S>(seed, tally, bench),
             Campaign::WorkerDeath => death::run::<S>(seed, tally, bench),
             Campaign::Model => models::run::<S>(seed, tally, bench),
             Campaign::Faults => faults::run::<S>(seed, tally),
-            Campaign::Switch => switches::run::<S>(seed, tally, bench),
+            Campaign::Switch => Err("this subject does not switch".into()),
             Campaign::Grow => grows::run(seed, tally, bench),
             Campaign::Compact => compacts::run(seed, tally, bench),
         }
@@ -74,6 +87,9 @@ impl Campaign {
     }
 }
 
+/// One run of a campaign of some subject.
+type Run = fn(Campaign, u64, &mut Tally, &Bench) -> Result<(), String>;
+
 /// Whether something wrong was noticed.
 #[derive(Debug, Clone)]
 pub struct Catch {
@@ -99,19 +115,19 @@ impl fmt::Display for Catch {
 }
 
 /// Runs campaigns in turn, each until it made `states` checks, until one fails.
-fn hunt<S: Stacked>(
+fn hunt(
     wrong: String,
     seed: u64,
     states: u64,
     bench: &Bench,
-    campaigns: &[Campaign],
+    campaigns: &[(Campaign, Run)],
 ) -> Catch {
     let mut catch = Catch {
         wrong,
         by: None,
         states: 0,
     };
-    for campaign in campaigns {
+    for (campaign, run) in campaigns {
         let mut tally = Tally::default();
         for number in 0.. {
             if tally.states >= states {
@@ -120,7 +136,7 @@ fn hunt<S: Stacked>(
             let seed = seed.wrapping_add(number);
             // Barriers are numbered from the start of a run.
             bench.mutator.set(bench.mutator.mutation());
-            if let Err(message) = campaign.run::<S>(seed, &mut tally, bench) {
+            if let Err(message) = run(*campaign, seed, &mut tally, bench) {
                 catch.by = Some((campaign.name(), seed, message));
                 break;
             }
@@ -135,13 +151,23 @@ fn hunt<S: Stacked>(
 
 /// Plants `bug` and looks for it with the campaign that is there for it, up to `states` checks.
 pub fn bug<S: Stacked>(bug: Bug, seed: u64, states: u64) -> Catch {
+    planted(bug, seed, states, Campaign::run::<S>)
+}
+
+/// The same, in chains of qcow2 images.
+pub fn bug_in_chains(bug: Bug, seed: u64, states: u64) -> Catch {
+    planted(bug, seed, states, Campaign::run_any::<Chains>)
+}
+
+fn planted(bug: Bug, seed: u64, states: u64, run: Run) -> Catch {
     let _planted = planted::plant(bug);
-    hunt::<S>(
+    let campaigns = [(Campaign::of(bug), run)];
+    hunt(
         format!("bug {bug:?}"),
         seed,
         states,
         &Bench::default(),
-        &[Campaign::of(bug)],
+        &campaigns,
     )
 }
 
@@ -179,5 +205,6 @@ pub fn barrier<S: Stacked>(mutation: Mutation, seed: u64, states: u64) -> Catch 
     let bench = Bench::default();
     bench.mutator.set(Some(mutation));
     let campaigns = [Campaign::Crash, Campaign::WorkerDeath];
-    hunt::<S>(mutation.to_string(), seed, states, &bench, &campaigns)
+    let campaigns = campaigns.map(|campaign| (campaign, Campaign::run::<S> as Run));
+    hunt(mutation.to_string(), seed, states, &bench, &campaigns)
 }

@@ -151,7 +151,8 @@ impl<S: Store> Qcow2<S> {
         let mut images = Images::new();
         self.count(blocks, clusters, Change::Take, &mut images)
             .await?;
-        self.apply(Update::new(), images, true).await
+        let barrier = !planted::is(Bug::CountAfterUse);
+        self.apply(Update::new(), images, barrier).await
     }
 
     /// Punches clusters.
@@ -326,7 +327,8 @@ impl<S: Store> Qcow2<S> {
                 .for_each(|(to, from)| *to = from);
             first = first.write(size.start(plan.table_at()), table.freeze());
         }
-        self.apply(first, images, true).await?;
+        let early = planted::is(Bug::BlockBeforeCounts) || planted::is(Bug::CountAfterUse);
+        self.apply(first, images, !early).await?;
         let (mut then, mut slices) = (Update::new(), Vec::new());
         if plan.table > 0 {
             then = then.write(0, self.head_with_table(plan).await?);

@@ -51,6 +51,12 @@ impl<S: Store> Qcow2<S> {
             self.metadata().settle().await;
         }
         self.new_epoch();
+        if planted::is(Bug::LowerBeforeDrop) {
+            let freed = lock(&writer.state).pending.take_freed();
+            let blocks = writer.blocks.lock().await;
+            self.lower(writer, &blocks, freed).await?;
+            self.metadata().flush().await?;
+        }
         let done = self.write_frozen(writer).await;
         self.new_epoch();
         match done {
@@ -148,7 +154,7 @@ impl<S: Store> Qcow2<S> {
         let (table, unit) = (size.start(new.host), self.slice_len());
         let zeros = || crate::buf::aligned(unit as usize);
         if new.old.is_some() || !self.metadata().info().fresh_zero {
-            plan.data_first = true;
+            plan.data_first |= !planted::is(Bug::TableBeforeCopy);
             for at in (0..size.bytes()).step_by(unit as usize) {
                 let image = match new.old {
                     Some(old) => self.copy_of(old.saturating_add(at)).await?,

@@ -3,6 +3,7 @@
 //! Pure values: an entry is decoded, or it breaks a rule of the format and says which. Source:
 //! QEMU `docs/interop/qcow2.rst`, "Cluster mapping" and "Extended L2 Entries".
 
+use crate::planted::{self, Bug};
 use crate::units::ClusterSize;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -169,7 +170,8 @@ impl L2Entry {
     /// The file offset of the cluster if it may be overwritten: all of it is data, and nobody else
     /// has it.
     pub(super) fn own(self, layout: Layout) -> Result<Option<u64>> {
-        if !self.copied() || layout.extended && self.bits != u64::from(u32::MAX) {
+        let copied = self.copied() || planted::is(Bug::WriteToShared);
+        if !copied || layout.extended && self.bits != u64::from(u32::MAX) {
             return Ok(None);
         }
         Ok(match self.mapping(layout, 0)? {

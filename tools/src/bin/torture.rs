@@ -105,10 +105,13 @@ fn power(effort: Effort) -> bool {
     let planted = Bug::ALL
         .into_iter()
         .map(|b| mutate::bug::<Engine>(b, seed, states));
+    let in_chains = Bug::OF_QCOW2
+        .into_iter()
+        .map(|b| mutate::bug_in_chains(b, seed, states));
     let mutations = mutate::mutations().into_iter();
     let broken = mutations.map(|m| mutate::barrier::<Engine>(m, seed, states));
     let (mut caught, mut missed) = (0, 0);
-    for catch in planted.chain(broken) {
+    for catch in planted.chain(in_chains).chain(broken) {
         println!("{catch}");
         *(if catch.by.is_some() {
             &mut caught
