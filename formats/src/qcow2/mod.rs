@@ -9,6 +9,7 @@ mod be;
 pub mod bitmap;
 mod cache;
 pub mod check;
+pub mod create;
 pub mod extension;
 pub mod header;
 mod image;
