@@ -19,6 +19,7 @@ pub mod refcount;
 mod run;
 pub mod snapshot;
 pub mod table;
+mod words;
 
 pub use header::Header;
 pub use image::Qcow2;

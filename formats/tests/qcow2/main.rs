@@ -9,3 +9,4 @@ mod image;
 mod made;
 mod matrix;
 mod qemu;
+mod repair;
