@@ -18,6 +18,7 @@ mod packed;
 pub mod refcount;
 mod run;
 pub mod snapshot;
+pub mod snapshots;
 pub mod table;
 mod words;
 

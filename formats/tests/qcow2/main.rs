@@ -10,3 +10,4 @@ mod made;
 mod matrix;
 mod qemu;
 mod repair;
+mod snapshots;

@@ -28,6 +28,8 @@ mod report;
 mod span;
 mod stored;
 
+pub(super) use mark::Flags;
+pub(super) use recount::Recount;
 pub use repair::{Repair, repair, repair_watched};
 pub use report::{Finding, FindingKind, Report};
 
@@ -58,6 +60,32 @@ pub async fn check<S: Store>(store: &S) -> Result<Report> {
 /// The same, for somebody who may end it: nothing is ever changed.
 pub async fn check_watched<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<Report> {
     Ok(Survey::take(store, watch).await?.report)
+}
+
+/// The counts of an image that may be changed. `Damaged` when a check finds an error in it, or when it
+/// was not closed; `Unsupported` when its data is in another file.
+pub(super) async fn sound<'s, S: Store>(
+    store: &'s S,
+    watch: &mut dyn Watch,
+) -> Result<Recount<'s, S>> {
+    let survey = Survey::take(store, watch).await?;
+    let (errors, notices) = (survey.report.errors, survey.report.notices);
+    if errors > 0 || notices > 0 {
+        return Err(Error::damaged(format!(
+            "the image must be repaired first: a check finds {errors} errors{}",
+            if notices > 0 {
+                ", and it was not closed"
+            } else {
+                ""
+            }
+        )));
+    }
+    if survey.header.has_data_file() {
+        return Err(Error::unsupported(
+            "snapshots in an image with an external data file, whose bytes have one state only",
+        ));
+    }
+    Recount::new(survey).await
 }
 
 /// A check under way, and what it knows so far.

@@ -99,7 +99,7 @@ impl<'s, S: Store> Recount<'s, S> {
         &self.survey.header
     }
 
-    pub(super) const fn store(&self) -> &'s S {
+    pub(in super::super) const fn store(&self) -> &'s S {
         self.survey.store
     }
 
@@ -125,6 +125,19 @@ impl<'s, S: Store> Recount<'s, S> {
     /// Whether a count is more than a refcount can say.
     pub(in super::super) fn is_above(&self) -> bool {
         self.survey.total.reaches(self.survey.width().bits())
+    }
+
+    /// Counts what the first-level table in the bytes `l1` names, and below, once more.
+    pub(in super::super) async fn add_tree(
+        &mut self,
+        l1: std::ops::Range<u64>,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
+        let mut tree = Survey::new(self.store(), self.survey.header.clone())?;
+        tree.count_trees(std::iter::once((l1, 1)), watch).await?;
+        self.survey.total.add_all(&tree.total);
+        self.named |= tree.total.named();
+        Ok(())
     }
 
     /// Takes `count` clusters in a row behind the end of the file, each named once: the file offset
