@@ -1,8 +1,9 @@
-//! The qcow2 delta, for reading: a header, two levels of tables, and clusters in any order, some of
+//! The qcow2 delta: a header, two levels of tables, and clusters in any order, some of
 //! them compressed.
 //!
 //! `header`, `extension`, `table`, `run`, `refcount`, `snapshot` and `bitmap` are bytes; `packed`
-//! inflates; `cache` keeps table pages. `open`, `image` and `check` work on a store. No name that an image
+//! inflates; `cache` keeps table pages. `open` and `image` read a store for a guest; `create`, `check` with
+//! its repair, and `snapshots` work on one that nobody uses, and `words` writes for them. No name that an image
 //! holds is ever opened here: the caller opens backing and data files by a policy of its own.
 
 mod be;

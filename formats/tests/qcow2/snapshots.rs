@@ -87,7 +87,11 @@ impl Turns {
     fn ours<T>(&self, work: impl FnOnce(&MemStore) -> Result<T>) -> T {
         let bytes = self.folder.read("disk");
         // QEMU ends files anywhere.
-        let align = if bytes.len() % 512 == 0 { 512 } else { 1 };
+        let align = if bytes.len().is_multiple_of(512) {
+            512
+        } else {
+            1
+        };
         let store = MemStore::from_bytes(&bytes).aligned_to(align);
         let done = work(&store).unwrap_or_else(|e| panic!("{}: {e}", self.place));
         let report = now(check(&store)).unwrap();
@@ -219,7 +223,7 @@ fn snapshots_by_us_and_by_qemu_show_what_was_there() {
         turns.judge();
         // What was ours is QEMU's to delete, and the other way round.
         while !turns.shots.is_empty() {
-            let by_us = turns.shots.len() % 2 == 0;
+            let by_us = turns.shots.len().is_multiple_of(2);
             turns.forget(by_us);
             turns.judge_now();
         }
@@ -305,13 +309,21 @@ fn reverting(store: &Seen) -> Result<()> {
     now(revert(store, b"1", &mut ()))
 }
 
-/// Images that there are: with one snapshot, with two, and where no refcount block tells of what is
-/// behind the end.
+/// Images that there are: with one snapshot, with two, where no refcount block tells of what is behind
+/// the end, and with a flag in the tables of the snapshot that is not true any more.
 fn images() -> Vec<Vec<u8>> {
     let one = small();
     let store = MemStore::from_bytes(&one);
     now(create(&store, &wanted("other"), &mut ())).unwrap();
-    vec![one, store.to_vec(), tight()]
+    // Nobody asks for the flags of a snapshot until it is reverted to.
+    let mut stale = one.clone();
+    put64(
+        &mut stale,
+        (10 * CLUSTER + 16) as usize,
+        (6 * CLUSTER) | 1 << 63,
+    );
+    assert!(found(&stale).is_clean());
+    vec![one, store.to_vec(), tight(), stale]
 }
 
 /// An image of clusters of 512 bytes with refcounts of 64 bits and a snapshot. Of its file, so many
@@ -462,6 +474,16 @@ fn a_missing_barrier_of_a_snapshot_would_be_noticed() {
         let noticed: Vec<u64> = (0..6).filter(|n| notices(work, *n)).collect();
         assert!(noticed.len() >= needed, "{needed}: only {noticed:?}");
     }
+}
+
+#[test]
+fn what_a_snapshot_took_is_given_back() {
+    let bytes = crate::made::image(3);
+    let store = MemStore::from_bytes(&bytes);
+    let id = now(create(&store, &wanted("new"), &mut ())).unwrap();
+    assert!(store.to_vec().len() > bytes.len());
+    now(delete(&store, &id, &mut ())).unwrap();
+    assert!(store.to_vec() == bytes);
 }
 
 #[test]
