@@ -43,6 +43,8 @@ pub const LAZY_REFCOUNTS: u64 = 1;
 pub const BITMAPS_VALID: u64 = 1;
 /// Autoclear: the external data file can be read as a raw image.
 pub const EXTERNAL_RAW: u64 = 1 << 1;
+/// Who writes to an image clears the others.
+pub(super) const KNOWN_AUTOCLEAR: u64 = BITMAPS_VALID | EXTERNAL_RAW;
 
 /// Format version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -313,7 +315,7 @@ impl Header {
     }
 
     /// Puts the fields that change while an image is closed - size, tables, snapshots, incompatible
-    /// features - into its first sector, and leaves everything else in it as it is.
+    /// and autoclear features - into its first sector, and leaves everything else in it as it is.
     fn patch(&self, sector: &mut [u8]) {
         let fields = self.encode_fields();
         let mut put = |range: std::ops::Range<usize>| {
@@ -325,6 +327,7 @@ impl Header {
         put(36..72);
         if self.version == Version::V3 {
             put(72..80);
+            put(88..96);
         }
         // A size that is no multiple of a sector stays, as long as the disk does.
         if floor_to(u64_at(sector, 24), SECTOR) != self.size {

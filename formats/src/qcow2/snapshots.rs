@@ -10,6 +10,8 @@
 //! 4. One write of the header names them.
 //! 5. A repair returns what nobody names any more, and gives COPIED back.
 //!
+//! An error of the storage is such a cut: the call may have done its work all the same.
+//!
 //! The machine's state that a snapshot may hold is part of its tables, and stays with it. Guest data is
 //! never touched. Source: QEMU `docs/interop/qcow2.rst`, "Snapshots".
 
@@ -85,7 +87,9 @@ pub async fn delete<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Re
     let mut at = SnapshotsAt { at: 0, count };
     if count > 0 {
         at.at = take_table(&mut recount, count, &list, &[])?;
-        recount.raise(Some(u64::MAX), watch).await?;
+    }
+    recount.raise(Some(u64::MAX), watch).await?;
+    if count > 0 {
         copy_list(store, &header, &list, &[], at.at).await?;
     }
     switch(&recount, |header| header.snapshots = at).await?;

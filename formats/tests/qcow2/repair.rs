@@ -94,7 +94,7 @@ fn damage_of_each_kind_is_mended_or_told_and_nothing_else_is_seen() {
         let name = damage.name;
         let store = MemStore::from_bytes(&damaged(damage.edits));
         let (before, was) = (views(&store), now(check(&store)).unwrap());
-        let report = mend(&store);
+        let report = mend(&store.clone().aligned_to(4096));
         assert!(views(&store) == before, "{name}: other content");
         if is_hopeless(damage) {
             hopeless += 1;
@@ -293,6 +293,16 @@ fn leaks_are_returned_alone_only_where_nothing_else_is_wrong() {
 #[test]
 fn a_clean_image_is_not_written_at_all() {
     assert!(recorded(&whole()).entries().is_empty());
+}
+
+#[test]
+fn marks_that_nobody_here_knows_are_taken_away_by_who_writes() {
+    let mark = |bytes: &[u8]| bytes[95];
+    let (unknown, lost) = ((88, 8, 0x21), (4 * CLUSTER, 8, 0));
+    assert!(recorded(&damaged(&[unknown])).entries().is_empty());
+    let store = MemStore::from_bytes(&damaged(&[unknown, lost]));
+    assert_eq!(mend(&store).findings, []);
+    assert_eq!(mark(&store.to_vec()), 1);
 }
 
 #[test]

@@ -9,7 +9,7 @@
 //! names; barrier; then their names, by the old table or by the header; barrier. Cut anywhere, a
 //! refcount is at worst too high, and the file too long.
 
-use super::super::header::{Header, Refcounts, write_header};
+use super::super::header::{Header, KNOWN_AUTOCLEAR, Refcounts, write_header};
 use super::super::words::{Appender, read_unit, refuse_blocks, unit, write_unit, write_words};
 use super::span::Span;
 use super::{CLUSTERS_MAX, Survey, progress};
@@ -227,6 +227,7 @@ impl<'s, S: Store> Recount<'s, S> {
             table = self.add_table()?;
             self.refuse_growth(max)?;
         }
+        self.clear_unknown().await?;
         let longer = self.survey.clusters > self.old_clusters;
         if longer {
             let end = self.survey.clusters.saturating_mul(self.cluster().bytes());
@@ -246,6 +247,16 @@ impl<'s, S: Store> Recount<'s, S> {
             self.name_blocks(table).await?;
         }
         Ok(changed)
+    }
+
+    /// Takes away the marks that everybody takes away who writes and does not know them.
+    async fn clear_unknown(&mut self) -> Result<()> {
+        let features = &mut self.survey.header.features;
+        if features.autoclear & !KNOWN_AUTOCLEAR == 0 {
+            return Ok(());
+        }
+        features.autoclear &= KNOWN_AUTOCLEAR;
+        write_header(self.store(), &self.survey.header).await
     }
 
     fn refuse_growth(&self, max: u64) -> Result<()> {
