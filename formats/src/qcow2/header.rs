@@ -10,9 +10,12 @@ use super::be::{u32_at, u64_at};
 use super::extension::{self, BitmapsAt, Extension, FeatureKind};
 use super::refcount::Width;
 use super::table::Layout;
+use super::words::{read_unit, unit, write_unit};
 use crate::layer::Geometry;
 use crate::limits;
+use crate::store::Store;
 use crate::units::{ClusterSize, SECTOR, floor_to};
+use crate::update::Update;
 use crate::{Error, Result};
 
 const MAGIC: u32 = 0x5146_49FB;
@@ -40,6 +43,8 @@ pub const LAZY_REFCOUNTS: u64 = 1;
 pub const BITMAPS_VALID: u64 = 1;
 /// Autoclear: the external data file can be read as a raw image.
 pub const EXTERNAL_RAW: u64 = 1 << 1;
+/// Who writes to an image clears the others.
+pub(super) const KNOWN_AUTOCLEAR: u64 = BITMAPS_VALID | EXTERNAL_RAW;
 
 /// Format version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,6 +85,12 @@ pub struct L1 {
 }
 
 impl L1 {
+    /// The bytes of the file that it is.
+    pub(super) const fn bytes(self) -> std::ops::Range<u64> {
+        let len = (self.entries as u64).saturating_mul(8);
+        self.at..self.at.saturating_add(len)
+    }
+
     /// Refuses a table that cannot be one: too long, misaligned, in the header, or too short for
     /// `size` bytes.
     pub(super) fn new(at: u64, entries: u32, size: u64, layout: Layout) -> Result<Self> {
@@ -314,6 +325,28 @@ impl Header {
         put(head, 88, &features.to_be_bytes());
     }
 
+    /// Puts the fields that change while an image is closed - size, tables, snapshots, incompatible
+    /// and autoclear features - into its first sector, and leaves everything else in it as it is.
+    fn patch(&self, sector: &mut [u8]) {
+        let fields = self.encode_fields();
+        let mut put = |range: std::ops::Range<usize>| {
+            let to = sector.get_mut(range.clone());
+            if let (Some(to), Some(from)) = (to, fields.get(range)) {
+                to.copy_from_slice(from);
+            }
+        };
+        put(36..72);
+        if self.version == Version::V3 {
+            put(72..80);
+            put(88..96);
+        }
+        // A size that is no multiple of a sector stays, as long as the disk does.
+        if floor_to(u64_at(sector, 24), SECTOR) != self.size {
+            let to = sector.iter_mut().skip(24);
+            to.zip(self.size.to_be_bytes()).for_each(|(to, b)| *to = b);
+        }
+    }
+
     /// Virtual size and cluster.
     pub const fn geometry(&self) -> Geometry {
         Geometry {
@@ -360,6 +393,15 @@ impl Header {
 fn put(head: &mut [u8], at: usize, field: &[u8]) {
     let slot = head.iter_mut().skip(at);
     slot.zip(field).for_each(|(to, from)| *to = *from);
+}
+
+/// Writes what changes of a header while the image is closed, and a barrier. All of it is in one
+/// sector: it is there, or it is not.
+pub(super) async fn write_header<S: Store>(store: &S, header: &Header) -> Result<()> {
+    let mut first = read_unit(store, 0, unit(header.cluster)).await?;
+    header.patch(&mut first);
+    write_unit(store, 0, first).await?;
+    Update::new().barrier().apply(store).await
 }
 
 fn layout(version: Version, cluster: ClusterSize, features: Features) -> Result<Layout> {

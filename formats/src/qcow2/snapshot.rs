@@ -3,6 +3,8 @@
 
 use super::be::{u16_at, u32_at, u64_at};
 use super::extension::printable;
+use super::header::Header;
+use super::snapshots::Wanted;
 use crate::{Error, Result, limits};
 
 /// Bytes of an entry before what varies.
@@ -26,6 +28,31 @@ pub struct Snapshot {
     pub(super) l1_at: u64,
     /// Entries of that table, as the entry says them.
     pub(super) l1_entries: u32,
+}
+
+/// The entry of a new snapshot, of the disk that `header` says: a multiple of 8 bytes. Its copy of the
+/// first-level table is at `l1_at`.
+pub(super) fn encode(wanted: &Wanted, id: &[u8], l1_at: u64, header: &Header) -> Vec<u8> {
+    let (id_len, name_len) = (id.len() as u16, wanted.name.len() as u16);
+    let fields: [&[u8]; 12] = [
+        &l1_at.to_be_bytes(),
+        &header.l1.entries.to_be_bytes(),
+        &id_len.to_be_bytes(),
+        &name_len.to_be_bytes(),
+        &wanted.seconds.to_be_bytes(),
+        &wanted.nanoseconds.to_be_bytes(),
+        // The machine's clock and state, of which there are none.
+        &[0; 12],
+        &16u32.to_be_bytes(),
+        // Extra data: bytes of the machine's state, and the size of the disk.
+        &[0; 8],
+        &header.size.to_be_bytes(),
+        id,
+        &wanted.name,
+    ];
+    let mut out = fields.concat();
+    out.resize(out.len().next_multiple_of(8), 0);
+    out
 }
 
 impl Snapshot {

@@ -17,6 +17,14 @@ const OFFSET: u64 = 0x00FF_FFFF_FFFF_FE00;
 /// Subclusters of a cluster with extended entries.
 pub const SUBCLUSTERS: u32 = 32;
 
+const fn with_copied(word: u64, copied: bool) -> u64 {
+    if copied {
+        word | COPIED
+    } else {
+        word & !COPIED
+    }
+}
+
 /// How the tables of an image are to be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
@@ -96,6 +104,11 @@ impl L1Entry {
     /// Whether it says that nobody else has the table.
     pub(super) const fn copied(self) -> bool {
         self.0 & COPIED != 0
+    }
+
+    /// The same, with another flag.
+    pub(super) const fn with_copied(self, copied: bool) -> u64 {
+        with_copied(self.0, copied)
     }
 }
 
@@ -214,6 +227,11 @@ impl L2Entry {
     /// Whether it says that nobody else has its cluster.
     pub(super) const fn copied(self) -> bool {
         self.word & COPIED != 0
+    }
+
+    /// The entry, or the first half of an extended one, with another flag.
+    pub(super) const fn with_copied(self, copied: bool) -> u64 {
+        with_copied(self.word, copied)
     }
 
     /// The cluster that it names, when it is not compressed.

@@ -30,7 +30,7 @@ const COPIED: u64 = 1 << 63;
 
 /// A healthy image with everything: a snapshot that shares the second data cluster, a bitmap, and
 /// guest clusters 6 and 7 compressed into one cluster.
-fn whole() -> Vec<u8> {
+pub fn whole() -> Vec<u8> {
     let mut bytes = image(3);
     bytes.resize(END as usize, 0);
     for n in 8..15 {
@@ -50,13 +50,13 @@ fn whole() -> Vec<u8> {
 }
 
 /// A change to [`whole`]: an offset, bytes, a value.
-type Edit = (u64, usize, u64);
+pub type Edit = (u64, usize, u64);
 
 /// What is planted, what is found, and QEMU's corruptions and leaks, where it does not give up.
-struct Damage {
-    name: &'static str,
-    edits: &'static [Edit],
-    found: &'static [FindingKind],
+pub struct Damage {
+    pub name: &'static str,
+    pub edits: &'static [Edit],
+    pub found: &'static [FindingKind],
     qemu: Option<(u64, u64)>,
 }
 
@@ -79,7 +79,7 @@ const fn refcount(at: u64) -> u64 {
     BLOCK + 2 * (at / CLUSTER)
 }
 
-const DAMAGES: &[Damage] = &[
+pub const DAMAGES: &[Damage] = &[
     damage("nothing", &[], &[], Some((0, 0))),
     damage("an entry lost", &[(L2, 8, 0)], &[Leak], Some((0, 1))),
     damage(
@@ -302,18 +302,18 @@ const DAMAGES: &[Damage] = &[
     damage("marked corrupt", &[(72, 8, 2)], &[Corrupt], Some((0, 0))),
 ];
 
-fn edit(bytes: &mut [u8], edits: &[Edit]) {
+pub fn edit(bytes: &mut [u8], edits: &[Edit]) {
     for (at, len, value) in edits {
         let at = *at as usize;
         bytes[at..at + len].copy_from_slice(&value.to_be_bytes()[8 - len..]);
     }
 }
 
-fn found(bytes: &[u8]) -> Report {
+pub fn found(bytes: &[u8]) -> Report {
     now(check(&MemStore::from_bytes(bytes))).unwrap()
 }
 
-fn kinds(report: &Report) -> Vec<FindingKind> {
+pub fn kinds(report: &Report) -> Vec<FindingKind> {
     report.findings.iter().map(|f| f.kind).collect()
 }
 

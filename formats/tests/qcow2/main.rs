@@ -1,10 +1,13 @@
-//! qcow2 for reading: headers, images made by QEMU, images made to do harm.
+//! qcow2: headers, images made by QEMU and by us, and what is done to them while nobody uses them.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod chain;
 mod check;
+mod create;
 mod header;
 mod image;
 mod made;
 mod matrix;
 mod qemu;
+mod repair;
+mod snapshots;

@@ -39,6 +39,15 @@ impl Folder {
         ok(command.current_dir(self.0.path()), line);
     }
 
+    /// What `qemu-img info` says of an image, as JSON.
+    pub fn info(&self, name: &str) -> String {
+        let mut command = Command::new("qemu-img");
+        command.args(["info", "--output", "json", "-f", "qcow2", name]);
+        let done = command.current_dir(self.0.path()).output().unwrap();
+        assert!(done.status.success(), "{name}: {done:?}");
+        String::from_utf8_lossy(&done.stdout).to_string()
+    }
+
     /// Writes what QEMU reads from an image to a raw file; false when QEMU finds it damaged.
     pub fn convert(&self, source: &str, to: &str) -> bool {
         let mut command = Command::new("qemu-img");

@@ -57,7 +57,7 @@ impl Areas {
         let (first, last) = (size.whole(at), size.count(end));
         if len > 0 && last > survey.clusters {
             let file = survey.len;
-            survey.report.find(FindingKind::PastEnd, at, || {
+            survey.find_hopeless(FindingKind::PastEnd, at, || {
                 format!("{what} ends at {end:#x}, behind the end of the file ({file} bytes)")
             });
         }
@@ -73,7 +73,7 @@ impl Areas {
             Ok(listed) => listed,
             Err(e) => {
                 let text = || format!("{e}; what the snapshots name is not known");
-                survey.report.find(FindingKind::BadSnapshot, at, text);
+                survey.find_hopeless(FindingKind::BadSnapshot, at, text);
                 return Ok(());
             }
         };
@@ -89,7 +89,7 @@ impl Areas {
                 }
                 Err(e) => {
                     let text = || format!("{e}; what it names is not known");
-                    survey.report.find(FindingKind::BadSnapshot, at, text);
+                    survey.find_hopeless(FindingKind::BadSnapshot, at, text);
                 }
             }
         }
@@ -111,9 +111,7 @@ impl Areas {
             }
             Err(e) => {
                 let text = || format!("{e}; what the bitmaps name is not known");
-                survey
-                    .report
-                    .find(FindingKind::BadBitmap, directory.at, text);
+                survey.find_hopeless(FindingKind::BadBitmap, directory.at, text);
             }
         }
         Ok(())

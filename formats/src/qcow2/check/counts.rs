@@ -106,6 +106,12 @@ impl Counts {
         }
     }
 
+    /// Whether a count has a bit from `bits` on.
+    pub(super) fn reaches(&self, bits: u32) -> bool {
+        let mut high = self.bits.iter().skip(bits as usize);
+        high.any(|set| !set.is_empty())
+    }
+
     /// The clusters that are named at all.
     pub(super) fn named(&self) -> RoaringBitmap {
         self.bits.iter().fold(RoaringBitmap::new(), |a, b| a | b)

@@ -98,7 +98,7 @@ impl<S: Store> Survey<'_, S> {
     }
 
     fn out_of_place(&mut self, at: u64, guest: u64) {
-        self.report.find(FindingKind::OutOfPlace, at, || {
+        self.find_hopeless(FindingKind::OutOfPlace, at, || {
             format!("guest offset {guest:#x} has another place in the external data file")
         });
     }

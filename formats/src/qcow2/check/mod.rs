@@ -1,6 +1,6 @@
 //! Check: whether a qcow2 image keeps the rules of its format, and what is wrong when it does not.
 //!
-//! Only reads. Counts who names each cluster of the file, compares with the refcounts that are
+//! The check only reads, and `repair` makes use of what it knows. Counts who names each cluster of the file, compares with the refcounts that are
 //! stored, and judges every entry on the way. Its order:
 //!
 //! 1. `areas`: the places that are named by the header, by snapshots and by bitmaps.
@@ -20,11 +20,17 @@
 mod areas;
 mod counts;
 mod flags;
+mod mark;
+mod recount;
 mod refs;
+mod repair;
 mod report;
 mod span;
 mod stored;
 
+pub(super) use mark::Flags;
+pub(super) use recount::Recount;
+pub use repair::{Repair, repair, repair_watched};
 pub use report::{Finding, FindingKind, Report};
 
 use super::header::{CORRUPT, DIRTY, Header};
@@ -37,6 +43,7 @@ use crate::{Error, Result};
 use areas::Areas;
 use counts::Counts;
 use roaring::RoaringBitmap;
+use std::ops::Range;
 
 /// Clusters of the largest file whose references are counted: what a cluster number can say.
 const CLUSTERS_MAX: u64 = 1 << 32;
@@ -52,15 +59,33 @@ pub async fn check<S: Store>(store: &S) -> Result<Report> {
 
 /// The same, for somebody who may end it: nothing is ever changed.
 pub async fn check_watched<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<Report> {
-    let mut survey = Survey::new(store, read_header(store).await?)?;
-    survey.look_at_header();
-    let areas = Areas::collect(&mut survey).await?;
-    survey.count_areas(&areas);
-    survey.count_refs(&areas, watch).await?;
-    survey.look_at_refcounts(watch).await?;
-    survey.look_at_overlaps();
-    survey.look_at_flags(watch).await?;
-    Ok(survey.report)
+    Ok(Survey::take(store, watch).await?.report)
+}
+
+/// The counts of an image that may be changed. `Damaged` when a check finds an error in it, or when it
+/// was not closed; `Unsupported` when its data is in another file.
+pub(super) async fn sound<'s, S: Store>(
+    store: &'s S,
+    watch: &mut dyn Watch,
+) -> Result<Recount<'s, S>> {
+    let survey = Survey::take(store, watch).await?;
+    let (errors, notices) = (survey.report.errors, survey.report.notices);
+    if errors > 0 || notices > 0 {
+        return Err(Error::damaged(format!(
+            "the image must be repaired first: a check finds {errors} errors{}",
+            if notices > 0 {
+                ", and it was not closed"
+            } else {
+                ""
+            }
+        )));
+    }
+    if survey.header.has_data_file() {
+        return Err(Error::unsupported(
+            "snapshots in an image with an external data file, whose bytes have one state only",
+        ));
+    }
+    Recount::new(survey).await
 }
 
 /// A check under way, and what it knows so far.
@@ -85,10 +110,27 @@ struct Survey<'s, S> {
     packed: RoaringBitmap,
     /// Clusters that are named, and less often than their refcounts say.
     too_high: RoaringBitmap,
+    /// Clusters that cannot have all the uses that they have.
+    overlaps: u64,
+    /// Other errors that no count mends: what names nothing that can be, and what cannot be read.
+    hopeless: u64,
     report: Report,
 }
 
 impl<'s, S: Store> Survey<'s, S> {
+    /// Looks at everything.
+    async fn take(store: &'s S, watch: &mut dyn Watch) -> Result<Self> {
+        let mut survey = Self::new(store, read_header(store).await?)?;
+        survey.look_at_header();
+        let areas = Areas::collect(&mut survey).await?;
+        survey.count_areas(&areas);
+        survey.count_refs(&areas, watch).await?;
+        survey.look_at_refcounts(watch).await?;
+        survey.look_at_overlaps();
+        survey.look_at_flags(watch).await?;
+        Ok(survey)
+    }
+
     fn new(store: &'s S, header: Header) -> Result<Self> {
         let len = store.info().len;
         let clusters = header.cluster.count(len);
@@ -109,6 +151,8 @@ impl<'s, S: Store> Survey<'s, S> {
             plain: RoaringBitmap::new(),
             packed: RoaringBitmap::new(),
             too_high: RoaringBitmap::new(),
+            overlaps: 0,
+            hopeless: 0,
             report: Report::default(),
         })
     }
@@ -121,6 +165,21 @@ impl<'s, S: Store> Survey<'s, S> {
     fn cluster_in_file(&self, at: u64) -> Option<u32> {
         let cluster = self.cluster().cluster_of(at);
         cluster.filter(|n| u64::from(*n) < self.clusters)
+    }
+
+    /// Adds an error that no count mends.
+    fn find_hopeless(&mut self, kind: FindingKind, at: u64, text: impl FnOnce() -> String) {
+        self.hopeless = self.hopeless.saturating_add(1);
+        self.report.find(kind, at, text);
+    }
+
+    /// Whether a cluster in these bytes of the file is not named exactly once.
+    fn is_shared(&self, range: &Range<u64>) -> bool {
+        let (first, end) = (
+            self.cluster().whole(range.start),
+            self.cluster().count(range.end),
+        );
+        (first..end).any(|n| u32::try_from(n).map_or(0, |n| self.total.get(n)) != 1)
     }
 
     fn look_at_header(&mut self) {

@@ -53,7 +53,16 @@ impl<S: Store> Survey<'_, S> {
                 }
             }
         }
-        for (range, times) in areas.l1.stretches() {
+        self.count_trees(areas.l1.stretches(), watch).await
+    }
+
+    /// Counts what first-level tables name, and below, as often as is said.
+    pub(super) async fn count_trees(
+        &mut self,
+        l1: impl Iterator<Item = (std::ops::Range<u64>, u64)>,
+        watch: &mut dyn Watch,
+    ) -> Result<()> {
+        for (range, times) in l1 {
             let mut span = Span::new(self.store, range);
             while let Some(piece) = span.next().await? {
                 watch.tell(progress("L1 tables", piece.at, self.len))?;
@@ -66,6 +75,7 @@ impl<S: Store> Survey<'_, S> {
     }
 
     async fn count_refcount_blocks(&mut self, watch: &mut dyn Watch) -> Result<()> {
+        let hopeless = self.hopeless;
         let mut span = Span::new(self.store, self.refcount_table());
         while let Some(piece) = span.next().await? {
             watch.tell(progress("refcount table", piece.at, self.len))?;
@@ -80,6 +90,8 @@ impl<S: Store> Survey<'_, S> {
                 }
             }
         }
+        // Blocks can be made anew.
+        self.hopeless = hopeless;
         Ok(())
     }
 
@@ -134,7 +146,13 @@ impl<S: Store> Survey<'_, S> {
         for table in &named {
             let times = tables.get(table);
             let start = size.start(table);
-            let mut span = Span::new(self.store, start..start.saturating_add(size.bytes()));
+            let end = start.saturating_add(size.bytes());
+            if end > self.len {
+                self.find_hopeless(FindingKind::PastEnd, start, || {
+                    format!("an L2 table ends at {end:#x}, behind the end of the file")
+                });
+            }
+            let mut span = Span::new(self.store, start..end);
             while let Some(piece) = span.next().await? {
                 watch.tell(progress("L2 tables", done, total))?;
                 for (at, entry) in piece.entries(self.layout) {
@@ -204,14 +222,13 @@ impl<S: Store> Survey<'_, S> {
 
     fn past_end(&mut self, at: u64, offset: u64) {
         let len = self.len;
-        self.report.find(FindingKind::PastEnd, at, || {
+        self.find_hopeless(FindingKind::PastEnd, at, || {
             format!("names {offset:#x}, behind the end of the file ({len} bytes)")
         });
     }
 
     fn bad_entry(&mut self, at: u64, e: &Error) {
-        self.report
-            .find(FindingKind::BadEntry, at, || e.to_string());
+        self.find_hopeless(FindingKind::BadEntry, at, || e.to_string());
     }
 
     /// The bytes of the refcount table.

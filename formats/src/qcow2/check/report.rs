@@ -83,6 +83,8 @@ pub struct Finding {
 pub struct Report {
     /// What is wrong, in the order of the check, as far as kept.
     pub findings: Vec<Finding>,
+    /// What a repair did.
+    pub repaired: Vec<Finding>,
     /// Findings that were counted and not kept.
     pub omitted: u64,
     /// Findings of severity [`Severity::Error`].
@@ -111,6 +113,16 @@ impl Report {
             (0, _) => 3,
             _ => Kind::Damaged.exit_code(),
         }
+    }
+
+    /// Adds what a repair did.
+    pub(super) fn done(&mut self, kind: FindingKind, offset: u64, text: String) {
+        self.repaired.push(Finding {
+            kind,
+            severity: kind.severity(),
+            offset,
+            text: format!("offset {offset:#x}: {text}"),
+        });
     }
 
     /// Adds a finding; `text` is asked for when it is kept.

@@ -137,6 +137,7 @@ impl<S: Store> Survey<'_, S> {
         let tables = self.tables.named();
         let shared = |n: &u32| self.total.get(*n) != self.tables.get(*n);
         found.extend(tables.iter().filter(shared));
+        self.overlaps = found.len();
         for cluster in &found {
             let uses = [
                 (self.single.contains(cluster), "metadata"),
