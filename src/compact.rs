@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::disk::{Disk, all};
 use crate::flight::Mode;
 use crate::image::snapshot::copy::Work;
-use crate::stack::{AnyLayer, Stack};
+use crate::stack::{AnyLayer, Stack, only_read};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Extent, Layer, Reservation};
 use ploop_formats::planted::{self, Bug};
@@ -50,6 +50,7 @@ fn delta<S: Store>(stack: &Stack<S>) -> Result<&Ploop<S>> {
     match stack.top() {
         AnyLayer::Ploop(ploop) => Ok(ploop),
         AnyLayer::Raw(_) => Err(raw()),
+        AnyLayer::Qcow2(_) => Err(only_read()),
     }
 }
 

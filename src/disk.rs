@@ -10,14 +10,14 @@ use crate::device::{Device, GuestExtent, Zero};
 use crate::flight::{Admitted, Flight, Mode};
 use crate::flush::Flush;
 use crate::hold::Hold;
-use crate::stack::{AnyLayer, Segment, Stack, packed};
+use crate::stack::{AnyLayer, Content, Segment, Stack, packed};
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
-use ploop_formats::units::{ClusterSize, VirtCluster};
+use ploop_formats::units::{ClusterSize, SECTOR, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,9 +25,9 @@ use tokio::sync::Notify;
 
 /// Clusters that one step of a long zero or discard has to itself.
 const ZERO_STEP: u64 = 1024;
-/// Bytes that one request describes at most: the smallest clusters of a larger range would take a
-/// second to look at.
+/// Bytes that one request describes at most, and clusters: more would take a second to look at.
 const DESCRIBE_MAX: u64 = 256 << 30;
+const DESCRIBE_CLUSTERS: u64 = 8 << 20;
 
 /// A virtual disk.
 #[derive(Debug)]
@@ -65,12 +65,17 @@ enum Wipe {
 }
 
 impl<S: Store> Disk<S> {
-    /// A disk over layers, base first. The top is written unless `read_only`.
+    /// A disk over the layers of a descriptor, base first. The top is written unless `read_only`.
     pub fn new(
         layers: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>,
         read_only: bool,
     ) -> Result<Self> {
-        let stack = Arc::new(Stack::new(layers)?);
+        Ok(Self::over(Stack::new(layers)?, read_only))
+    }
+
+    /// A disk over a stack of any kind.
+    pub fn over(stack: Stack<S>, read_only: bool) -> Self {
+        let stack = Arc::new(stack);
         let disk = Self {
             cluster: stack.top().geometry().cluster,
             size: AtomicU64::new(stack.top().geometry().size),
@@ -82,7 +87,7 @@ impl<S: Store> Disk<S> {
             read_only,
         };
         disk.announce(&stack);
-        Ok(disk)
+        disk
     }
 
     /// Wakes those who wait for what is true of `stack` from the start: a predecessor's answers
@@ -413,7 +418,7 @@ impl<S: Store> Disk<S> {
             return Ok(len);
         }
         let below = stack.resolve(guest, len, stack.depth() - 1).await?;
-        if below.at.is_none() && how == Wipe::Free {
+        if below.is_zero() && how == Wipe::Free {
             return Ok(below.len);
         }
         let len = below
@@ -488,24 +493,21 @@ async fn extent_of<S: Store>(stack: &Stack<S>, segment: Segment) -> Result<Guest
         hole: true,
         depth,
     };
-    let (Some(layer), Some(at)) = (
-        segment.layer.and_then(|i| stack.layers().get(i)),
-        segment.at,
-    ) else {
-        return Ok(hole);
+    let data = GuestExtent {
+        zero: false,
+        hole: false,
+        ..hole
     };
-    let (data, until) = layer.store().extent(at).await?;
+    let layer = segment.layer.and_then(|i| stack.layers().get(i));
+    let (layer, at) = match (layer, segment.content) {
+        (Some(layer), Content::At(at)) => (layer, at),
+        (Some(_), Content::Packed) => return Ok(data),
+        _ => return Ok(hole),
+    };
+    let (is_data, until) = layer.store().extent(at).await?;
     let len = segment.len.min(until.saturating_sub(at).max(1));
-    Ok(if data {
-        GuestExtent {
-            len,
-            zero: false,
-            hole: false,
-            depth,
-        }
-    } else {
-        GuestExtent { len, ..hole }
-    })
+    let extent = if is_data { data } else { hole };
+    Ok(GuestExtent { len, ..extent })
 }
 
 /// Runs all to their end, whatever happens to any, and gives the first failure.
@@ -604,14 +606,19 @@ impl<S: Store> Device for Disk<S> {
     async fn extents(&self, at: u64, len: u64, max: usize) -> Result<Vec<GuestExtent>> {
         self.check(at, len)?;
         let mut out: Vec<GuestExtent> = Vec::new();
-        let end = at + len.min(DESCRIBE_MAX);
+        let most = DESCRIBE_CLUSTERS.saturating_mul(self.stack().finest());
+        let end = at + len.min(DESCRIBE_MAX).min(most);
         let mut at = at;
         while at < end {
             let shared = self.admit(at, 1, Mode::Shared).await?;
             let stack = &*shared.stack;
             let len = (end - at).min(limits::TRANSFER_MAX);
             let segment = stack.resolve(at, len, stack.depth()).await?;
-            let extent = extent_of(stack, segment).await?;
+            let mut extent = extent_of(stack, segment).await?;
+            if !extent.zero {
+                // The file of a layer may end within a sector, whose rest reads as zeros.
+                extent.len = (at + extent.len).next_multiple_of(SECTOR).min(end) - at;
+            }
             at += extent.len;
             let full = out.len() == max;
             match out.last_mut() {

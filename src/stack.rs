@@ -1,8 +1,10 @@
 //! Stack: ordered layers. Resolves a guest range, newest layer first, and reads through all.
 //!
-//! Every layer has the same cluster size; an upper one is never smaller than a lower one. Only the
-//! top is ever written, and not by this file. What the others say is kept in a merged map
-//! ([`crate::merged`]), so that many layers cost no more to ask than two.
+//! What is behind the end of a layer reads as zeros through it, whatever the layers below have there.
+//! In the stack of a descriptor every layer has the same cluster size, and an upper one is never
+//! smaller than a lower one ([`Stack::new`]); the images of a backing chain are of any size
+//! ([`Stack::of_chain`]). Only the top is ever written, and not by this file. What even layers say is
+//! kept in a merged map ([`crate::merged`]), so that many cost no more to ask than two.
 //!
 //! A stack never changes: a disk that gets another layer gets another stack ([`crate::hold`]). The
 //! layers that both have, with what they keep in memory, are shared.
@@ -13,6 +15,7 @@ use futures_util::future::join_all;
 use ploop_formats::layer::{Below, Extent, Geometry, Layer};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::{Ploop, Reserved};
+use ploop_formats::qcow2::Qcow2;
 use ploop_formats::raw::Raw;
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
@@ -29,6 +32,11 @@ const SPARE_MAX: u64 = 1 << 20;
 /// Bytes that copies of one disk hold in memory, and what they are counted in.
 const COPIES_BYTES: u64 = 16 << 20;
 const COPY_UNIT: u64 = 4096;
+/// Compressed clusters that one disk unpacks at the same time: each takes two clusters of memory.
+const UNPACKED_AT_ONCE: usize = 4;
+/// Parts of one read that are under way at the same time: as many as the largest transfer has ploop
+/// clusters. Those of qcow2 may be 64 times smaller.
+const PARTS_AT_ONCE: usize = 1024;
 
 /// A layer of any format.
 #[derive(Debug)]
@@ -37,6 +45,13 @@ pub enum AnyLayer<S> {
     Ploop(Ploop<S>),
     /// A flat file, lowest only.
     Raw(Raw<S>),
+    /// A qcow2 image, which is only read.
+    Qcow2(Qcow2<S>),
+}
+
+/// Why nothing is written to a qcow2 image.
+pub(crate) fn only_read() -> Error {
+    Error::unsupported("qcow2 images are only read so far: use it read-only (--read-only)")
 }
 
 /// Calls the same method on whichever layer it is.
@@ -45,6 +60,7 @@ macro_rules! each {
         match $any {
             AnyLayer::Ploop($layer) => $call,
             AnyLayer::Raw($layer) => $call,
+            AnyLayer::Qcow2($layer) => $call,
         }
     };
 }
@@ -81,12 +97,17 @@ impl<S: Store> AnyLayer<S> {
                 header.cluster.start(header.data_start)
             }
             AnyLayer::Raw(_) => 0,
+            AnyLayer::Qcow2(_) => u64::MAX,
         }
     }
 
     /// Whether a failed flush forbids further success until the disk is closed and checked.
     pub fn is_poisoned(&self) -> bool {
-        each!(self, layer => layer.is_poisoned())
+        match self {
+            AnyLayer::Ploop(layer) => layer.is_poisoned(),
+            AnyLayer::Raw(layer) => layer.is_poisoned(),
+            AnyLayer::Qcow2(_) => false,
+        }
     }
 
     /// Opens its file anew for writing, as what it is.
@@ -96,12 +117,17 @@ impl<S: Store> AnyLayer<S> {
             AnyLayer::Raw(raw) => {
                 AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
             }
+            AnyLayer::Qcow2(_) => return Err(only_read()),
         })
     }
 
     /// Grows it, as its format says ([`Ploop::grow`], [`Raw::grow`]).
     pub async fn grow(&mut self, size: u64) -> Result<()> {
-        each!(self, layer => layer.grow(size).await)
+        match self {
+            AnyLayer::Ploop(layer) => layer.grow(size).await,
+            AnyLayer::Raw(layer) => layer.grow(size).await,
+            AnyLayer::Qcow2(_) => Err(only_read()),
+        }
     }
 
     /// The size that it would grow to, in bytes; `Invalid` when it cannot.
@@ -109,14 +135,17 @@ impl<S: Store> AnyLayer<S> {
         match self {
             AnyLayer::Ploop(layer) => Ok(layer.header().grown(size)?.geometry().size),
             AnyLayer::Raw(layer) => layer.grown(size),
+            AnyLayer::Qcow2(_) => Err(only_read()),
         }
     }
 
     /// Gives it another size ([`Ploop::grow`], [`Ploop::shrink`], and those of [`Raw`]).
     pub async fn resize(&mut self, to: NewSize) -> Result<()> {
-        match to {
-            NewSize::Larger(size) => self.grow(size).await,
-            NewSize::Smaller(size) => each!(self, layer => layer.shrink(size).await),
+        match (to, self) {
+            (NewSize::Larger(size), layer) => layer.grow(size).await,
+            (NewSize::Smaller(size), AnyLayer::Ploop(layer)) => layer.shrink(size).await,
+            (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrink(size).await,
+            (NewSize::Smaller(_), AnyLayer::Qcow2(_)) => Err(only_read()),
         }
     }
 
@@ -128,6 +157,7 @@ impl<S: Store> AnyLayer<S> {
                 Ok(layer.header().shrunk(size)?.geometry().size)
             }
             (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrunk(size),
+            (NewSize::Smaller(_), AnyLayer::Qcow2(_)) => Err(only_read()),
         }
     }
 
@@ -142,7 +172,7 @@ impl<S: Store> AnyLayer<S> {
     fn has_pending(&self) -> bool {
         match self {
             AnyLayer::Ploop(layer) => layer.has_pending(),
-            AnyLayer::Raw(_) => false,
+            AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => false,
         }
     }
 }
@@ -175,6 +205,7 @@ impl<S: Store> Layer for AnyLayer<S> {
         match self {
             AnyLayer::Ploop(layer) => layer.reserve().await,
             AnyLayer::Raw(_) => Err(Error::invalid("a raw image has every cluster")),
+            AnyLayer::Qcow2(_) => Err(only_read()),
         }
     }
 
@@ -197,9 +228,20 @@ impl<S: Store> Layer for AnyLayer<S> {
     }
 }
 
-/// Why a compressed cluster is not read: none of the formats in a stack has any.
+/// Why a compressed cluster is not touched: what is changed or compared by its tables has none.
 pub(crate) fn packed() -> Error {
-    Error::unsupported("a compressed cluster in a layer of a disk")
+    Error::unsupported("a compressed cluster in a layer of a disk that is written to")
+}
+
+/// How a layer has a range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// In its file, at an offset in bytes.
+    At(u64),
+    /// Compressed: only the layer can give the bytes.
+    Packed,
+    /// It reads as zeros.
+    Zero,
 }
 
 /// Where a guest range comes from.
@@ -209,18 +251,57 @@ pub struct Segment {
     pub len: u64,
     /// The layer that answers, counted from the base; none when no layer knows the range.
     pub layer: Option<usize>,
-    /// File offset in that layer, or none when the range reads as zeros.
-    pub at: Option<u64>,
+    /// How that has it; zeros where there is none.
+    pub content: Content,
 }
 
 impl Segment {
     /// Where a cluster is that it begins with.
     const fn place(&self) -> Place {
-        match (self.layer, self.at) {
-            (Some(layer), Some(at)) => Place::Data { layer, at },
-            (Some(layer), None) => Place::Zero { layer },
+        match (self.layer, self.content) {
+            (Some(layer), Content::At(at)) => Place::Data { layer, at },
+            (Some(layer), Content::Zero) => Place::Zero { layer },
+            (Some(_), Content::Packed) => Place::Mixed,
             (None, _) => Place::Nowhere,
         }
+    }
+
+    /// Whether the tables say that it reads as zeros.
+    pub fn is_zero(&self) -> bool {
+        self.content == Content::Zero
+    }
+
+    /// File offset in the layer; none when it reads as zeros. `Unsupported` when it is compressed.
+    pub fn offset(&self) -> Result<Option<u64>> {
+        match self.content {
+            Content::At(at) => Ok(Some(at)),
+            Content::Zero => Ok(None),
+            Content::Packed => Err(packed()),
+        }
+    }
+}
+
+/// Refuses layers that a descriptor may not stack: all have the same cluster size, and an upper one
+/// is never smaller than a lower one.
+fn refuse_uneven<S: Store>(layers: &[Arc<AnyLayer<S>>]) -> Result<()> {
+    let top = layers.last().map(|top| top.geometry().cluster.bytes());
+    for (i, layer) in layers.iter().enumerate() {
+        let (cluster, of_top) = (layer.geometry().cluster.bytes(), top.unwrap_or_default());
+        if cluster != of_top {
+            return Err(Error::damaged(format!(
+                "layer {i} has clusters of {cluster} bytes, the top of {of_top}"
+            )));
+        }
+    }
+    let smaller = layers
+        .windows(2)
+        .position(|w| w[1].geometry().size < w[0].geometry().size);
+    match smaller {
+        Some(i) => Err(Error::damaged(format!(
+            "layer {} is smaller than the one below it",
+            i + 1
+        ))),
+        None => Ok(()),
     }
 }
 
@@ -235,19 +316,28 @@ pub struct Stack<S> {
     merged: Option<Merged>,
     /// Memory for copies that are under way, in units of [`COPY_UNIT`].
     copies: Semaphore,
+    /// Turns at unpacking compressed clusters.
+    unpacks: Semaphore,
     /// Buffers for copies: a fresh one costs its page faults every time.
     spares: Mutex<Vec<BytesMut>>,
 }
 
 impl<S: Store> Stack<S> {
-    /// Stacks layers, base first, and refuses what does not fit together. Layers may be shared with
+    /// Stacks the layers of a descriptor, or a bare image, base first, and refuses what does not fit
+    /// together: other clusters, a layer that is smaller than one below it. Layers may be shared with
     /// other stacks, the top only with those whose requests are over.
     pub fn new(layers: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>) -> Result<Self> {
         let layers: Vec<Arc<AnyLayer<S>>> = layers.into_iter().map(Into::into).collect();
-        let top = layers
-            .last()
-            .ok_or_else(|| Error::invalid("a stack without layers"))?
-            .geometry();
+        refuse_uneven(&layers)?;
+        Self::of_chain(layers)
+    }
+
+    /// Stacks the images of a backing chain, base first, which may have clusters and sizes of any
+    /// kind. A raw one is the lowest.
+    pub fn of_chain(layers: Vec<Arc<AnyLayer<S>>>) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(Error::invalid("a stack without layers"));
+        }
         if layers.len() > limits::DEPTH_MAX {
             return Err(Error::damaged(format!(
                 "{} layers, more than {}",
@@ -255,27 +345,10 @@ impl<S: Store> Stack<S> {
                 limits::DEPTH_MAX
             )));
         }
-        for (i, layer) in layers.iter().enumerate() {
-            let geometry = layer.geometry();
-            if geometry.cluster != top.cluster {
-                return Err(Error::damaged(format!(
-                    "layer {i} has clusters of {} bytes, the top of {}",
-                    geometry.cluster.bytes(),
-                    top.cluster.bytes()
-                )));
-            }
-            if i > 0 && !layer.allocates() {
-                return Err(Error::damaged(format!(
-                    "layer {i} is raw; only the lowest may be"
-                )));
-            }
-        }
-        let smaller = layers
-            .windows(2)
-            .position(|w| w[1].geometry().size < w[0].geometry().size);
-        if let Some(i) = smaller {
+        let is_raw = |layer: &Arc<AnyLayer<S>>| matches!(&**layer, AnyLayer::Raw(_));
+        if let Some(i) = layers.iter().skip(1).position(is_raw) {
             return Err(Error::damaged(format!(
-                "layer {} is smaller than the one below it",
+                "layer {} is raw; only the lowest may be",
                 i + 1
             )));
         }
@@ -284,13 +357,17 @@ impl<S: Store> Stack<S> {
             .map(|l| l.store().info().align)
             .max()
             .unwrap_or(1);
-        let merged = (layers.len() > 2).then(Merged::default);
+        // The map knows places of whole clusters, and no compressed ones.
+        let is_qcow2 = |layer: &Arc<AnyLayer<S>>| matches!(&**layer, AnyLayer::Qcow2(_));
+        let even = refuse_uneven(&layers).is_ok() && !layers.iter().any(is_qcow2);
+        let merged = (even && layers.len() > 2).then(Merged::default);
         Ok(Self {
             layers,
             align,
             sealed: AtomicBool::new(false),
             merged,
             copies: Semaphore::new((COPIES_BYTES / COPY_UNIT) as usize),
+            unpacks: Semaphore::new(UNPACKED_AT_ONCE),
             spares: Mutex::default(),
         })
     }
@@ -418,6 +495,12 @@ impl<S: Store> Stack<S> {
         self.layers.len()
     }
 
+    /// Bytes of the smallest cluster that a layer has.
+    pub fn finest(&self) -> u64 {
+        let clusters = self.layers.iter().map(|l| l.geometry().cluster.bytes());
+        clusters.min().unwrap_or(limits::CLUSTER_MIN)
+    }
+
     /// Offsets, lengths and buffers of every I/O are multiples of this.
     pub const fn align(&self) -> u64 {
         self.align
@@ -458,13 +541,17 @@ impl<S: Store> Stack<S> {
             None => self.learn(merged, cluster, max).await?,
         };
         let len = len.min(clusters * size.bytes() - within);
-        let (layer, at) = match place {
-            Place::Data { layer, at } => (Some(layer), Some(at + within)),
-            Place::Zero { layer } => (Some(layer), None),
-            Place::Nowhere => (None, None),
+        let (layer, content) = match place {
+            Place::Data { layer, at } => (Some(layer), Content::At(at + within)),
+            Place::Zero { layer } => (Some(layer), Content::Zero),
+            Place::Nowhere => (None, Content::Zero),
             Place::Mixed => return self.ask(guest, len, 0..below).await,
         };
-        Ok(Segment { len, layer, at })
+        Ok(Segment {
+            len,
+            layer,
+            content,
+        })
     }
 
     /// Asks the layers below the top about a cluster and those behind it, at most `max`: where the
@@ -495,33 +582,27 @@ impl<S: Store> Stack<S> {
             };
             let size = self.reach(i, layer.geometry().size);
             if guest >= size {
-                continue;
+                // It ends before, and so does all that is seen through it.
+                break;
             }
             let extent = layer.map(guest, len.min(size - guest)).await?;
             len = extent.len();
-            match extent {
-                Extent::Data { at, .. } => {
-                    return Ok(Segment {
-                        len,
-                        layer: Some(i),
-                        at: Some(at),
-                    });
-                }
-                Extent::Zero { .. } => {
-                    return Ok(Segment {
-                        len,
-                        layer: Some(i),
-                        at: None,
-                    });
-                }
-                Extent::Packed { .. } => return Err(packed()),
-                Extent::Absent { .. } => {}
-            }
+            let content = match extent {
+                Extent::Data { at, .. } => Content::At(at),
+                Extent::Packed { .. } => Content::Packed,
+                Extent::Zero { .. } => Content::Zero,
+                Extent::Absent { .. } => continue,
+            };
+            return Ok(Segment {
+                len,
+                layer: Some(i),
+                content,
+            });
         }
         Ok(Segment {
             len,
             layer: None,
-            at: None,
+            content: Content::Zero,
         })
     }
 
@@ -531,7 +612,7 @@ impl<S: Store> Stack<S> {
         let mut at = from;
         while at < to {
             let segment = self.resolve(at, to - at, depth).await?;
-            if segment.at.is_some() {
+            if !segment.is_zero() {
                 return Ok(false);
             }
             at += segment.len;
@@ -541,29 +622,41 @@ impl<S: Store> Stack<S> {
 
     /// Fills `buf` from guest offset `guest`, as the lowest `depth` layers have it. Aligned.
     pub async fn read(&self, guest: u64, mut buf: BytesMut, depth: usize) -> Result<BytesMut> {
-        let mut parts = Vec::new();
+        let mut whole: Option<BytesMut> = None;
         let mut at = guest;
         while !buf.is_empty() {
-            let segment = self.resolve(at, buf.len() as u64, depth).await?;
-            parts.push(self.read_segment(segment, buf.split_to(segment.len as usize)));
-            at += segment.len;
-        }
-        if parts.len() == 1 {
-            return parts.remove(0).await;
-        }
-        let mut whole: Option<BytesMut> = None;
-        for part in join_all(parts).await {
-            match whole.as_mut() {
-                Some(whole) => whole.unsplit(part?),
-                None => whole = Some(part?),
+            let mut parts = Vec::new();
+            while !buf.is_empty() && parts.len() < PARTS_AT_ONCE {
+                let segment = self.resolve(at, buf.len() as u64, depth).await?;
+                parts.push(self.read_segment(at, segment, buf.split_to(segment.len as usize)));
+                at += segment.len;
+            }
+            if parts.len() == 1 && whole.is_none() && buf.is_empty() {
+                return parts.remove(0).await;
+            }
+            for part in join_all(parts).await {
+                match whole.as_mut() {
+                    Some(whole) => whole.unsplit(part?),
+                    None => whole = Some(part?),
+                }
             }
         }
         Ok(whole.unwrap_or(buf))
     }
 
-    async fn read_segment(&self, segment: Segment, mut buf: BytesMut) -> Result<BytesMut> {
-        match (segment.layer.and_then(|i| self.layers.get(i)), segment.at) {
-            (Some(layer), Some(at)) => layer.store().read_at(at, buf).await,
+    async fn read_segment(
+        &self,
+        guest: u64,
+        segment: Segment,
+        mut buf: BytesMut,
+    ) -> Result<BytesMut> {
+        let layer = segment.layer.and_then(|i| self.layers.get(i));
+        match (layer, segment.content) {
+            (Some(layer), Content::At(at)) => layer.store().read_at(at, buf).await,
+            (Some(layer), Content::Packed) => {
+                let _turn = self.unpacks.acquire().await.expect("it is never closed");
+                layer.unpack(guest, buf).await
+            }
             _ => {
                 buf.fill(0);
                 Ok(buf)

@@ -6,11 +6,12 @@
 use bytes::{Bytes, BytesMut};
 use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
-use ploop::stack::AnyLayer;
+use ploop::stack::{AnyLayer, Stack};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::extension::{Extension, Feature, NECESSARY, TRANSIT};
 use ploop_formats::ploop::header::CLOSED_V21;
 use ploop_formats::ploop::{Header, Ploop, Version};
+use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::store::mem::MemStore;
 use ploop_formats::store::pages::Pages;
@@ -437,4 +438,73 @@ fn only_what_waits_for_a_flush_wakes_who_writes_back() {
     );
     now(disk.zero(0, CLUSTER, Zero::MayFree, false)).unwrap();
     assert!(woken(), "a cluster that was freed");
+}
+
+/// Layers of a backing chain: an empty top with small clusters, a short image with large ones whose
+/// second cluster has data, and a raw file, full of 7, that is the largest and ends within a sector.
+fn chain() -> Vec<AnyLayer<MemStore>> {
+    let large = ClusterSize::new(2 * CLUSTER).unwrap();
+    let middle = MemStore::new(0);
+    let header = Header::new(Version::V2, 8 * CLUSTER, large).unwrap();
+    now(async {
+        let len = header.cluster.start(header.data_start);
+        middle.set_len(len).await.unwrap();
+        let mut page = buf::aligned(4096);
+        page[..64].copy_from_slice(&header.encode());
+        let done = middle.write_at(0, page.freeze(), Reach::Cache);
+        done.await.unwrap();
+    });
+    let layer = now(Ploop::open_write(middle.clone(), Ledger::local())).unwrap();
+    let disk = Disk::new([AnyLayer::Ploop(layer)], false).unwrap();
+    let nine = Bytes::from(vec![9; 2 * CLUSTER as usize]);
+    now(disk.write(2 * CLUSTER, nine, false)).unwrap();
+    now(disk.close()).unwrap();
+    let base = MemStore::from_bytes(&vec![7; (SIZE + 8 * CLUSTER) as usize - 300]);
+    vec![
+        AnyLayer::Raw(Raw::open_backing(base, large)),
+        AnyLayer::Ploop(now(Ploop::open_read(middle)).unwrap()),
+        AnyLayer::Ploop(now(Ploop::open_read(blank(Version::V2))).unwrap()),
+    ]
+}
+
+#[test]
+fn a_backing_chain_ends_where_the_image_ends_that_it_is_seen_through() {
+    assert!(Stack::new(chain()).is_err(), "no descriptor may say so");
+    let layers = chain().into_iter().map(Into::into).collect();
+    let disk = Disk::over(Stack::of_chain(layers).unwrap(), true);
+    let mut expected = vec![0; SIZE as usize];
+    expected[..8 * CLUSTER as usize].fill(7);
+    expected[2 * CLUSTER as usize..4 * CLUSTER as usize].fill(9);
+    assert!(read(&disk, 0, SIZE as usize)[..] == expected);
+    let (at, len) = (4 * CLUSTER - 512, 4 * CLUSTER as usize + 1024);
+    assert!(read(&disk, at, len)[..] == expected[at as usize..][..len]);
+    let extents = now(disk.extents(0, SIZE, 9)).unwrap();
+    let found: Vec<_> = extents.iter().map(|e| (e.len, e.zero, e.depth)).collect();
+    let (data, small) = (2 * CLUSTER, 4 * CLUSTER);
+    let zeros = SIZE - 8 * CLUSTER;
+    assert_eq!(
+        found,
+        [
+            (data, false, 3),
+            (data, false, 2),
+            (small, false, 3),
+            (zeros, true, 0)
+        ]
+    );
+}
+
+#[test]
+fn a_backing_file_that_ends_within_a_sector_is_read_to_its_last_byte() {
+    let base = MemStore::from_bytes(&[7; 1000]);
+    let mut layers = vec![AnyLayer::Raw(Raw::open_backing(
+        base,
+        ClusterSize::new(CLUSTER).unwrap(),
+    ))];
+    layers.push(chain().pop().unwrap());
+    let layers = layers.into_iter().map(Into::into).collect();
+    let disk = Disk::over(Stack::of_chain(layers).unwrap(), true);
+    let found = read(&disk, 0, 4096);
+    assert!(found[..1000].iter().all(|b| *b == 7) && found[1000..].iter().all(|b| *b == 0));
+    let extents = now(disk.extents(0, SIZE, 9)).unwrap();
+    assert_eq!((extents[0].len, extents[0].zero), (1024, false));
 }

@@ -1,4 +1,7 @@
 //! Raw: the identity layer. Guest offset is file offset; only ever the lowest layer.
+//!
+//! A file may end within a sector. As a disk it then ends before that sector; as a backing file, after
+//! it, and what the file lacks reads as zeros.
 
 use crate::layer::{Below, Extent, Geometry, Layer, Never};
 use crate::ledger::Ledger;
@@ -13,6 +16,8 @@ use std::cmp::Ordering;
 pub struct Raw<S> {
     store: S,
     geometry: Geometry,
+    /// What is behind it in a backing file, less than a sector, is not in the file.
+    end: Option<u64>,
     /// Nothing is ever pending here; it remembers a failed flush. None: read-only.
     ledger: Option<Ledger>,
 }
@@ -21,6 +26,20 @@ impl<S: Store> Raw<S> {
     /// A raw image for reading: the whole store but for a partial last sector.
     pub fn open_read(store: S, cluster: ClusterSize) -> Result<Self> {
         Self::open(store, cluster, None)
+    }
+
+    /// A raw image below others of any size, for reading: the whole store, and zeros up to the end of
+    /// its last sector. It may be empty.
+    pub fn open_backing(store: S, cluster: ClusterSize) -> Self {
+        let len = store.info().len.min(limits::SIZE_MAX);
+        // SIZE_MAX is one below a multiple of the sector.
+        let size = len.next_multiple_of(SECTOR);
+        Self {
+            store,
+            geometry: Geometry { size, cluster },
+            end: Some(len),
+            ledger: None,
+        }
     }
 
     /// A raw image for writing. The ledger keeps a failed flush across workers.
@@ -36,6 +55,7 @@ impl<S: Store> Raw<S> {
         Ok(Self {
             store,
             geometry: Geometry { size, cluster },
+            end: None,
             ledger,
         })
     }
@@ -135,7 +155,14 @@ impl<S: Store> Layer for Raw<S> {
     }
 
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
-        Ok(Extent::Data { at: guest, len })
+        let there = self.end.map(|end| end.saturating_sub(guest));
+        Ok(match there {
+            Some(0) => Extent::Zero { len },
+            there => Extent::Data {
+                at: guest,
+                len: len.min(there.unwrap_or(len)),
+            },
+        })
     }
 
     async fn unpack(&self, guest: u64, _buf: BytesMut) -> Result<BytesMut> {

@@ -230,8 +230,8 @@ async fn refuse_different<F: Folder>(
         let len = is_there.len.min(was_there.len);
         // Zeros, or the same place of the same file.
         let lower = |layer: Option<usize>| layer.is_some_and(|layer| layer + 1 < was.depth());
-        let both_zero = is_there.at.is_none() && was_there.at.is_none();
-        let same = is_there.layer == was_there.layer && is_there.at == was_there.at;
+        let both_zero = is_there.is_zero() && was_there.is_zero();
+        let same = is_there.layer == was_there.layer && is_there.content == was_there.content;
         if !(both_zero || same && lower(was_there.layer)) {
             compare(&is, &was, at, len).await?;
         }
@@ -265,7 +265,7 @@ async fn compare<S: Store>(is: &Stack<S>, was: &Stack<S>, at: u64, len: u64) -> 
 fn refuse_other_shape<S: Store>(is: &AnyLayer<S>, was: &AnyLayer<S>) -> Result<()> {
     let version = |layer: &AnyLayer<S>| match layer {
         AnyLayer::Ploop(ploop) => Some(ploop.header().version),
-        AnyLayer::Raw(_) => None,
+        AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => None,
     };
     let (now, before) = (is.geometry(), was.geometry());
     let what = match () {

@@ -15,7 +15,7 @@ use crate::image::members::ASIDE;
 use crate::image::snapshot::copy::{self, Work};
 use crate::image::snapshot::layers;
 use crate::image::target::DESCRIPTOR;
-use crate::stack::{AnyLayer, Stack};
+use crate::stack::{AnyLayer, Stack, only_read};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageRef, ImageType, LayerFormat, NewDisk};
 use ploop_formats::folder::{self, Access, Folder};
 use ploop_formats::guid::Guid;
@@ -105,6 +105,7 @@ impl<S: Store> Source<S> {
         let form = match layer {
             AnyLayer::Ploop(_) => Form::Expanded,
             AnyLayer::Raw(_) => Form::Raw,
+            AnyLayer::Qcow2(_) => return Err(only_read()),
         };
         Self::of(vec![layer], form)
     }

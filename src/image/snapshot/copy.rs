@@ -192,7 +192,7 @@ impl<'a, S: Store> Source<'a, S> {
             Self::Stack(stack) => {
                 let segment = stack.resolve(at, len, stack.depth()).await?;
                 let layer = segment.layer.and_then(|layer| stack.layers().get(layer));
-                match (layer, segment.at) {
+                match (layer, segment.offset()?) {
                     (Some(layer), Some(at)) => data(layer.store(), at, segment.len).await,
                     _ => Ok(Part::nothing(segment.len)),
                 }

@@ -55,7 +55,7 @@ impl<S: Store> Point<S> {
         let depth = self.stack.depth();
         let segment = self.stack.resolve(start, len.min(left), depth).await?;
         let file = segment.layer.and_then(|layer| self.files.get(layer));
-        let place = file.zip(segment.at);
+        let place = file.zip(segment.offset()?);
         Ok((place.map(|(file, at)| (file.as_os_str(), at)), segment.len))
     }
 }

@@ -19,7 +19,7 @@ use super::copy::{self, Window, Work};
 use super::merge::Readers;
 use super::{layers, merge};
 use crate::image::change::Change;
-use crate::stack::AnyLayer;
+use crate::stack::{AnyLayer, only_read};
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::folder::{Access, Folder};
 use ploop_formats::guid::Guid;
@@ -85,7 +85,7 @@ fn data_bytes<S: Store>(layer: &AnyLayer<S>) -> u64 {
             let header = ploop.header();
             len.saturating_sub(header.cluster.start(header.data_start))
         }
-        AnyLayer::Raw(_) => len,
+        AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => len,
     }
 }
 
@@ -101,6 +101,7 @@ pub async fn open_target<S: Store>(
         AnyLayer::Raw(raw) => {
             AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
         }
+        AnyLayer::Qcow2(_) => return Err(only_read()),
     })
 }
 
@@ -131,6 +132,6 @@ async fn copy_over<S: Store>(
     target.sync().await?;
     match target {
         AnyLayer::Ploop(ploop) => ploop.become_top().await,
-        AnyLayer::Raw(_) => Ok(()),
+        AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => Ok(()),
     }
 }

@@ -98,6 +98,7 @@ pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -
         match &layer {
             AnyLayer::Ploop(ploop) => shape.version = ploop.header().version,
             AnyLayer::Raw(_) => refuse_ragged(&image, geometry.size, disk)?,
+            AnyLayer::Qcow2(_) => return Err(unserved()),
         }
         if shot != disk.top() {
             refuse_unclosed(&layer, &image)?;

@@ -193,7 +193,7 @@ fn refuse_size<S: Store>(lower: &AnyLayer<S>, upper: &AnyLayer<S>, readers: Read
         AnyLayer::Ploop(ploop) => {
             ploop.header().grown(is.size)?.data_start != ploop.header().data_start
         }
-        AnyLayer::Raw(_) => false,
+        AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => false,
     };
     match readers {
         Readers::Disk if moves => Err(Error::unsupported(format!(

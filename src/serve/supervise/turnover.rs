@@ -32,7 +32,7 @@ use crate::io::file::{Cache, FileStore};
 use crate::io::lock;
 use crate::io::memfd::SharedWords;
 use crate::io::room::{KeepFree, Limit};
-use crate::stack::{AnyLayer, NewSize, Stack};
+use crate::stack::{AnyLayer, NewSize, Stack, only_read};
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
@@ -394,6 +394,7 @@ async fn open_lower(store: FileStore, was: &AnyLayer<FileStore>) -> Result<AnyLa
     Ok(match was {
         AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_read(store).await?),
         AnyLayer::Raw(raw) => AnyLayer::Raw(Raw::open_read(store, raw.geometry().cluster)?),
+        AnyLayer::Qcow2(_) => return Err(only_read()),
     })
 }
 
