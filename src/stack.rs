@@ -50,7 +50,7 @@ pub enum AnyLayer<S> {
 }
 
 /// Why nothing is written to a qcow2 image.
-pub(crate) fn only_read() -> Error {
+pub fn only_read() -> Error {
     Error::unsupported("qcow2 images are only read so far: use it read-only (--read-only)")
 }
 

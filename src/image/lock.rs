@@ -5,9 +5,10 @@
 //! do no I/O. A base is never locked exclusively: other disks may stand on it.
 
 use super::chain::Chain;
-use super::target::Source;
+use super::target::{Format, Source};
 use crate::io::beneath::{self, Access as Open};
 use crate::io::lock::{self, DISK_LOCK, Held, Hold};
+use crate::stack::only_read;
 use ploop_formats::{Error, Kind, Result};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -44,6 +45,13 @@ impl DiskLocks {
     }
 
     fn to_write(dir: impl AsFd, source: &Source) -> Result<Self> {
+        if let Source::Bare {
+            format: Format::Qcow2,
+            ..
+        } = source
+        {
+            return Err(only_read());
+        }
         let chain = Chain::read(&dir, source)?;
         let base = beneath::open_file(&dir, Path::new(&chain.base().name), Open::Read)?;
         let (disk, base) = match source {

@@ -6,13 +6,14 @@
 //! taken by every writer, because who came before us may have died a second ago. A layer that the
 //! top may just have been merged into is waited for in the same way.
 
+use super::backing;
 use super::chain::{Chain, LayerFile};
 use super::target::Format;
 use crate::disk::Disk;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
 use crate::io::lock;
-use crate::stack::AnyLayer;
+use crate::stack::{AnyLayer, only_read};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
 use ploop_formats::ploop::header::IN_USE;
@@ -98,14 +99,20 @@ pub async fn open_write(
     layers.push(match chain.top().format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_write(top, ledger).await.map_err(place)?),
         Format::Raw => AnyLayer::Raw(Raw::open_write(top, chain.cluster, ledger).map_err(place)?),
+        Format::Qcow2 => return Err(place(only_read())),
     });
     Disk::new(layers, false)
 }
 
 /// Opens a disk for reading; nothing is written, not even a mark.
 pub async fn open_read(dir: impl AsFd, chain: &Chain, cache: Cache) -> Result<Disk<FileStore>> {
+    let top = chain.top();
+    if top.format == Format::Qcow2 {
+        let stack = backing::open_read(dir.as_fd(), Path::new(&top.name), cache).await?;
+        return Ok(Disk::over(stack, true));
+    }
     let mut layers = lower(&dir, chain).await?;
-    layers.push(read_layer(&dir, chain.top(), chain, cache).await?);
+    layers.push(read_layer(&dir, top, chain, cache).await?);
     Disk::new(layers, true)
 }
 
@@ -130,6 +137,7 @@ async fn read_layer(
     Ok(match file.format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await.map_err(place)?),
         Format::Raw => AnyLayer::Raw(Raw::open_read(store, chain.cluster).map_err(place)?),
+        Format::Qcow2 => return Err(place(only_read())),
     })
 }
 

@@ -21,4 +21,4 @@ pub mod table;
 
 pub use header::Header;
 pub use image::Qcow2;
-pub use open::read_header;
+pub use open::{list_bitmaps, list_snapshots, read_header};
