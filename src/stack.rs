@@ -46,7 +46,7 @@ pub enum AnyLayer<S> {
     /// A flat file, lowest only.
     Raw(Raw<S>),
     /// A qcow2 image, which is only read.
-    Qcow2(Qcow2<S>),
+    Qcow2(Box<Qcow2<S>>),
 }
 
 /// Why nothing is written to a qcow2 image.

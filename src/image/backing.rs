@@ -55,7 +55,7 @@ pub async fn open_read(dir: BorrowedFd<'_>, top: &Path, cache: Cache) -> Result<
                 let header = read_header(&store).await.map_err(place)?;
                 next = backing_of(&name, &header).map_err(place)?;
                 let opened = files.qcow2(&name, store, &header, cache, hold).await;
-                AnyLayer::Qcow2(opened.map_err(place)?)
+                AnyLayer::Qcow2(Box::new(opened.map_err(place)?))
             }
         }));
         cache = Cache::Writeback;
