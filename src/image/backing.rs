@@ -167,8 +167,8 @@ impl Files<'_> {
         Qcow2::open_read(store, data).await
     }
 
-    /// The file past the page cache, where that is wanted and the blocks of the storage divide its
-    /// length and what is read of it at once.
+    /// The file past the page cache, where that is wanted and possible, and the blocks of the storage
+    /// are no larger than what is read of it at once.
     fn in_mode(
         &self,
         name: &Path,
@@ -181,8 +181,7 @@ impl Files<'_> {
             return Ok(cached);
         }
         let direct = FileStore::new(self.open_again(name, hold)?, name, cache)?;
-        let info = direct.info();
-        match info.align <= piece && info.len.is_multiple_of(info.align) {
+        match direct.info().align <= piece {
             true => Ok(direct),
             false => Ok(cached),
         }
