@@ -122,7 +122,7 @@ const USAGE: &[Case] = &[
         2,
         &["x.raw", "--format ploop, raw or qcow2"],
     ),
-    ("map x.raw --format qcow2", 2, &["ploop, raw"]),
+    ("map x.raw --format vmdk", 2, &["ploop, raw"]),
     ("check x.raw", 2, &["--format ploop, raw or qcow2"]),
     ("delete x.raw", 2, &["--format ploop, raw or qcow2"]),
     (
