@@ -46,7 +46,7 @@ pub enum AnyLayer<S> {
     /// A flat file, lowest only.
     Raw(Raw<S>),
     /// A qcow2 image.
-    Qcow2(Qcow2<S>),
+    Qcow2(Box<Qcow2<S>>),
 }
 
 /// A cluster that a layer of any format handed out.
@@ -75,7 +75,7 @@ impl Reservation for AnyReserved {
 }
 
 /// Why something is not done with a qcow2 image.
-pub(crate) fn only_ploop() -> Error {
+pub fn only_ploop() -> Error {
     Error::unsupported("this is not done with a qcow2 image")
 }
 
@@ -134,7 +134,11 @@ impl<S: Store> AnyLayer<S> {
 
     /// Whether a failed flush forbids further success until the disk is closed and checked.
     pub fn is_poisoned(&self) -> bool {
-        each!(self, layer => layer.is_poisoned())
+        match self {
+            AnyLayer::Ploop(layer) => layer.is_poisoned(),
+            AnyLayer::Raw(layer) => layer.is_poisoned(),
+            AnyLayer::Qcow2(_) => false,
+        }
     }
 
     /// Opens its file anew for writing, as what it is.
@@ -144,7 +148,9 @@ impl<S: Store> AnyLayer<S> {
             AnyLayer::Raw(raw) => {
                 AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
             }
-            AnyLayer::Qcow2(_) => AnyLayer::Qcow2(Qcow2::open_write(store, ledger).await?),
+            AnyLayer::Qcow2(_) => {
+                AnyLayer::Qcow2(Box::new(Qcow2::open_write(store, ledger).await?))
+            }
         })
     }
 

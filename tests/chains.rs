@@ -64,7 +64,7 @@ fn snapshot(pages: &Pages) -> Option<Vec<u8>> {
     let list = now(image.snapshots()).unwrap();
     let image = image.at_snapshot(list.first()?).unwrap();
     let len = image.geometry().size as usize;
-    let stack = Stack::of_chain(vec![Arc::new(AnyLayer::Qcow2(image))]).unwrap();
+    let stack = Stack::of_chain(vec![Arc::new(AnyLayer::Qcow2(Box::new(image)))]).unwrap();
     Some(
         now(stack.read(0, BytesMut::zeroed(len), 1))
             .unwrap()

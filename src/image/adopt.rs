@@ -8,7 +8,7 @@ use super::init::{IMAGE, make_dir, sync_dir, write_descriptor};
 use super::lock::{Access, DiskLocks};
 use super::members::ASIDE;
 use super::target::{DESCRIPTOR, Format, Target};
-use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
+use ploop_formats::descriptor::{Chs, Descriptor, NewDisk};
 use ploop_formats::ploop::header::chs;
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Kind, Result};
@@ -49,6 +49,7 @@ impl Candidate {
             let what = "a directory; what is adopted is one image file";
             return Err(Error::new(Kind::Usage, what).at(file.display()));
         }
+        format.image_type().map_err(|e| e.at(file.display()))?;
         let target = Target::resolve(file, Some(format))?;
         let seen = fs::metadata(target.path()).map_err(at)?;
         if seen.nlink() > 1 {
@@ -103,10 +104,7 @@ impl Candidate {
         Descriptor::new_disk(&NewDisk {
             sectors,
             cluster: shape.cluster,
-            kind: match self.format {
-                Format::Ploop => ImageType::Compressed,
-                Format::Raw => ImageType::Plain,
-            },
+            kind: self.format.image_type()?,
             file: IMAGE,
             preallocated: false,
             chs: Chs {

@@ -9,12 +9,41 @@ use super::open::{PATIENCE, Top};
 use super::target::Format;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
-use ploop_formats::ploop::check::{Repair, Report, check_watched, repair_watched};
+use crate::stack::only_ploop;
+use ploop_formats::ploop::check::{Repair, check_watched, repair_watched};
 use ploop_formats::progress::Watch;
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
+use ploop_formats::{ploop, qcow2};
 use std::os::fd::AsFd;
 use std::path::Path;
+
+/// What the check of a layer found, as its format has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Report {
+    /// Of a ploop image; of a raw one, in which nothing can be wrong.
+    Ploop(ploop::check::Report),
+    /// Of a qcow2 image, its other files left out.
+    Qcow2(qcow2::check::Report),
+}
+
+impl Report {
+    /// Whether nothing is broken and nothing is lost; notices do not count.
+    pub const fn is_clean(&self) -> bool {
+        match self {
+            Self::Ploop(report) => report.is_clean(),
+            Self::Qcow2(report) => report.is_clean(),
+        }
+    }
+
+    /// An exit code: 0 clean, 3 leaks only, 6 damaged.
+    pub const fn exit_code(&self) -> u8 {
+        match self {
+            Self::Ploop(report) => report.exit_code(),
+            Self::Qcow2(report) => report.exit_code(),
+        }
+    }
+}
 
 /// Checks each layer, in the order of [`Chain::tree`]; a raw one has nothing that could be wrong.
 pub async fn layers(dir: impl AsFd, chain: &Chain, watch: &mut dyn Watch) -> Result<Vec<Report>> {
@@ -40,15 +69,19 @@ async fn one(
 ) -> Result<Report> {
     let path = Path::new(&layer.name);
     let fd = beneath::open_file(dir, path, Access::Read)?;
+    if layer.format == Format::Raw {
+        return Ok(Report::Ploop(ploop::check::Report::default()));
+    }
+    let store = FileStore::new(fd, path, Cache::Writeback)?;
+    if anew {
+        store.forget_cache()?;
+    }
     match layer.format {
-        Format::Raw => Ok(Report::default()),
-        Format::Ploop => {
-            let store = FileStore::new(fd, path, Cache::Writeback)?;
-            if anew {
-                store.forget_cache()?;
-            }
-            check_watched(&store, watch).await
+        Format::Qcow2 => {
+            let found = qcow2::check::check_watched(&store, watch).await;
+            found.map(Report::Qcow2)
         }
+        Format::Ploop | Format::Raw => check_watched(&store, watch).await.map(Report::Ploop),
     }
 }
 
@@ -67,10 +100,12 @@ pub async fn mend(
         if report.is_clean() {
             continue;
         }
+        if let Report::Qcow2(_) = report {
+            return Err(only_ploop().at(layer.display()));
+        }
         watch.enter(&layer.display().to_string());
-        *report = mend_one(&dir, layer, allowed, watch)
-            .await
-            .map_err(|e| e.at(layer.display()))?;
+        let mended = mend_one(&dir, layer, allowed, watch).await;
+        *report = Report::Ploop(mended.map_err(|e| e.at(layer.display()))?);
     }
     Ok(reports)
 }
@@ -80,7 +115,7 @@ async fn mend_one(
     layer: &LayerFile,
     allowed: &Repair,
     watch: &mut dyn Watch,
-) -> Result<Report> {
+) -> Result<ploop::check::Report> {
     let file = Top::fenced(dir, layer, PATIENCE)?;
     let links = file.links()?;
     if links > 1 {

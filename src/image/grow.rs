@@ -13,7 +13,7 @@ use super::change::{self, Change, Uncommitted};
 use super::open;
 use super::snapshot::layers;
 use super::target::Format;
-use crate::stack::{AnyLayer, NewSize, Stack};
+use crate::stack::{AnyLayer, NewSize, Stack, only_ploop};
 use ploop_formats::descriptor::{Chs, Descriptor};
 use ploop_formats::folder::Folder;
 use ploop_formats::layer::Layer;
@@ -85,6 +85,7 @@ pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes
         Ok(match top.format {
             Format::Ploop => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
             Format::Raw => AnyLayer::Raw(Raw::open_write(store, chain.cluster, ledger)?),
+            Format::Qcow2 => return Err(only_ploop()),
         })
     };
     let grown = grow_file(open, wanted).await;

@@ -1,7 +1,8 @@
 //! Image directories: what DISK means, which files make it up, and opening them as one device.
 //!
 //! [`target`] turns what a user typed into a disk, [`chain`] says which file is which layer,
-//! [`lock`] keeps other programs out, [`open`] builds the device, [`init`] makes a new disk,
+//! [`lock`] keeps other programs out, [`open`] builds the device, [`backing`] finds what a qcow2 image
+//! stands on, [`init`] makes a new disk,
 //! [`adopt`] one of an image, [`change`] leads from one descriptor to the next and [`snapshot`] says
 //! to which, [`convert`] leads from one form to another, [`replace`] gives a frozen delta another
 //! file, [`restore`] makes a lost descriptor anew, [`clone`] shares frozen files, [`grow`] makes it
@@ -11,6 +12,7 @@
 //! serves the disk or who asked for it.
 
 pub mod adopt;
+pub mod backing;
 pub mod chain;
 pub mod change;
 pub mod check;

@@ -6,18 +6,19 @@
 //! taken by every writer, because who came before us may have died a second ago. A layer that the
 //! top may just have been merged into is waited for in the same way.
 
+use super::backing;
 use super::chain::{Chain, LayerFile};
 use super::target::Format;
 use crate::disk::Disk;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
 use crate::io::lock;
-use crate::stack::AnyLayer;
+use crate::stack::{AnyLayer, only_ploop};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::Ploop;
 use ploop_formats::ploop::header::IN_USE;
 use ploop_formats::raw::Raw;
-use ploop_formats::{Error, Kind, Result};
+use ploop_formats::{Error, Kind, Result, limits, qcow2};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -53,7 +54,19 @@ impl Top {
 
     /// Its store; the fence lasts as long as that.
     pub fn store(self, layer: &LayerFile, cache: Cache) -> Result<FileStore> {
+        let cache = match layer.format {
+            Format::Qcow2 if self.has_small_pieces()? => Cache::Writeback,
+            _ => cache,
+        };
         FileStore::new(self.fd, Path::new(&layer.name), cache)
+    }
+
+    /// Whether it is a qcow2 image with clusters or subclusters that direct I/O may be too coarse for.
+    fn has_small_pieces(&self) -> Result<bool> {
+        let mut head = [0; qcow2::header::FIXED];
+        let read = rustix::io::pread(&self.fd, &mut head, 0).map_err(io::Error::from)?;
+        let head = head.get(..read).unwrap_or_default();
+        Ok(qcow2::header::peek_piece(head).is_ok_and(|piece| piece < limits::PAGE))
     }
 
     /// Links to the file: above one means that several disks share it.
@@ -89,6 +102,11 @@ pub async fn open_write(
     ledger: Ledger,
     patience: Duration,
 ) -> Result<Disk<FileStore>> {
+    if chain.top().format == Format::Qcow2 {
+        let name = Path::new(&chain.top().name);
+        let stack = backing::open_write(dir.as_fd(), name, top, ledger).await?;
+        return Ok(Disk::over(stack, false));
+    }
     await_target(&dir, chain, patience)?;
     let mut layers = lower(&dir, chain).await?;
     for (layer, file) in layers.iter().zip(&chain.layers) {
@@ -98,14 +116,20 @@ pub async fn open_write(
     layers.push(match chain.top().format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_write(top, ledger).await.map_err(place)?),
         Format::Raw => AnyLayer::Raw(Raw::open_write(top, chain.cluster, ledger).map_err(place)?),
+        Format::Qcow2 => return Err(place(only_ploop())),
     });
     Disk::new(layers, false)
 }
 
 /// Opens a disk for reading; nothing is written, not even a mark.
 pub async fn open_read(dir: impl AsFd, chain: &Chain, cache: Cache) -> Result<Disk<FileStore>> {
+    let top = chain.top();
+    if top.format == Format::Qcow2 {
+        let stack = backing::open_read(dir.as_fd(), Path::new(&top.name), cache).await?;
+        return Ok(Disk::over(stack, true));
+    }
     let mut layers = lower(&dir, chain).await?;
-    layers.push(read_layer(&dir, chain.top(), chain, cache).await?);
+    layers.push(read_layer(&dir, top, chain, cache).await?);
     Disk::new(layers, true)
 }
 
@@ -130,6 +154,7 @@ async fn read_layer(
     Ok(match file.format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await.map_err(place)?),
         Format::Raw => AnyLayer::Raw(Raw::open_read(store, chain.cluster).map_err(place)?),
+        Format::Qcow2 => return Err(place(only_ploop())),
     })
 }
 

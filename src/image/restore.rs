@@ -13,7 +13,8 @@ use super::members::{ASIDE, DELETED, RESTORED};
 use super::snapshot::layers;
 use super::target::{DESCRIPTOR, Format};
 use crate::policy;
-use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
+use crate::stack::only_ploop;
+use ploop_formats::descriptor::{Chs, Descriptor, NewDisk};
 use ploop_formats::folder::{self, Access, Folder};
 use ploop_formats::guid::Guid;
 use ploop_formats::ploop::Ploop;
@@ -53,6 +54,7 @@ pub async fn describe<F: Folder>(
         Format::Raw => raw(folder, first, headers.first())
             .await
             .map_err(|e| e.at(first))?,
+        Format::Qcow2 => return Err(only_ploop().at(first)),
     };
     let (mut below, mut lower, whole) = (below, first, below);
     for (file, header) in uppers.iter().zip(headers) {
@@ -67,10 +69,7 @@ pub async fn describe<F: Folder>(
     let mut disk = Descriptor::new_disk(&NewDisk {
         sectors: below.sectors,
         cluster: below.cluster,
-        kind: match base {
-            Format::Ploop => ImageType::Compressed,
-            Format::Raw => ImageType::Plain,
-        },
+        kind: base.image_type()?,
         file: first,
         preallocated,
         chs: Chs {

@@ -1,7 +1,9 @@
 //! Survey: what a disk's files say about themselves, without opening it as a disk.
 //!
 //! Reads headers and lengths only, takes no lock and changes nothing, so that it also works on an
-//! attached disk and on one that does not open.
+//! attached disk and on one that does not open. No file is opened that an image names.
+
+pub mod qcow2;
 
 use super::chain::{Chain, LayerFile};
 use super::target::Format;
@@ -35,9 +37,9 @@ pub struct LayerInfo {
     pub size: u64,
     /// Cluster in bytes, and format version; a raw image has neither.
     pub cluster: Option<u64>,
-    /// 1 or 2.
+    /// 1 or 2, of qcow2 2 or 3.
     pub version: Option<u32>,
-    /// How it was left; a raw image does not know.
+    /// How it was left; a raw image does not know, and a qcow2 one only that it was not closed.
     pub closed: Option<Closed>,
     /// Links to the file: above one means that several disks share it.
     pub links: u64,
@@ -69,19 +71,26 @@ fn layer(dir: impl AsFd, layer: &LayerFile) -> Result<LayerInfo> {
         closed: None,
         links: meta.nlink(),
     };
-    if layer.format == Format::Ploop {
-        let mut head = [0u8; 64];
-        let read = file.read_at(&mut head, 0).map_err(Error::from)?;
-        let header = Header::parse(head.get(..read).unwrap_or_default())?;
-        info.size = header.geometry().size;
-        info.cluster = Some(header.cluster.bytes());
-        info.version = Some(if header.version == Version::V1 { 1 } else { 2 });
-        info.closed = Some(match header.in_use {
-            0 | CLOSED_V21 => Closed::Clean,
-            IN_USE => Closed::InUse,
-            // No ploop writes anything else; no reader may trust it as clean.
-            _ => Closed::InUse,
-        });
+    match layer.format {
+        Format::Ploop => look_at_ploop(&file, &mut info)?,
+        Format::Qcow2 => qcow2::look(&file, &mut info)?,
+        Format::Raw => {}
     }
     Ok(info)
+}
+
+fn look_at_ploop(file: &File, info: &mut LayerInfo) -> Result<()> {
+    let mut head = [0u8; 64];
+    let read = file.read_at(&mut head, 0).map_err(Error::from)?;
+    let header = Header::parse(head.get(..read).unwrap_or_default())?;
+    info.size = header.geometry().size;
+    info.cluster = Some(header.cluster.bytes());
+    info.version = Some(if header.version == Version::V1 { 1 } else { 2 });
+    info.closed = Some(match header.in_use {
+        0 | CLOSED_V21 => Closed::Clean,
+        IN_USE => Closed::InUse,
+        // No ploop writes anything else; no reader may trust it as clean.
+        _ => Closed::InUse,
+    });
+    Ok(())
 }

@@ -6,6 +6,8 @@
 use super::chain::Chain;
 use super::members::{ASIDE, DELETED};
 use crate::io::beneath;
+use crate::stack::only_ploop;
+use ploop_formats::descriptor::ImageType;
 use ploop_formats::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -25,6 +27,28 @@ pub enum Format {
     Ploop,
     /// A flat file.
     Raw,
+    /// One qcow2 image, with those that it names.
+    Qcow2,
+}
+
+impl Format {
+    /// What `--format` takes.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ploop => "ploop",
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    /// What a descriptor calls an image of it. `Unsupported` for one that no disk consists of.
+    pub fn image_type(self) -> Result<ImageType> {
+        match self {
+            Self::Ploop => Ok(ImageType::Compressed),
+            Self::Raw => Ok(ImageType::Plain),
+            Self::Qcow2 => Err(only_ploop()),
+        }
+    }
 }
 
 /// One disk, as files.
@@ -140,7 +164,7 @@ impl Target {
             )));
         }
         let format = format.ok_or_else(|| {
-            let what = "a bare image file needs --format ploop or --format raw; formats are never \
+            let what = "a bare image file needs --format ploop, raw or qcow2; formats are never \
                         guessed";
             Error::new(Kind::Usage, what).at(file.display())
         })?;

@@ -103,10 +103,10 @@ impl Subject for Chains {
             layers.push(Arc::new(if chain.raw_base && n == 0 {
                 AnyLayer::Raw(Raw::open_read(store, top.geometry().cluster)?)
             } else {
-                AnyLayer::Qcow2(Qcow2::open_read(store, None).await?)
+                AnyLayer::Qcow2(Box::new(Qcow2::open_read(store, None).await?))
             }));
         }
-        layers.push(Arc::new(AnyLayer::Qcow2(top)));
+        layers.push(Arc::new(AnyLayer::Qcow2(Box::new(top))));
         Ok(Disk::over(Stack::of_chain(layers)?, false))
     }
 

@@ -12,7 +12,7 @@ use ploop::io::exec::{self, Engine};
 use ploop::io::file::{Cache, FileStore};
 use ploop::{Error, Kind, Result};
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::check::Repair;
+use ploop_formats::ploop::check::{Repair, Report};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -238,10 +238,19 @@ fn places(disk: &Disk<FileStore>) -> Vec<u64> {
     ends.filter(|at| *at < size).collect()
 }
 
-fn checked(dir: &Path, case: &Case) -> Result<Vec<ploop_formats::ploop::check::Report>> {
+fn checked(dir: &Path, case: &Case) -> Result<Vec<Report>> {
     let (source, dir) = source(dir, case)?;
     let chain = ploop::image::chain::Chain::read(&dir, &source)?;
-    now(check::layers(&dir, &chain, &mut ()))
+    now(check::layers(&dir, &chain, &mut ())).map(of_ploop)
+}
+
+/// Reports of disks that have no other layers.
+fn of_ploop(reports: Vec<check::Report>) -> Vec<Report> {
+    let one = |report| match report {
+        check::Report::Ploop(report) => report,
+        check::Report::Qcow2(report) => panic!("a qcow2 layer: {report:?}"),
+    };
+    reports.into_iter().map(one).collect()
 }
 
 enum Failure {
@@ -342,7 +351,7 @@ fn mend(
             give_up: true,
             ..Repair::default()
         };
-        now(check::mend(&dir, &chain, &all, &mut ()))
+        now(check::mend(&dir, &chain, &all, &mut ())).map(of_ploop)
     };
     let done = meter.watch(mend);
     clear(&done)?;

@@ -19,6 +19,7 @@ mod meter;
 mod nbd;
 #[path = "ploop/mod.rs"]
 mod persona;
+mod portrait;
 mod rate;
 mod report;
 mod screen;

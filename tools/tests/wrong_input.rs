@@ -110,21 +110,17 @@ const USAGE: &[Case] = &[
     (
         "serve x.raw --nbd -",
         2,
-        &["x.raw", "--format ploop or --format raw"],
+        &["x.raw", "--format ploop, raw or qcow2"],
     ),
     (
         "serve good --nbd - --format raw",
         2,
         &["leave --format out"],
     ),
-    (
-        "info x.raw",
-        2,
-        &["x.raw", "--format ploop or --format raw"],
-    ),
-    ("map x.raw --format qcow2", 2, &["ploop, raw"]),
-    ("check x.raw", 2, &["--format ploop or --format raw"]),
-    ("delete x.raw", 2, &["--format ploop or --format raw"]),
+    ("info x.raw", 2, &["x.raw", "--format ploop, raw or qcow2"]),
+    ("map x.raw --format vmdk", 2, &["ploop, raw"]),
+    ("check x.raw", 2, &["--format ploop, raw or qcow2"]),
+    ("delete x.raw", 2, &["--format ploop, raw or qcow2"]),
     (
         "list --orphans x.raw",
         2,
@@ -337,7 +333,7 @@ fn who_mounts_what_cannot_be_mounted_is_told_why() {
         ("mount nothing", 11, &["nothing: No such file"]),
         ("mount empty", 11, &["so this is not a disk"]),
         ("mount good --mount-options ro", 2, &["MOUNTPOINT"]),
-        ("mount x.raw", 2, &["--format ploop or --format raw"]),
+        ("mount x.raw", 2, &["--format ploop, raw or qcow2"]),
         ("mount good --format ploop", 2, &["leave --format out"]),
         (
             "mount good /no/such",

@@ -209,6 +209,17 @@ pub fn peek(bytes: &[u8]) -> Result<(Version, ClusterSize)> {
     Ok((version, cluster))
 }
 
+/// Bytes of a header that [`peek_piece`] looks at.
+pub const FIXED: usize = V3_LEN;
+
+/// Bytes that are the same for sure in an image whose header begins with `bytes`: a cluster, or a
+/// subcluster.
+pub fn peek_piece(bytes: &[u8]) -> Result<u64> {
+    let (version, cluster) = peek(bytes)?;
+    let features = parse_features(bytes, version);
+    Ok(layout(version, cluster, features)?.piece())
+}
+
 impl Header {
     /// Parses the first cluster of a file, or all of a file that is shorter.
     pub fn parse(bytes: &[u8]) -> Result<Self> {

@@ -33,5 +33,5 @@ mod writer;
 
 pub use header::Header;
 pub use image::Qcow2;
-pub use open::read_header;
+pub use open::{list_bitmaps, list_snapshots, read_header};
 pub use writer::Reserved;

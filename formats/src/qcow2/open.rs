@@ -92,10 +92,7 @@ impl<S: Store> Qcow2<S> {
 }
 
 /// The snapshots, in the order of their table, and the file offset where it ends.
-pub(super) async fn list_snapshots<S: Store>(
-    store: &S,
-    header: &Header,
-) -> Result<(Vec<Snapshot>, u64)> {
+pub async fn list_snapshots<S: Store>(store: &S, header: &Header) -> Result<(Vec<Snapshot>, u64)> {
     let table = header.snapshots;
     let mut all = Vec::new();
     let mut at = table.at;
@@ -137,7 +134,7 @@ pub(super) fn snapshot_l1<S: Store>(
 }
 
 /// The bitmaps, in the order of their directory; none when they do not say the truth.
-pub(super) async fn list_bitmaps<S: Store>(store: &S, header: &Header) -> Result<Vec<Bitmap>> {
+pub async fn list_bitmaps<S: Store>(store: &S, header: &Header) -> Result<Vec<Bitmap>> {
     let Some(directory) = header.bitmaps() else {
         return Ok(Vec::new());
     };

@@ -6,9 +6,11 @@ use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
 use crate::{attach, size};
-use ploop::formats::ploop::check::{Finding, Grade, Repair, Report};
+use ploop::formats::ploop::check::{Grade, Repair};
+use ploop::formats::severity::Severity;
+use ploop::formats::{ploop as own, qcow2};
 use ploop::image::chain::{Chain, LayerFile};
-use ploop::image::check;
+use ploop::image::check::{self, Report};
 use ploop::image::convert::version;
 use ploop::image::lock::{Access, DiskLocks};
 use ploop::image::target::{Format, Target};
@@ -86,16 +88,15 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let reports = reports.map_err(|e| ended(e, args.repair).at(place))?;
     let code = reports.iter().map(Report::exit_code).max().unwrap_or(0);
     let files = chain.tree()?;
-    let both = || files.iter().zip(&reports);
+    let found: Vec<Found> = reports.iter().map(Found::of).collect();
+    let both = || files.iter().zip(&found);
     let mut text: String = both()
-        .map(|(layer, report)| report_text(&layer.display().to_string(), report))
+        .map(|(layer, found)| found.text(&layer.display().to_string()))
         .collect();
-    if args.repair && !args.force && reports.iter().any(loses) {
+    if args.repair && !args.force && found.iter().any(Found::loses) {
         text += "not touched is what has lost data: --repair --force clears the entries of that\n";
     }
-    let layers: Vec<Value> = both()
-        .map(|(layer, report)| report_json(layer, report))
-        .collect();
+    let layers: Vec<Value> = both().map(|(layer, found)| found.json(layer)).collect();
     let json = json!({
         "path": target.path().display().to_string(),
         "clean": code == 0,
@@ -135,57 +136,131 @@ fn ended(e: Error, repair: bool) -> Error {
     }
 }
 
-fn report_text(file: &str, report: &Report) -> String {
-    let line = |verb: &str, f: &Finding| format!("{file}: {verb}{}\n", f.text);
-    let mut text = String::new();
-    for done in &report.repaired {
-        text += &line("repaired: ", done);
-    }
-    for found in &report.findings {
-        text += &line("", found);
-    }
-    if report.omitted > 0 {
-        text += &format!("{file}: and {} more\n", report.omitted);
-    }
-    let verdict = match (report.errors, report.leaks) {
-        (0, 0) => "sound".to_string(),
-        (0, leaks) => format!("{leaks} leaks, {} lost", size::show(report.leaked_bytes)),
-        (errors, _) => format!("{errors} errors"),
-    };
-    text + &format!(
-        "{file}: {verdict}, {} clusters in use\n",
-        report.used_clusters
-    )
+/// What a check says of one file, whatever its format.
+struct Found {
+    errors: u64,
+    leaks: u64,
+    notices: u64,
+    leaked_bytes: u64,
+    used_clusters: u64,
+    omitted: u64,
+    findings: Vec<Finding>,
+    repaired: Vec<Finding>,
 }
 
-/// Whether something is found that takes --force.
-fn loses(report: &Report) -> bool {
-    let mut findings = report.findings.iter();
-    findings.any(|finding| finding.kind.grade() == Grade::Loss)
+/// One finding.
+struct Finding {
+    kind: &'static str,
+    grade: Grade,
+    severity: Severity,
+    entry: Option<u64>,
+    offset: u64,
+    text: String,
 }
 
-fn finding_json(finding: &Finding) -> Value {
-    json!({
-        "kind": finding.kind.as_str(),
-        "repair": finding.kind.grade().as_str(),
-        "severity": format!("{:?}", finding.severity).to_lowercase(),
-        "entry": finding.entry,
-        "offset": finding.offset,
-        "message": finding.text,
-    })
+impl Finding {
+    fn of_ploop(found: &own::check::Finding) -> Self {
+        Self {
+            kind: found.kind.as_str(),
+            grade: found.kind.grade(),
+            severity: found.severity,
+            entry: found.entry,
+            offset: found.offset,
+            text: found.text.clone(),
+        }
+    }
+
+    fn of_qcow2(found: &qcow2::check::Finding) -> Self {
+        Self {
+            kind: found.kind.as_str(),
+            // Nothing mends such an image so far.
+            grade: Grade::None,
+            severity: found.severity,
+            entry: None,
+            offset: found.offset,
+            text: found.text.clone(),
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "kind": self.kind,
+            "repair": self.grade.as_str(),
+            "severity": format!("{:?}", self.severity).to_lowercase(),
+            "entry": self.entry,
+            "offset": self.offset,
+            "message": self.text,
+        })
+    }
 }
 
-fn report_json(layer: &LayerFile, report: &Report) -> Value {
-    json!({
-        "file": layer.display().to_string(),
-        "guid": layer.guid.map(|guid| guid.to_string()),
-        "errors": report.errors,
-        "leaks": report.leaks,
-        "notices": report.notices,
-        "leaked_bytes": report.leaked_bytes,
-        "used_clusters": report.used_clusters,
-        "findings": report.findings.iter().map(finding_json).collect::<Vec<_>>(),
-        "repaired": report.repaired.iter().map(finding_json).collect::<Vec<_>>(),
-        "omitted": report.omitted,
-    })
+impl Found {
+    fn of(report: &Report) -> Self {
+        match report {
+            Report::Ploop(report) => Self {
+                errors: report.errors,
+                leaks: report.leaks,
+                notices: report.notices,
+                leaked_bytes: report.leaked_bytes,
+                used_clusters: report.used_clusters,
+                omitted: report.omitted,
+                findings: report.findings.iter().map(Finding::of_ploop).collect(),
+                repaired: report.repaired.iter().map(Finding::of_ploop).collect(),
+            },
+            Report::Qcow2(report) => Self {
+                errors: report.errors,
+                leaks: report.leaks,
+                notices: report.notices,
+                leaked_bytes: report.leaked_bytes,
+                used_clusters: report.used_clusters,
+                omitted: report.omitted,
+                findings: report.findings.iter().map(Finding::of_qcow2).collect(),
+                repaired: Vec::new(),
+            },
+        }
+    }
+
+    fn text(&self, file: &str) -> String {
+        let line = |verb: &str, f: &Finding| format!("{file}: {verb}{}\n", f.text);
+        let mut text = String::new();
+        for done in &self.repaired {
+            text += &line("repaired: ", done);
+        }
+        for found in &self.findings {
+            text += &line("", found);
+        }
+        if self.omitted > 0 {
+            text += &format!("{file}: and {} more\n", self.omitted);
+        }
+        let verdict = match (self.errors, self.leaks) {
+            (0, 0) => "sound".to_string(),
+            (0, leaks) => format!("{leaks} leaks, {} lost", size::show(self.leaked_bytes)),
+            (errors, _) => format!("{errors} errors"),
+        };
+        text + &format!(
+            "{file}: {verdict}, {} clusters in use\n",
+            self.used_clusters
+        )
+    }
+
+    /// Whether something is found that takes --force.
+    fn loses(&self) -> bool {
+        let mut findings = self.findings.iter();
+        findings.any(|finding| finding.grade == Grade::Loss)
+    }
+
+    fn json(&self, layer: &LayerFile) -> Value {
+        json!({
+            "file": layer.display().to_string(),
+            "guid": layer.guid.map(|guid| guid.to_string()),
+            "errors": self.errors,
+            "leaks": self.leaks,
+            "notices": self.notices,
+            "leaked_bytes": self.leaked_bytes,
+            "used_clusters": self.used_clusters,
+            "findings": self.findings.iter().map(Finding::json).collect::<Vec<_>>(),
+            "repaired": self.repaired.iter().map(Finding::json).collect::<Vec<_>>(),
+            "omitted": self.omitted,
+        })
+    }
 }

@@ -26,7 +26,7 @@ use ploop::io::exec::{self, Engine};
 use ploop::io::file::FileStore;
 use ploop::io::folder::DirFolder;
 use ploop::sandbox::{self, Files, Place};
-use ploop::stack::AnyLayer;
+use ploop::stack::{AnyLayer, only_ploop};
 use ploop::{Error, Kind, Result};
 use serde_json::json;
 use std::ffi::OsString;
@@ -123,6 +123,10 @@ impl Args {
             Target::Bare { format, .. } if *format == Format::Raw && !self.copies() => usage(
                 "a raw image has no format version; `--to expanded --out DIR` makes a ploop image",
             ),
+            Target::Bare {
+                format: Format::Qcow2,
+                ..
+            } => Err(only_ploop()),
             _ => Ok(()),
         }
     }
@@ -292,6 +296,7 @@ async fn open(args: &Args, target: &Target, dir: OwnedFd) -> Result<Source<FileS
     Source::bare(match format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await?),
         Format::Raw => AnyLayer::Raw(Raw::open_read(store, ClusterSize::new(RAW_CLUSTER)?)?),
+        Format::Qcow2 => return Err(only_ploop()),
     })
 }
 
@@ -367,11 +372,7 @@ pub fn settle(target: &Target, cancel: &Cancel) -> Result<()> {
     }
     let mut args: Vec<OsString> = vec!["convert".into(), target.path().into()];
     if let Target::Bare { format, .. } = target {
-        let format = match format {
-            Format::Ploop => "ploop",
-            Format::Raw => "raw",
-        };
-        args.extend(["--format".into(), format.into()]);
+        args.extend(["--format".into(), format.as_str().into()]);
     }
     errand::run(&args, None, cancel).map(drop)
 }
@@ -381,7 +382,7 @@ fn is_left(target: &Target) -> Result<bool> {
     let dir = target.dir();
     let is_copied = |file: &str| dir.join(copy_name(file)).exists();
     Ok(match target {
-        Target::Bare { format, .. } if *format == Format::Raw => false,
+        Target::Bare { format, .. } if *format != Format::Ploop => false,
         Target::Bare { file, .. } => file_name(file).is_ok_and(|file| is_copied(&file)),
         Target::Bundle { .. } => {
             let read = ploop::image::chain::read_descriptor(target.open_dir()?);

@@ -2,12 +2,14 @@
 
 use super::{FormatArg, confine};
 use crate::answer::Answer;
-use crate::{attach, balloon, size, view};
+use crate::{attach, balloon, portrait, size, view};
 use ploop::Result;
 use ploop::image::chain::Chain;
+use ploop::image::survey::qcow2::read;
 use ploop::image::survey::{self, Closed, LayerInfo};
 use ploop::image::target::{Format, Target};
 use ploop::image::views;
+use ploop::io::exec::{self, Engine};
 use ploop::rundir::State;
 use ploop::sandbox::Files;
 use rustix::fs::statvfs;
@@ -42,6 +44,10 @@ pub fn run(args: &Args) -> Result<Answer> {
     let chain = target.chain(&dir)?;
     let place = |e: ploop::Error| e.at(target.path().display());
     let mut layers = survey::layers(&dir, &chain).map_err(place)?;
+    let said = match chain.top().format {
+        Format::Qcow2 => Some(exec::run(Engine::Poll, read(&dir, chain.top()))?.map_err(place)?),
+        Format::Ploop | Format::Raw => None,
+    };
     let others = Chain {
         layers: chain.tree()?.split_off(layers.len()),
         ..chain.clone()
@@ -70,7 +76,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         "path": target.path().display().to_string(),
         "uuid": identity.uuid(),
         "size": size,
-        "cluster": chain.cluster.bytes(),
+        "cluster": said.as_ref().map_or(chain.cluster, |s| s.header.cluster).bytes(),
         "allocated": exclusive + shared,
         "sizes": { "virtual": size, "used": used, "exclusive": exclusive, "shared": shared },
         "limit": limit,
@@ -78,6 +84,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         "snapshots": snapshots,
         "shared": base_shared,
         "layers": layers.iter().map(layer_json).collect::<Vec<_>>(),
+        "qcow2": said.as_ref().map(portrait::json),
         "attached": attached,
     });
     let mut text = format!("{}\n", target.path().display());
@@ -133,6 +140,7 @@ pub fn run(args: &Args) -> Result<Answer> {
     for (n, layer) in layers.iter().enumerate().rev() {
         text += &layer_line(n, layer);
     }
+    text += &said.as_ref().map(portrait::text).unwrap_or_default();
     Ok(Answer::new(text, json))
 }
 
@@ -143,17 +151,10 @@ fn used(state: &State) -> Option<u64> {
     Some(blocks.saturating_mul(fs.f_frsize))
 }
 
-fn format_name(format: Format) -> &'static str {
-    match format {
-        Format::Ploop => "ploop",
-        Format::Raw => "raw",
-    }
-}
-
 fn layer_json(info: &LayerInfo) -> Value {
     json!({
         "file": info.layer.display().to_string(),
-        "format": format_name(info.layer.format),
+        "format": info.layer.format.as_str(),
         "guid": info.layer.guid.map(|g| g.to_string()),
         "format_version": info.version,
         "cluster": info.cluster,
@@ -178,7 +179,7 @@ fn layer_line(n: usize, info: &LayerInfo) -> String {
     format!(
         "layer {n}: {} ({}{version}{}), {} on the host{in_use}\n",
         info.layer.display(),
-        format_name(info.layer.format),
+        info.layer.format.as_str(),
         cluster.unwrap_or_default(),
         size::show(info.allocated),
     )

@@ -135,6 +135,8 @@ pub enum FormatArg {
     Ploop,
     /// A flat file
     Raw,
+    /// A qcow2 image, which is only read
+    Qcow2,
 }
 
 impl From<FormatArg> for Format {
@@ -142,6 +144,7 @@ impl From<FormatArg> for Format {
         match arg {
             FormatArg::Ploop => Format::Ploop,
             FormatArg::Raw => Format::Raw,
+            FormatArg::Qcow2 => Format::Qcow2,
         }
     }
 }
@@ -151,6 +154,7 @@ impl From<Format> for FormatArg {
         match format {
             Format::Ploop => FormatArg::Ploop,
             Format::Raw => FormatArg::Raw,
+            Format::Qcow2 => FormatArg::Qcow2,
         }
     }
 }

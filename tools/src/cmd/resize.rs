@@ -18,7 +18,7 @@ use crate::global::Global;
 use crate::meter::Meter;
 use crate::{balloon, errand, size};
 use ploop::image::grow::{Sizes, Wanted};
-use ploop::image::target::{Format, Target};
+use ploop::image::target::Target;
 use ploop::serve::supervise::trim::{Mounted, Trimmed};
 use ploop::{Error, Kind, Result};
 use rustix::fs::{FlockOperation, flock};
@@ -318,11 +318,7 @@ impl Job<'_, '_> {
 fn look(target: &Target, cancel: &Cancel) -> Result<(u64, u64)> {
     let mut args: Vec<OsString> = vec!["info".into(), target.path().into()];
     if let Target::Bare { format, .. } = target {
-        let format = match format {
-            Format::Ploop => "ploop",
-            Format::Raw => "raw",
-        };
-        args.extend(["--format".into(), format.into()]);
+        args.extend(["--format".into(), format.as_str().into()]);
     }
     let said = errand::run(&args, None, cancel)?;
     let odd = || Error::invalid("info: an answer without sizes");

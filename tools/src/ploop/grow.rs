@@ -4,7 +4,7 @@ use super::code::{Code, During, Fault, Step};
 use super::disk::{self, Bare};
 use super::{Context, size, umount, verb};
 use crate::attach::Attached;
-use ploop::image::target::{Format, Target};
+use ploop::image::target::Target;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
@@ -55,11 +55,7 @@ pub fn of_device(device: &Path, format: Option<Bare>) -> Result<Target, Fault> {
 pub fn words(verb: &str, disk: &Target, bytes: u64) -> Vec<OsString> {
     let mut words = vec![verb.into(), disk.path().into(), bytes.to_string().into()];
     if let Target::Bare { format, .. } = disk {
-        let name = match format {
-            Format::Ploop => "ploop",
-            Format::Raw => "raw",
-        };
-        words.extend(["--format".into(), name.into()]);
+        words.extend(["--format".into(), format.as_str().into()]);
     }
     words
 }

@@ -6,16 +6,20 @@
 //! and checks them. Without qemu-img and qemu-io the tests say that they are skipped.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod qcow2;
+
 use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
+use ploop::image::chain::Chain;
+use ploop::image::open::{Top, open_write};
+use ploop::image::target::{Format, Source};
 use ploop::io::exec;
 use ploop::io::file::{Cache, FileStore};
-use ploop::stack::AnyLayer;
 use ploop_formats::buf;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::check::check;
 use ploop_formats::ploop::create::{create, create_preallocated};
-use ploop_formats::ploop::{Header, Ploop, Version};
+use ploop_formats::ploop::{Header, Version};
 use ploop_formats::store::pages::Pages;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::units::ClusterSize;
@@ -23,6 +27,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// All cluster sizes of the format: 32 KiB to 64 MiB.
@@ -68,6 +73,7 @@ fn block<F: Future>(future: F) -> F::Output {
 /// A disk beside a model of its content.
 struct Twin {
     image: PathBuf,
+    format: Format,
     disk: Disk<FileStore>,
     model: Pages,
     rng: Rng,
@@ -75,11 +81,16 @@ struct Twin {
 
 impl Twin {
     async fn new(image: &Path, model: Pages, seed: u64) -> Self {
+        Self::of(image, Format::Ploop, model, seed).await
+    }
+
+    async fn of(image: &Path, format: Format, model: Pages, seed: u64) -> Self {
         let mut rng = Rng::new(seed);
-        let disk = open(image, cache(&mut rng)).await;
+        let disk = open(image, format, cache(&mut rng)).await;
         assert_eq!(disk.size(), model.len());
         Self {
             image: image.to_owned(),
+            format,
             disk,
             model,
             rng,
@@ -151,7 +162,7 @@ impl Twin {
     async fn reopen(&mut self) {
         self.disk.close().await.unwrap();
         let cache = cache(&mut self.rng);
-        self.disk = open(&self.image, cache).await;
+        self.disk = open(&self.image, self.format, cache).await;
     }
 
     /// Closes the disk; its content.
@@ -165,10 +176,16 @@ fn cache(rng: &mut Rng) -> Cache {
     *rng.pick(&[Cache::None, Cache::Writeback])
 }
 
-async fn open(image: &Path, cache: Cache) -> Disk<FileStore> {
-    let store = FileStore::open(image, true, cache).unwrap();
-    let top = Ploop::open_write(store, Ledger::local()).await.unwrap();
-    Disk::new(vec![AnyLayer::Ploop(top)], false).unwrap()
+/// Opens an image as a worker does, with what it stands on.
+async fn open(image: &Path, format: Format, cache: Cache) -> Disk<FileStore> {
+    let dir = File::open(image.parent().unwrap()).unwrap();
+    let name = image.file_name().unwrap().to_owned();
+    let chain = Chain::read(&dir, &Source::Bare { name, format }).unwrap();
+    let patience = Duration::from_secs(10);
+    let top = Top::fenced(&dir, chain.top(), patience).unwrap();
+    let store = top.store(chain.top(), cache).unwrap();
+    let opened = open_write(&dir, &chain, store, Ledger::local(), patience);
+    opened.await.unwrap()
 }
 
 /// Writes a sparse file.
