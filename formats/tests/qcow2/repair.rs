@@ -399,6 +399,7 @@ fn images_whose_writer_died_or_whose_refcounts_are_rubbish_are_mended() {
             let place = format!("{options}, round {round}");
             let folder = by_qemu(options, *cluster, n as u64 * 10 + round);
             let before = content(&folder);
+            assert!(folder.convert("disk", "before"), "{place}");
             let mut bytes = folder.read("disk");
             rubbish(&mut bytes, round);
             let store = MemStore::from_bytes(&bytes).aligned_to(512);
@@ -407,6 +408,7 @@ fn images_whose_writer_died_or_whose_refcounts_are_rubbish_are_mended() {
             std::fs::write(folder.path("disk"), store.to_vec()).unwrap();
             assert_eq!(folder.check("disk"), Some((0, 0)), "{place}");
             assert!(content(&folder) == before, "{place}: other content");
+            folder.img("compare -q -f qcow2 -F raw disk before");
             folder.io("disk", &["write -P 3 1M 2M".to_string()]);
             assert_eq!(folder.check("disk"), Some((0, 0)), "{place}: written to");
         }

@@ -11,6 +11,7 @@ use crate::qemu::{Folder, installed};
 use bytes::BytesMut;
 use ploop_formats::layer::{Extent, Layer};
 use ploop_formats::qcow2::check::{self, Repair, Report, repair};
+use ploop_formats::qcow2::snapshots::{Wanted, create};
 use ploop_formats::qcow2::{Qcow2, read_header};
 use ploop_formats::store::Store;
 use ploop_formats::store::fault::{FaultStore, Faults, Operation, Rule};
@@ -112,9 +113,29 @@ fn mended(name: &str, store: &MemStore) {
     }
 }
 
-/// The outcome of reading an image. It is checked and repaired, too.
+/// Makes a snapshot in a copy of an image: refused, or the image is whole afterwards.
+fn snapshotted(name: &str, store: &MemStore) {
+    let (copy, wanted) = (
+        store.copy(),
+        Wanted {
+            name: b"one more".to_vec(),
+            seconds: 1,
+            nanoseconds: 0,
+        },
+    );
+    let done = bounded(&format!("{name}: snapshot"), || {
+        now(create(&copy, &wanted, &mut ()))
+    });
+    if done.is_ok() {
+        let report = checked(name, &copy).unwrap();
+        assert!(report.is_clean(), "{name}: {report:#?}");
+    }
+}
+
+/// The outcome of reading an image. It is checked, repaired and gets a snapshot, too.
 fn judge(name: &str, store: MemStore) -> Result<()> {
     mended(name, &store);
+    snapshotted(name, &store);
     bounded(name, || read_all(store))
 }
 
