@@ -117,11 +117,7 @@ const USAGE: &[Case] = &[
         2,
         &["leave --format out"],
     ),
-    (
-        "info x.raw",
-        2,
-        &["x.raw", "--format ploop, raw or qcow2"],
-    ),
+    ("info x.raw", 2, &["x.raw", "--format ploop, raw or qcow2"]),
     ("map x.raw --format vmdk", 2, &["ploop, raw"]),
     ("check x.raw", 2, &["--format ploop, raw or qcow2"]),
     ("delete x.raw", 2, &["--format ploop, raw or qcow2"]),
