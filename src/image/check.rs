@@ -9,7 +9,6 @@ use super::open::{PATIENCE, Top};
 use super::target::Format;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
-use crate::stack::only_ploop;
 use ploop_formats::ploop::check::{Repair, check_watched, repair_watched};
 use ploop_formats::progress::Watch;
 use ploop_formats::store::Store;
@@ -33,6 +32,14 @@ impl Report {
         match self {
             Self::Ploop(report) => report.is_clean(),
             Self::Qcow2(report) => report.is_clean(),
+        }
+    }
+
+    /// Whether a repair may have something to do.
+    const fn wants_repair(&self) -> bool {
+        match self {
+            Self::Ploop(report) => !report.is_clean(),
+            Self::Qcow2(report) => !report.is_clean() || report.notices > 0,
         }
     }
 
@@ -97,15 +104,12 @@ pub async fn mend(
 ) -> Result<Vec<Report>> {
     let mut reports = layers(&dir, chain, watch).await?;
     for (layer, report) in chain.tree()?.iter().zip(&mut reports) {
-        if report.is_clean() {
+        if !report.wants_repair() {
             continue;
-        }
-        if let Report::Qcow2(_) = report {
-            return Err(only_ploop().at(layer.display()));
         }
         watch.enter(&layer.display().to_string());
         let mended = mend_one(&dir, layer, allowed, watch).await;
-        *report = Report::Ploop(mended.map_err(|e| e.at(layer.display()))?);
+        *report = mended.map_err(|e| e.at(layer.display()))?;
     }
     Ok(reports)
 }
@@ -115,7 +119,7 @@ async fn mend_one(
     layer: &LayerFile,
     allowed: &Repair,
     watch: &mut dyn Watch,
-) -> Result<ploop::check::Report> {
+) -> Result<Report> {
     let file = Top::fenced(dir, layer, PATIENCE)?;
     let links = file.links()?;
     if links > 1 {
@@ -125,7 +129,21 @@ async fn mend_one(
         ));
     }
     let store = file.store(layer, Cache::Writeback)?;
-    let report = repair_watched(&store, allowed, watch).await;
+    let report = match layer.format {
+        Format::Qcow2 => {
+            // Guest data is not touched, whatever is wrong.
+            let allowed = qcow2::check::Repair {
+                growth_max: allowed.growth_max,
+                errors: true,
+            };
+            let mended = qcow2::check::repair_watched(&store, &allowed, watch).await;
+            mended.map(Report::Qcow2)
+        }
+        Format::Ploop | Format::Raw => {
+            let mended = repair_watched(&store, allowed, watch).await;
+            mended.map(Report::Ploop)
+        }
+    };
     // Also when it was ended: what was asked of the file lands before its lock goes.
     store.settle().await;
     report

@@ -41,7 +41,12 @@ pub struct Attached {
 impl Attached {
     /// `ploopctl mount DISK`: a block device and nothing more.
     pub fn device_of(disk: &Disk) -> Self {
-        Self::attach(disk, None, &[])
+        Self::device_with(disk, &[])
+    }
+
+    /// `ploopctl mount DISK ARGS`.
+    pub fn device_with(disk: &Disk, args: &[&str]) -> Self {
+        Self::attach(disk, None, args)
     }
 
     /// `ploopctl mount DISK MOUNTPOINT ARGS`, on a folder beside the disk.
@@ -142,7 +147,12 @@ fn checker(fs: &str, device: &Path) -> Command {
 
 /// Attaches the disk without mounting it, checks it, detaches it.
 pub fn assert_fsck_clean(fs: &str, disk: &Disk) {
-    let attached = Attached::device_of(disk);
+    assert_fsck_clean_with(fs, disk, &[]);
+}
+
+/// The same, of a disk that is mounted with `args`.
+pub fn assert_fsck_clean_with(fs: &str, disk: &Disk, args: &[&str]) {
+    let attached = Attached::device_with(disk, args);
     ok_within(&mut checker(fs, &attached.device), CHECKER_PATIENCE);
     attached.detach();
 }

@@ -315,6 +315,10 @@ fn a_check_says_what_is_wrong_and_mends_nothing() {
     leaks[l2..l2 + 8].fill(0);
     fs::write(&image, &leaks).expect("write");
     fails(3, &check);
+    let repair = ["check", "--repair", "--format", "qcow2", text(&image)];
+    ok(&repair);
+    ok(&check);
+    folder.img("check -q -f qcow2 image");
     let mut broken = sound.clone();
     broken[l2..l2 + 8].copy_from_slice(&(1u64 << 40).to_be_bytes());
     fs::write(&image, &broken).expect("write");
@@ -326,8 +330,8 @@ fn a_check_says_what_is_wrong_and_mends_nothing() {
         (&finding["kind"], &finding["repair"]),
         (&"past-end".into(), &"none".into())
     );
-    let refused = fails(7, &["check", "--repair", "--format", "qcow2", text(&image)]);
-    assert!(refused.contains("only read"), "{refused}");
+    // What an entry named that is wrong nobody knows: nothing is changed.
+    fails(6, &repair);
     assert!(fs::read(&image).expect("read") == broken);
 }
 
@@ -345,8 +349,6 @@ fn a_file_system_in_an_image_is_mounted_to_be_read() {
     folder.img("create -f qcow2 -b base -F qcow2 image");
     let (image, point) = (folder.path("image"), folder.0.mountpoint());
     let mount = ["mount", "--format", "qcow2", text(&image), text(&point)];
-    let refused = fails(7, &mount);
-    assert!(refused.contains("--read-only"), "{refused}");
     ok(&[&mount[..], &["--read-only"]].concat());
     assert!(fs::read(point.join("file")).expect("read") == data);
     assert!(fs::write(point.join("other"), "x").is_err());
@@ -368,7 +370,7 @@ fn a_file_system_in_an_image_is_mounted_to_be_read() {
 }
 
 #[test]
-fn what_changes_a_disk_refuses_an_image_that_is_only_read() {
+fn what_is_not_done_with_an_image_is_refused() {
     if !can_compare() {
         return;
     }
@@ -376,8 +378,7 @@ fn what_changes_a_disk_refuses_an_image_that_is_only_read() {
     folder.img("create -f qcow2 image 8M");
     let before = fs::read(folder.path("image")).expect("read");
     let (image, out) = (folder.path("image"), folder.path("out"));
-    let verbs: [&[&str]; 6] = [
-        &["serve", "--nbd", "-"],
+    let verbs: [&[&str]; 5] = [
         &["grow", text(&image), "16M"],
         &["compact"],
         &["adopt", text(&image), text(&out)],
@@ -391,7 +392,7 @@ fn what_changes_a_disk_refuses_an_image_that_is_only_read() {
         }
         args.extend(["--format", "qcow2"]);
         let refused = fails(7, &args);
-        assert!(refused.contains("only read"), "{args:?}: {refused}");
+        assert!(refused.contains("qcow2"), "{args:?}: {refused}");
     }
     assert!(fs::read(&image).expect("read") == before && !out.exists());
 }

@@ -246,7 +246,7 @@ pub(super) fn put(images: &mut Images, unit: u64, at: u64, bytes: &[u8]) {
 
 fn wrong(cluster: u32, count: u64) -> Error {
     Error::damaged(format!(
-        "cluster {cluster} of the file has refcount {count}, which contradicts its use: check the image \
-         with `qemu-img check -r all`"
+        "cluster {cluster} of the file has refcount {count}, which contradicts its use: detach the disk \
+         and run check --repair"
     ))
 }

@@ -285,6 +285,6 @@ fn judge(header: &Header) -> Result<()> {
 
 fn refuse(what: String) -> Error {
     Error::damaged(format!(
-        "{what}; not opened for writing: run `qemu-img check -r all`"
+        "{what}; not opened for writing: run check --repair"
     ))
 }

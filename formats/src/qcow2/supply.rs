@@ -122,7 +122,7 @@ impl<S: Store> Qcow2<S> {
         let mut state = lock(&writer.state);
         if !free.is_disjoint(&state.metadata) {
             return Err(Error::damaged(
-                "metadata has refcount 0: check the image with `qemu-img check -r all`",
+                "metadata has refcount 0: detach the disk and run check --repair",
             ));
         }
         state.alloc.scan(range, &free);

@@ -54,7 +54,7 @@ impl State {
             0 => Ok(()),
             _ => Err(Error::damaged(format!(
                 "clusters {first} to {last} of the file, which hold metadata, are named as guest data: \
-                 check the image with `qemu-img check`"
+                 detach the disk and run check"
             ))),
         }
     }

@@ -7,6 +7,7 @@ use crate::global::Global;
 use crate::meter::Meter;
 use crate::{attach, size};
 use ploop::formats::ploop::check::{Grade, Repair};
+use ploop::formats::qcow2::check::FindingKind as Qcow2;
 use ploop::formats::severity::Severity;
 use ploop::formats::{ploop as own, qcow2};
 use ploop::image::chain::{Chain, LayerFile};
@@ -173,8 +174,14 @@ impl Finding {
     fn of_qcow2(found: &qcow2::check::Finding) -> Self {
         Self {
             kind: found.kind.as_str(),
-            // Nothing mends such an image so far.
-            grade: Grade::None,
+            grade: match found.kind {
+                Qcow2::RefcountLow
+                | Qcow2::Leak
+                | Qcow2::Copied
+                | Qcow2::Dirty
+                | Qcow2::Corrupt => Grade::Safe,
+                _ => Grade::None,
+            },
             severity: found.severity,
             entry: None,
             offset: found.offset,
@@ -215,7 +222,7 @@ impl Found {
                 used_clusters: report.used_clusters,
                 omitted: report.omitted,
                 findings: report.findings.iter().map(Finding::of_qcow2).collect(),
-                repaired: Vec::new(),
+                repaired: report.repaired.iter().map(Finding::of_qcow2).collect(),
             },
         }
     }
