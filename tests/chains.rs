@@ -1,8 +1,8 @@
 //! Chains of qcow2 images, written: the campaigns of power cuts, deaths, errors and long sequences, over
 //! parents, with snapshots, compressed clusters and growing refcount tables.
 //!
-//! `PLOOP_CRASH_STATES`, `PLOOP_DEATH_STATES`, `PLOOP_FAULT_RUNS` and `PLOOP_MODEL_SEQUENCES` say how much
-//! is tried.
+//! `PLOOP_CRASH_STATES`, `PLOOP_DEATH_STATES`, `PLOOP_CHAIN_FAULT_RUNS` and `PLOOP_MODEL_SEQUENCES` say how
+//! much is tried.
 
 mod campaign;
 
@@ -41,8 +41,15 @@ fn after_any_death_every_answered_request_is_visible_to_the_successor() {
 
 #[test]
 fn errors_of_the_storage_lose_nothing_that_was_answered() {
-    let runs = count("PLOOP_FAULT_RUNS", 2_000);
+    let runs = count("PLOOP_CHAIN_FAULT_RUNS", 2_000);
     holds(faults::campaign::<Chains>(SEED, runs));
+}
+
+#[test]
+fn a_table_that_may_be_named_is_not_written_before_its_data() {
+    let catch = mutate::bug_in_chains(Bug::RewriteNamedTable, 99, 2_000);
+    println!("{catch}");
+    assert!(catch.by.is_some(), "{catch}");
 }
 
 #[test]

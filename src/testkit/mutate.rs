@@ -73,7 +73,7 @@ impl Campaign {
             | Bug::NoFence
             | Bug::CleanMarkBeforeSync
             | Bug::CutBeforeOverlay => Self::WorkerDeath,
-            Bug::ReuseQuarantined => Self::Faults,
+            Bug::ReuseQuarantined | Bug::RewriteNamedTable => Self::Faults,
             Bug::SwitchWithoutSeal | Bug::HoldWithoutFlushes | Bug::StackBeforeAdmission => {
                 Self::Switch
             }

@@ -67,9 +67,9 @@ impl Alloc {
         self.fresh.insert(cluster);
     }
 
-    /// Sets aside a cluster whose write may still land.
-    pub(super) fn quarantine(&mut self, cluster: u32) {
-        self.quarantined.insert(cluster);
+    /// Sets aside clusters to which a write may still land.
+    pub(super) fn quarantine(&mut self, clusters: &RoaringBitmap) {
+        self.quarantined |= clusters;
     }
 
     /// The clusters in quarantine, which are nobody's from now on.

@@ -9,6 +9,7 @@ use super::be::u64_at;
 use super::image::Qcow2;
 use super::open::read_padded;
 use super::refcount::Width;
+use super::supply::Plan;
 use crate::store::Store;
 use crate::units::{ClusterSize, floor_to};
 use crate::{Error, Result, limits};
@@ -29,6 +30,11 @@ pub(super) struct Blocks {
     cluster: ClusterSize,
     /// Bytes of a slice.
     unit: u64,
+    /// Slices that are being changed, or whose writing failed, as they were before: what the disk has of
+    /// them is not known, and is not what the next change goes out from.
+    before: BTreeMap<u64, Bytes>,
+    /// An extension of the file that is durable but for what names its blocks or its table.
+    pub(super) unnamed: Option<Plan>,
 }
 
 /// How refcounts change.
@@ -56,6 +62,8 @@ impl Blocks {
             width: refcounts.width,
             cluster,
             unit: cluster.bytes().min(limits::PAGE),
+            before: BTreeMap::new(),
+            unnamed: None,
         };
         let len = blocks.entries().saturating_mul(8);
         let rest = image.metadata().info().len.saturating_sub(refcounts.at);
@@ -149,7 +157,14 @@ impl Blocks {
         cluster..u32::try_from(end).unwrap_or(u32::MAX)
     }
 
-    /// A new block, whole, in which the refcounts of `clusters` are 1, in slices.
+    /// These slices were written.
+    pub(super) fn written(&mut self, images: &[(u64, Bytes)]) {
+        for (at, _) in images {
+            self.before.remove(at);
+        }
+    }
+
+    /// A new block, whole, in which all refcounts are 0, in slices.
     pub(super) fn fresh_block(&self, at: u64, images: &mut Images) {
         let slices = self.cluster.bytes().checked_div(self.unit).unwrap_or(1);
         for n in 0..slices {
@@ -188,7 +203,7 @@ impl<S: Store> Qcow2<S> {
         let Some((at, first)) = blocks.place(range.start) else {
             return Ok(free);
         };
-        let slice = self.slice(at).await?;
+        let slice = self.counts(blocks, at).await?;
         for (n, cluster) in range.enumerate() {
             if blocks.width.get(&slice, first.saturating_add(n)) == Some(0) {
                 free.insert(cluster);
@@ -197,11 +212,19 @@ impl<S: Store> Qcow2<S> {
         Ok(free)
     }
 
+    /// A slice of a refcount block.
+    async fn counts(&self, blocks: &Blocks, at: u64) -> Result<Bytes> {
+        match blocks.before.get(&at) {
+            Some(slice) => Ok(slice.clone()),
+            None => self.slice(at).await,
+        }
+    }
+
     /// Changes the refcounts of `clusters` in `images`; those that become 0. `Damaged`, and some of the
     /// images are changed, when a refcount is not what it must be before.
     pub(super) async fn count(
         &self,
-        blocks: &Blocks,
+        blocks: &mut Blocks,
         clusters: impl IntoIterator<Item = u32>,
         change: Change,
         images: &mut Images,
@@ -209,7 +232,13 @@ impl<S: Store> Qcow2<S> {
         let mut zero = RoaringBitmap::new();
         for cluster in clusters {
             let (at, n) = blocks.place(cluster).ok_or_else(|| wrong(cluster, 0))?;
-            self.image_of(at, images).await?;
+            if !images.contains_key(&at) {
+                let slice = self.counts(blocks, at).await?;
+                let mut image = crate::buf::aligned(slice.len());
+                image.copy_from_slice(&slice);
+                images.insert(at, image);
+                blocks.before.insert(at, slice);
+            }
             let Some(image) = images.get_mut(&at) else {
                 continue;
             };

@@ -388,7 +388,13 @@ impl<S: Store> Qcow2<S> {
             let word = self.table_word(index);
             state.pending.put_beyond(slot, word, host);
             state.metadata.insert(host);
-            state.tables.insert(index, NewTable { host, old, slot });
+            let new = NewTable {
+                host,
+                old,
+                slot,
+                tried: false,
+            };
+            state.tables.insert(index, new);
             return Ok(());
         }
     }

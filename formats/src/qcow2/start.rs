@@ -143,7 +143,13 @@ impl<S: Store> Qcow2<S> {
             None => state.pending.clear_beyond(slot),
             Some(HostCluster(host)) => {
                 state.metadata.insert(host);
-                state.tables.insert(index, NewTable { host, old, slot });
+                let new = NewTable {
+                    host,
+                    old,
+                    slot,
+                    tried: false,
+                };
+                state.tables.insert(index, new);
             }
         }
         Ok(())

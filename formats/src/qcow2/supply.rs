@@ -15,6 +15,7 @@ use super::writer::{Writer, lock};
 use crate::limits;
 use crate::planted::{self, Bug};
 use crate::store::{Space, Store};
+use crate::units::ClusterSize;
 use crate::update::Update;
 use crate::{Error, Kind, Result};
 use bytes::Bytes;
@@ -29,7 +30,8 @@ const SCAN_STEPS: usize = 16;
 const BEHIND_MAX: u32 = 64;
 
 /// What an extension of the file will be.
-struct Plan {
+#[derive(Debug)]
+pub(super) struct Plan {
     /// The first new cluster, and one past the last.
     start: u32,
     end: u32,
@@ -40,6 +42,12 @@ struct Plan {
 }
 
 impl Plan {
+    /// The refcount blocks: their numbers, and where they are.
+    fn places(&self, size: ClusterSize) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let at = (self.start..).map(move |cluster| size.start(cluster));
+        self.blocks.iter().copied().zip(at)
+    }
+
     /// The first cluster of the refcount table.
     fn table_at(&self) -> u32 {
         self.start.saturating_add(self.blocks.len() as u32)
@@ -85,9 +93,12 @@ impl<S: Store> Qcow2<S> {
         if lock(&writer.state).alloc.has_fresh() {
             return Ok(());
         }
-        self.settle_quarantine(writer, &blocks).await?;
+        self.settle_quarantine(writer, &mut blocks).await?;
+        if blocks.unnamed.is_some() {
+            return self.name(writer, &mut blocks).await;
+        }
         for _ in 0..SCAN_STEPS {
-            if self.reuse(writer, &blocks).await? {
+            if self.reuse(writer, &mut blocks).await? {
                 return Ok(());
             }
             if !self.scan(writer, &blocks).await? {
@@ -98,13 +109,14 @@ impl<S: Store> Qcow2<S> {
     }
 
     /// Frees clusters with abandoned writes, which cannot land any more.
-    async fn settle_quarantine(&self, writer: &Writer, blocks: &Blocks) -> Result<()> {
+    async fn settle_quarantine(&self, writer: &Writer, blocks: &mut Blocks) -> Result<()> {
         let waiting = lock(&writer.state).alloc.take_quarantined();
         if waiting.is_empty() {
             return Ok(());
         }
         self.metadata().settle().await;
-        self.lower(writer, blocks, waiting).await
+        let lowered = self.lower(writer, blocks, &waiting).await;
+        lowered.inspect_err(|_| lock(&writer.state).alloc.quarantine(&waiting))
     }
 
     /// Looks at the next slice of refcounts; false when all were looked at.
@@ -130,7 +142,7 @@ impl<S: Store> Qcow2<S> {
     }
 
     /// Makes a batch of free clusters fresh; false when there are none.
-    async fn reuse(&self, writer: &Writer, blocks: &Blocks) -> Result<bool> {
+    async fn reuse(&self, writer: &Writer, blocks: &mut Blocks) -> Result<bool> {
         let taken = lock(&writer.state).alloc.take_free(self.step());
         if taken.is_empty() {
             return Ok(false);
@@ -144,7 +156,7 @@ impl<S: Store> Qcow2<S> {
         done.map(|()| true)
     }
 
-    async fn make_fresh(&self, blocks: &Blocks, clusters: &RoaringBitmap) -> Result<()> {
+    async fn make_fresh(&self, blocks: &mut Blocks, clusters: &RoaringBitmap) -> Result<()> {
         if !planted::is(Bug::FreshForReused) {
             self.punch(clusters).await?;
         }
@@ -152,7 +164,7 @@ impl<S: Store> Qcow2<S> {
         self.count(blocks, clusters, Change::Take, &mut images)
             .await?;
         let barrier = !planted::is(Bug::CountAfterUse);
-        self.apply(Update::new(), images, barrier).await
+        self.apply(blocks, Update::new(), images, barrier).await
     }
 
     /// Punches clusters.
@@ -171,7 +183,13 @@ impl<S: Store> Qcow2<S> {
 
     /// Applies an update and writes images behind it, then a barrier if that is asked for. The images
     /// are the truth from then on.
-    async fn apply(&self, update: Update, images: Images, barrier: bool) -> Result<()> {
+    pub(super) async fn apply(
+        &self,
+        blocks: &mut Blocks,
+        update: Update,
+        images: Images,
+        barrier: bool,
+    ) -> Result<()> {
         let images = frozen(images);
         let mut update = images
             .iter()
@@ -180,6 +198,7 @@ impl<S: Store> Qcow2<S> {
             update = update.barrier();
         }
         update.apply(self.metadata()).await?;
+        blocks.written(&images);
         self.keep(images);
         Ok(())
     }
@@ -189,13 +208,13 @@ impl<S: Store> Qcow2<S> {
     pub(super) async fn lower(
         &self,
         writer: &Writer,
-        blocks: &Blocks,
+        blocks: &mut Blocks,
         clusters: impl IntoIterator<Item = u32>,
     ) -> Result<()> {
         let mut images = Images::new();
         let counted = self.count(blocks, clusters, Change::Drop, &mut images);
         let free = counted.await?;
-        self.apply(Update::new(), images, false).await?;
+        self.apply(blocks, Update::new(), images, false).await?;
         if self.metadata().info().punches {
             // Best effort: a free cluster that keeps its space is free.
             let _ = self.punch(&free).await;
@@ -211,8 +230,10 @@ impl<S: Store> Qcow2<S> {
         let mut step = self.step();
         loop {
             let plan = self.plan(writer, blocks, step).await?;
-            match self.carry_out(writer, blocks, &plan).await {
-                Err(e) if e.kind() == Kind::NoSpace && step > 1 => step /= 2,
+            match self.carry_out(writer, blocks, plan).await {
+                Err(e) if e.kind() == Kind::NoSpace && blocks.unnamed.is_none() && step > 1 => {
+                    step /= 2;
+                }
                 done => return done,
             }
         }
@@ -274,50 +295,36 @@ impl<S: Store> Qcow2<S> {
         Ok(start)
     }
 
-    async fn carry_out(&self, writer: &Writer, blocks: &mut Blocks, plan: &Plan) -> Result<()> {
+    async fn carry_out(&self, writer: &Writer, blocks: &mut Blocks, plan: Plan) -> Result<()> {
         let size = self.header().cluster;
         let mut images = Images::new();
-        let mut places = Vec::new();
-        for (n, cluster) in plan.blocks.iter().zip(plan.start..) {
-            blocks.fresh_block(size.start(cluster), &mut images);
-            places.push((*n, size.start(cluster)));
+        // As if they were there: when they cannot be written, they are not.
+        for (n, at) in plan.places(size) {
+            blocks.fresh_block(at, &mut images);
+            blocks.set_block(n, at);
         }
-        // As if they were there: whatever fails, they are not.
-        for (n, at) in &places {
-            blocks.set_block(*n, *at);
-        }
-        let done = self.lengthen(blocks, plan, images, &places).await;
-        if let Err(e) = done {
-            for (n, _) in &places {
-                blocks.set_block(*n, 0);
+        if let Err(e) = self.lengthen(blocks, &plan, images).await {
+            for (n, _) in plan.places(size) {
+                blocks.set_block(n, 0);
             }
             return Err(e);
         }
-        let mut state = lock(&writer.state);
-        state.metadata.insert_range(plan.start..plan.fresh());
-        state.alloc.extended(plan.end);
-        let mut fresh = RoaringBitmap::new();
-        fresh.insert_range(plan.fresh()..plan.end);
-        state.alloc.now_fresh(&fresh);
-        drop(state);
-        if plan.table > 0 {
-            self.drop_old_table(writer, blocks, plan).await?;
+        {
+            let mut state = lock(&writer.state);
+            state.metadata.insert_range(plan.start..plan.fresh());
+            state.alloc.extended(plan.end);
         }
-        Ok(())
+        blocks.unnamed = Some(plan);
+        self.name(writer, blocks).await
     }
 
-    async fn lengthen(
-        &self,
-        blocks: &Blocks,
-        plan: &Plan,
-        mut images: Images,
-        places: &[(u64, u64)],
-    ) -> Result<()> {
+    /// What is new of the file, with refcounts and blocks, durably but for what names these.
+    async fn lengthen(&self, blocks: &mut Blocks, plan: &Plan, mut images: Images) -> Result<()> {
         let size = self.header().cluster;
         let clusters = plan.start..plan.end;
         self.count(blocks, clusters, Change::Take, &mut images)
             .await?;
-        let mut first = Update::new().len(size.start(plan.end));
+        let mut update = Update::new().len(size.start(plan.end));
         if plan.table > 0 {
             let mut table = crate::buf::aligned(size.start(plan.table) as usize);
             let known = blocks.encode();
@@ -325,34 +332,52 @@ impl<S: Store> Qcow2<S> {
                 .iter_mut()
                 .zip(known)
                 .for_each(|(to, from)| *to = from);
-            first = first.write(size.start(plan.table_at()), table.freeze());
+            update = update.write(size.start(plan.table_at()), table.freeze());
         }
         let early = planted::is(Bug::BlockBeforeCounts) || planted::is(Bug::CountAfterUse);
-        self.apply(first, images, !early).await?;
-        let (mut then, mut slices) = (Update::new(), Vec::new());
+        self.apply(blocks, update, images, !early).await
+    }
+
+    /// Names the new blocks of an extension, or the new table, durably; its clusters are fresh then. Where
+    /// that finds no space, some of them may be named, and nothing is handed out before it was tried again.
+    pub(super) async fn name(&self, writer: &Writer, blocks: &mut Blocks) -> Result<()> {
+        let Some(plan) = blocks.unnamed.take() else {
+            return Ok(());
+        };
+        if let Err(e) = self.write_names(blocks, &plan).await {
+            blocks.unnamed = Some(plan);
+            return Err(e);
+        }
+        let mut fresh = RoaringBitmap::new();
+        fresh.insert_range(plan.fresh()..plan.end);
+        lock(&writer.state).alloc.now_fresh(&fresh);
+        match plan.table {
+            0 => Ok(()),
+            _ => self.drop_old_table(writer, blocks, &plan).await,
+        }
+    }
+
+    async fn write_names(&self, blocks: &Blocks, plan: &Plan) -> Result<()> {
+        let (mut update, mut slices) = (Update::new(), Vec::new());
         if plan.table > 0 {
-            then = then.write(0, self.head_with_table(plan).await?);
+            update = update.write(0, self.head_with_table(plan).await?);
         } else {
-            slices = self.table_slices(blocks, places).await?;
+            slices = self.table_slices(blocks, plan).await?;
             for (at, data) in &slices {
-                then = then.write(*at, data.clone());
+                update = update.write(*at, data.clone());
             }
         }
-        if !then.steps().is_empty() {
-            then.barrier().apply(self.metadata()).await?;
+        if !update.steps().is_empty() {
+            update.barrier().apply(self.metadata()).await?;
             self.keep(slices);
         }
         Ok(())
     }
 
     /// Slices of the refcount table with new blocks in them.
-    async fn table_slices(
-        &self,
-        blocks: &Blocks,
-        places: &[(u64, u64)],
-    ) -> Result<Vec<(u64, Bytes)>> {
+    async fn table_slices(&self, blocks: &Blocks, plan: &Plan) -> Result<Vec<(u64, Bytes)>> {
         let mut images = Images::new();
-        for (n, block) in places {
+        for (n, block) in plan.places(self.header().cluster) {
             let entry = blocks.at.saturating_add(n.saturating_mul(8));
             self.image_of(entry, &mut images).await?;
             put(&mut images, self.slice_len(), entry, &block.to_be_bytes());

@@ -53,8 +53,8 @@ impl<S: Store> Qcow2<S> {
         self.new_epoch();
         if planted::is(Bug::LowerBeforeDrop) {
             let freed = lock(&writer.state).pending.take_freed();
-            let blocks = writer.blocks.lock().await;
-            self.lower(writer, &blocks, freed).await?;
+            let mut blocks = writer.blocks.lock().await;
+            self.lower(writer, &mut blocks, freed).await?;
             self.metadata().flush().await?;
         }
         let done = self.write_frozen(writer).await;
@@ -76,13 +76,25 @@ impl<S: Store> Qcow2<S> {
         }
         let mut plan = self.plan_pass(writer).await?;
         let (before, after) = (frozen(plan.before), frozen(plan.after));
-        let mut update = write_all(Update::new(), &before);
+        let mut first = write_all(Update::new(), &before);
         if plan.data_first && !planted::is(Bug::IndexBeforeData) {
-            update = update.barrier();
+            first = first.barrier();
         }
-        let update = write_all(update, &after).barrier();
+        let then = write_all(Update::new(), &after).barrier();
+        let written = async {
+            first.apply(self.metadata()).await?;
+            let mut state = lock(&writer.state);
+            for (index, _) in &plan.links {
+                if let Some(new) = state.tables.get_mut(index) {
+                    new.tried = !planted::is(Bug::RewriteNamedTable);
+                }
+            }
+            drop(state);
+            then.apply(self.metadata()).await
+        };
+        let written = written.await;
         let slices = before.into_iter().chain(after);
-        match update.apply(self.metadata()).await {
+        match written {
             Ok(()) => self.keep(slices),
             Err(e) => {
                 self.forget(slices.map(|(at, _)| at));
@@ -134,6 +146,15 @@ impl<S: Store> Qcow2<S> {
     ) -> Result<()> {
         let table = self.l1_entry(index).await?.table(self.layout().cluster)?;
         let table = table.ok_or_else(|| Error::damaged("an L2 table that was there is not"))?;
+        self.change_entries(table, entries, plan).await
+    }
+
+    async fn change_entries(
+        &self,
+        table: u64,
+        entries: &[(u32, Option<HostCluster>)],
+        plan: &mut Plan,
+    ) -> Result<()> {
         for (n, _) in entries {
             self.image_of(self.entry_at(table, *n), &mut plan.after)
                 .await?;
@@ -152,6 +173,12 @@ impl<S: Store> Qcow2<S> {
     ) -> Result<()> {
         let size = self.layout().cluster;
         let (table, unit) = (size.start(new.host), self.slice_len());
+        plan.links.push((index, new));
+        if new.tried {
+            // What it gets now must not be seen before its data is durable.
+            self.change_entries(table, entries, plan).await?;
+            return self.link(index, table, plan).await;
+        }
         let zeros = || crate::buf::aligned(unit as usize);
         if new.old.is_some() || !self.metadata().info().fresh_zero {
             plan.data_first |= !planted::is(Bug::TableBeforeCopy);
@@ -168,15 +195,15 @@ impl<S: Store> Qcow2<S> {
             plan.before.entry(slice).or_insert_with(zeros);
         }
         self.put_entries(table, entries, &mut plan.before);
+        self.link(index, table, plan).await
+    }
+
+    /// The first-level entry of a new table.
+    async fn link(&self, index: u32, table: u64, plan: &mut Plan) -> Result<()> {
         let at = self.l1_at(index);
         self.image_of(at, &mut plan.after).await?;
-        put(
-            &mut plan.after,
-            unit,
-            at,
-            &L1Entry::owned(table).0.to_be_bytes(),
-        );
-        plan.links.push((index, new));
+        let entry = L1Entry::owned(table).0.to_be_bytes();
+        put(&mut plan.after, self.slice_len(), at, &entry);
         Ok(())
     }
 
@@ -211,8 +238,8 @@ impl<S: Store> Qcow2<S> {
         if freed.is_empty() {
             return Ok(());
         }
-        let blocks = writer.blocks.lock().await;
-        match self.lower(writer, &blocks, freed.iter().copied()).await {
+        let mut blocks = writer.blocks.lock().await;
+        match self.lower(writer, &mut blocks, freed.iter().copied()).await {
             Err(e) if e.kind() == Kind::NoSpace => {
                 let mut state = lock(&writer.state);
                 freed.into_iter().for_each(|n| state.pending.free_later(n));
@@ -225,18 +252,18 @@ impl<S: Store> Qcow2<S> {
     /// The clean end. Nothing runs any more.
     pub(super) async fn shut(&self, writer: &Writer) -> Result<()> {
         self.pass(writer).await?;
-        let blocks = writer.blocks.lock().await;
+        // Writes that were given up land before their clusters are anybody's.
+        self.metadata().settle().await;
+        let mut blocks = writer.blocks.lock().await;
+        self.name(writer, &mut blocks).await?;
         let unused = {
             let mut state = lock(&writer.state);
             state.alloc.take_fresh() | state.alloc.take_quarantined()
         };
         let mut images = Images::new();
-        let counted = self.count(&blocks, &unused, Change::Drop, &mut images);
+        let counted = self.count(&mut blocks, &unused, Change::Drop, &mut images);
         let free = counted.await?;
-        let images = frozen(images);
-        let update = write_all(Update::new(), &images).barrier();
-        update.apply(self.metadata()).await?;
-        self.keep(images);
+        self.apply(&mut blocks, Update::new(), images, true).await?;
         let end = {
             let mut state = lock(&writer.state);
             state.alloc.free(&free);

@@ -25,6 +25,8 @@ pub(super) struct NewTable {
     pub(super) old: Option<u64>,
     /// Its word in the ledger.
     pub(super) slot: usize,
+    /// It was written, and a pass began to name it: whether it is named is not known.
+    pub(super) tried: bool,
 }
 
 /// The part that requests share.
@@ -111,7 +113,9 @@ impl Drop for Reserved {
         match self.fate {
             _ if planted::is(Bug::ReuseQuarantined) => state.alloc.give_back(self.cluster.0),
             Fate::Untouched => state.alloc.give_back(self.cluster.0),
-            _ => state.alloc.quarantine(self.cluster.0),
+            _ => state
+                .alloc
+                .quarantine(&RoaringBitmap::from([self.cluster.0])),
         }
     }
 }
