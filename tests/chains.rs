@@ -3,6 +3,7 @@
 //!
 //! `PLOOP_CRASH_STATES`, `PLOOP_DEATH_STATES`, `PLOOP_CHAIN_FAULT_RUNS` and `PLOOP_MODEL_SEQUENCES` say how
 //! much is tried.
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod campaign;
 

@@ -16,6 +16,7 @@ use crate::{Error, Result, limits};
 use bytes::{Bytes, BytesMut};
 use roaring::RoaringBitmap;
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 
 /// Where the refcounts of a file are.
@@ -178,8 +179,8 @@ impl<S: Store> Qcow2<S> {
     /// Sees to it that the slice which holds `at` is among the images, as it is on disk.
     pub(super) async fn image_of(&self, at: u64, images: &mut Images) -> Result<()> {
         let slice = floor_to(at, self.slice_len());
-        if !images.contains_key(&slice) {
-            images.insert(slice, self.copy_of(slice).await?);
+        if let Entry::Vacant(place) = images.entry(slice) {
+            place.insert(self.copy_of(slice).await?);
         }
         Ok(())
     }
@@ -232,15 +233,15 @@ impl<S: Store> Qcow2<S> {
         let mut zero = RoaringBitmap::new();
         for cluster in clusters {
             let (at, n) = blocks.place(cluster).ok_or_else(|| wrong(cluster, 0))?;
-            if !images.contains_key(&at) {
-                let slice = self.counts(blocks, at).await?;
-                let mut image = crate::buf::aligned(slice.len());
-                image.copy_from_slice(&slice);
-                images.insert(at, image);
-                blocks.before.insert(at, slice);
-            }
-            let Some(image) = images.get_mut(&at) else {
-                continue;
+            let image = match images.entry(at) {
+                Entry::Occupied(image) => image.into_mut(),
+                Entry::Vacant(place) => {
+                    let slice = self.counts(blocks, at).await?;
+                    let mut image = crate::buf::aligned(slice.len());
+                    image.copy_from_slice(&slice);
+                    blocks.before.insert(at, slice);
+                    place.insert(image)
+                }
             };
             let was = blocks.width.get(image, n).unwrap_or(0);
             let is = match (change, was) {

@@ -83,13 +83,7 @@ impl<S: Store> Qcow2<S> {
         let then = write_all(Update::new(), &after).barrier();
         let written = async {
             first.apply(self.metadata()).await?;
-            let mut state = lock(&writer.state);
-            for (index, _) in &plan.links {
-                if let Some(new) = state.tables.get_mut(index) {
-                    new.tried = !planted::is(Bug::RewriteNamedTable);
-                }
-            }
-            drop(state);
+            tried(writer, &plan.links);
             then.apply(self.metadata()).await
         };
         let written = written.await;
@@ -273,6 +267,16 @@ impl<S: Store> Qcow2<S> {
             .len(self.layout().cluster.start(end))
             .barrier();
         cut.apply(self.metadata()).await
+    }
+}
+
+/// From now on nobody knows whether these tables are named.
+fn tried(writer: &Writer, links: &[(u32, NewTable)]) {
+    let mut state = lock(&writer.state);
+    for (index, _) in links {
+        if let Some(new) = state.tables.get_mut(index) {
+            new.tried = !planted::is(Bug::RewriteNamedTable);
+        }
     }
 }
 

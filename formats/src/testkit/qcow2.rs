@@ -251,7 +251,7 @@ impl Image {
 
     /// Refcount blocks, which count themselves.
     fn count(&self, draft: &mut Draft, reftable: u64) {
-        let per_block = draft.bytes() * 8 >> self.order;
+        let per_block = (draft.bytes() * 8) >> self.order;
         let mut blocks = std::collections::BTreeMap::new();
         loop {
             let needed = |n: &u64| {
