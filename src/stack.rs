@@ -134,11 +134,7 @@ impl<S: Store> AnyLayer<S> {
 
     /// Whether a failed flush forbids further success until the disk is closed and checked.
     pub fn is_poisoned(&self) -> bool {
-        match self {
-            AnyLayer::Ploop(layer) => layer.is_poisoned(),
-            AnyLayer::Raw(layer) => layer.is_poisoned(),
-            AnyLayer::Qcow2(_) => false,
-        }
+        each!(self, layer => layer.is_poisoned())
     }
 
     /// Opens its file anew for writing, as what it is.

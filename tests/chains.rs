@@ -9,16 +9,21 @@ mod campaign;
 
 use bytes::BytesMut;
 use campaign::{SEED, count, holds};
+use ploop::device::Device;
+use ploop::disk::Disk;
 use ploop::stack::{AnyLayer, Stack};
 use ploop::testkit::session::{Session, blind};
 use ploop::testkit::subject::{Bench, Subject, Wish};
 use ploop::testkit::{Chains, crash, death, faults, models, mutate};
+use ploop_formats::Kind;
 use ploop_formats::layer::Layer;
+use ploop_formats::ledger::Ledger;
 use ploop_formats::planted::{Bug, plant};
 use ploop_formats::qcow2::Qcow2;
 use ploop_formats::store::mem::MemStore;
 use ploop_formats::store::pages::Pages;
 use ploop_formats::testkit::exec::now;
+use ploop_formats::testkit::qcow2::Image;
 use ploop_formats::testkit::rng::Rng;
 use std::sync::Arc;
 
@@ -112,4 +117,20 @@ fn what_a_snapshot_holds_is_not_written_to() {
     let _planted = plant(Bug::WriteToShared);
     let (held, all) = snapshots_that_hold(400);
     assert!(held < all, "a write to what is shared is not noticed");
+}
+
+#[test]
+fn a_disk_that_has_failed_takes_no_write() {
+    let pages = Image::of_dice(&mut Rng::new(1), 90, &mut 0).make(&mut Rng::new(1));
+    let image = now(Qcow2::open_write(
+        MemStore::from_pages(pages),
+        Ledger::local(),
+    ))
+    .unwrap();
+    image.poison();
+    let stack = Stack::of_chain(vec![Arc::new(AnyLayer::Qcow2(Box::new(image)))]).unwrap();
+    let disk = Disk::over(stack, false);
+    let written = now(disk.write(0, vec![1; 512].into(), false));
+    assert_eq!(written.unwrap_err().kind(), Kind::Poisoned);
+    assert!(disk.stack().is_poisoned());
 }

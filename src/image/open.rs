@@ -105,6 +105,9 @@ pub async fn open_write(
     if chain.top().format == Format::Qcow2 {
         let name = Path::new(&chain.top().name);
         let stack = backing::open_write(dir.as_fd(), name, top, ledger).await?;
+        for layer in stack.layers() {
+            refuse_unclosed(layer).map_err(|e| e.at("a backing file"))?;
+        }
         return Ok(Disk::over(stack, false));
     }
     await_target(&dir, chain, patience)?;
@@ -175,12 +178,17 @@ fn await_target(dir: impl AsFd, chain: &Chain, patience: Duration) -> Result<()>
 /// A lower layer that was not closed may lack what the layers above were written over, unless it is
 /// one that these are merged into.
 fn refuse_dirty(layer: &AnyLayer<FileStore>, file: &LayerFile) -> Result<()> {
+    match file.marked {
+        true => Ok(()),
+        false => refuse_unclosed(layer).map_err(|e| e.at(file.display())),
+    }
+}
+
+fn refuse_unclosed(layer: &AnyLayer<FileStore>) -> Result<()> {
     match layer {
-        _ if file.marked => Ok(()),
-        AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(format!(
-            "{}: this lower layer was not closed; check it before anything is written above it",
-            file.display()
-        ))),
+        AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(
+            "this lower layer was not closed; check it before anything is written above it",
+        )),
         _ => Ok(()),
     }
 }

@@ -21,6 +21,9 @@ use bytes::{Bytes, BytesMut};
 use std::sync::Arc;
 use tokio::sync::Mutex;
 
+/// Bytes of new tables that wait for a pass, which has them in memory.
+const TABLES_MAX: u64 = 16 << 20;
+
 /// An open qcow2 image.
 #[derive(Debug)]
 pub struct Qcow2<S> {
@@ -122,7 +125,10 @@ impl<S: Store> Qcow2<S> {
 
     /// Whether answered changes wait for a sync to become durable.
     pub fn has_pending(&self) -> bool {
-        let awaits = |w: &Writer| lock(&w.state).pending.awaits_pass();
+        let awaits = |w: &Writer| {
+            let state = lock(&w.state);
+            state.pending.awaits_pass() || !state.tables.is_empty()
+        };
         self.writer.as_ref().is_some_and(awaits)
     }
 
@@ -375,7 +381,16 @@ impl<S: Store> Qcow2<S> {
             if old.is_some() && entry.copied() {
                 return Ok(());
             }
-            let slot = lock(&writer.state).pending.take_slot()?;
+            let slot = {
+                let mut state = lock(&writer.state);
+                let bytes = self.layout.cluster.bytes();
+                let waiting = (state.tables.len() as u64).saturating_mul(bytes);
+                if waiting >= TABLES_MAX {
+                    let what = "too many tables wait for a flush";
+                    return Err(Error::new(Kind::Pending, what));
+                }
+                state.pending.take_slot()?
+            };
             let taken = self.take(writer).await;
             let host = taken.inspect_err(|_| lock(&writer.state).pending.return_slot(slot))?;
             let mut state = lock(&writer.state);

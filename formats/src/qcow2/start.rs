@@ -13,7 +13,7 @@ use super::bitmap;
 use super::blocks::{Blocks, Images, frozen, put};
 use super::header::{BITMAPS_VALID, CORRUPT, DIRTY, EXTERNAL_DATA, Header, L1};
 use super::image::Qcow2;
-use super::open::{list_bitmaps, list_snapshots, read_padded, snapshot_l1};
+use super::open::{list_bitmaps, list_snapshots, read_header, read_padded, snapshot_l1};
 use super::table::L1Entry;
 use super::writer::{NewTable, State, Writer, lock};
 use crate::ledger::Ledger;
@@ -37,8 +37,8 @@ impl<S: Store> Qcow2<S> {
     /// `Damaged` for an image that must be repaired first, `Unsupported` with an external data file
     /// and for one with more than 2^32 clusters.
     pub async fn open_write(store: S, ledger: Ledger) -> Result<Self> {
+        judge(&read_header(&store).await?)?;
         let mut image = Self::open_read(store, None).await?;
-        judge(image.header())?;
         let size = image.header().cluster;
         let len = image.metadata().info().len;
         let end = u32::try_from(size.count(len))

@@ -220,9 +220,22 @@ impl<S: Store> Qcow2<S> {
             let _ = self.punch(&free).await;
         }
         let mut state = lock(&writer.state);
+        let tables = &state.metadata & &free;
         state.metadata -= &free;
+        // What they held is not what the next one finds who has them.
+        self.forget_clusters(&tables);
         state.alloc.free(&free);
         Ok(())
+    }
+
+    /// Forgets the slices of clusters.
+    fn forget_clusters(&self, clusters: &RoaringBitmap) {
+        let size = self.header().cluster;
+        for cluster in clusters {
+            let start = size.start(cluster);
+            let end = start.saturating_add(size.bytes());
+            self.forget((start..end).step_by(self.slice_len() as usize));
+        }
     }
 
     /// Extends the file by a step, or by the largest that finds space.
@@ -303,7 +316,7 @@ impl<S: Store> Qcow2<S> {
             blocks.fresh_block(at, &mut images);
             blocks.set_block(n, at);
         }
-        if let Err(e) = self.lengthen(blocks, &plan, images).await {
+        if let Err(e) = self.lengthen(writer, blocks, &plan, images).await {
             for (n, _) in plan.places(size) {
                 blocks.set_block(n, 0);
             }
@@ -319,12 +332,24 @@ impl<S: Store> Qcow2<S> {
     }
 
     /// What is new of the file, with refcounts and blocks, durably but for what names these.
-    async fn lengthen(&self, blocks: &mut Blocks, plan: &Plan, mut images: Images) -> Result<()> {
+    async fn lengthen(
+        &self,
+        writer: &Writer,
+        blocks: &mut Blocks,
+        plan: &Plan,
+        mut images: Images,
+    ) -> Result<()> {
         let size = self.header().cluster;
         let clusters = plan.start..plan.end;
         self.count(blocks, clusters, Change::Take, &mut images)
             .await?;
-        let mut update = Update::new().len(size.start(plan.end));
+        let mut update = Update::new();
+        let end = size.start(lock(&writer.state).alloc.end());
+        if self.metadata().info().len > end {
+            // What an attempt left that found no space would be taken for zeros.
+            update = update.len(end);
+        }
+        update = update.len(size.start(plan.end));
         if plan.table > 0 {
             let mut table = crate::buf::aligned(size.start(plan.table) as usize);
             let known = blocks.encode();

@@ -57,9 +57,7 @@ impl<S: Store> Qcow2<S> {
             self.lower(writer, &mut blocks, freed).await?;
             self.metadata().flush().await?;
         }
-        let done = self.write_frozen(writer).await;
-        self.new_epoch();
-        match done {
+        match self.write_frozen(writer).await {
             Ok(links) => self.freed(writer, links).await,
             Err(e) => {
                 lock(&writer.state).pending.pass_undone();
@@ -87,6 +85,8 @@ impl<S: Store> Qcow2<S> {
             then.apply(self.metadata()).await
         };
         let written = written.await;
+        // First: who has read a slice meanwhile does not put it over one that was written.
+        self.new_epoch();
         let slices = before.into_iter().chain(after);
         match written {
             Ok(()) => self.keep(slices),

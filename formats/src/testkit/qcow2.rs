@@ -330,7 +330,8 @@ pub fn audit(pages: &Pages) -> Result<u64, String> {
 impl Image {
     /// An image that dice choose, of at most `sectors` sectors; its values count on from `value`.
     pub fn of_dice(rng: &mut Rng, sectors: u64, value: &mut Value) -> Self {
-        let log2 = *rng.pick(&[9, 9, 9, 10, 12]);
+        // Also clusters of more than one slice.
+        let log2 = *rng.pick(&[9, 9, 9, 10, 12, 13]);
         let per = (1u64 << log2) / SECTOR;
         let count = rng.range(1, (sectors / per).max(1));
         let rich = rng.one_in(2);
