@@ -53,7 +53,7 @@ fn errors_of_the_storage_lose_nothing_that_was_answered() {
 
 #[test]
 fn a_table_that_may_be_named_is_not_written_before_its_data() {
-    let catch = mutate::bug_in_chains(Bug::RewriteNamedTable, 99, 2_000);
+    let catch = mutate::bug_in_chains(Bug::RewriteNamedTable, 211, 2_000);
     println!("{catch}");
     assert!(catch.by.is_some(), "{catch}");
 }
