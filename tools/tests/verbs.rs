@@ -55,7 +55,12 @@ fn the_doctor_says_what_is_missing_and_what_to_do() {
 fn the_doctor_fails_where_no_disk_can_be_served() {
     let scratch = Scratch::new();
     let alone = scratch.path("ploopctl");
-    fs::copy(common::PLOOPCTL, &alone).expect("copy");
+    // By another process: what is forked here meanwhile would have our copy open, and it would be busy.
+    let copied = Command::new("cp")
+        .arg(common::PLOOPCTL)
+        .arg(&alone)
+        .status();
+    assert!(copied.expect("cp runs").success());
     let output = Command::new(&alone)
         .arg("doctor")
         .env("PATH", "/nonexistent")
