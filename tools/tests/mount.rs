@@ -231,12 +231,22 @@ fn a_failed_mount_leaves_nothing_even_when_somebody_looks_at_its_device_for_long
     nothing_is_left(&scratch);
 }
 
+/// A PATH on which a shell script comes before the program of that name.
+fn path_with(bin: &Path, program: &str, script: &str) -> String {
+    use std::os::unix::fs::PermissionsExt;
+    let path = std::env::var("PATH").expect("a path");
+    fs::create_dir(bin).expect("directory");
+    let program = bin.join(program);
+    fs::write(&program, format!("#!/bin/sh\n{script}\n")).expect("write");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("executable");
+    format!("{}:{path}", text(bin))
+}
+
 #[test]
 fn a_mount_that_is_cancelled_in_the_program_it_runs_is_cancelled() {
     if !can_mount() {
         return;
     }
-    use std::os::unix::fs::PermissionsExt;
     use std::os::unix::process::CommandExt;
     let scratch = Scratch::new();
     let disk = scratch.disk("d", &["-s", "64M"]);
@@ -245,15 +255,14 @@ fn a_mount_that_is_cancelled_in_the_program_it_runs_is_cancelled() {
         scratch.path("bin"),
         scratch.path("here"),
     );
-    fs::create_dir(&bin).expect("directory");
-    let program = bin.join("mount");
-    let script = format!("#!/bin/sh\n: >'{}'\nexec sleep 60\n", text(&here));
-    fs::write(&program, script).expect("write");
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("executable");
-    let path = std::env::var("PATH").expect("a path");
+    let path = path_with(
+        &bin,
+        "mount",
+        &format!(": >'{}'\nexec sleep 60", text(&here)),
+    );
     let mut child = Command::new(common::PLOOPCTL)
         .args(["mount", text(&disk), text(&point)])
-        .env("PATH", format!("{}:{path}", text(&bin)))
+        .env("PATH", path)
         .process_group(0)
         .stderr(Stdio::null())
         .spawn()
@@ -434,6 +443,37 @@ fn every_file_system_that_init_offers_can_be_mounted() {
         ok(&["umount", text(&point)]);
         ok(&["check", text(&disk)]);
     }
+    nothing_is_left(&scratch);
+}
+
+/// mkfs.btrfs looks at the file behind every mounted loop device, and fails where one is dead.
+#[test]
+fn a_file_system_is_made_while_another_disk_dies() {
+    if !can_mount() || !common::has("mkfs.btrfs") {
+        return;
+    }
+    let scratch = Scratch::new();
+    let dying = scratch.disk("dying", &["-s", "128M"]);
+    ok(&["mount", text(&dying), text(&scratch.mountpoint())]);
+    // Another test's command may clean up before mkfs.btrfs itself has failed once.
+    let script = format!(
+        "[ -e '{first}' ] && PATH=${{PATH#*:}} exec mkfs.btrfs \"$@\"\n\
+         : >'{first}'\n\
+         kill -9 {keeper}\n\
+         echo 'ERROR: cannot check mount status of it' >&2\n\
+         exit 1",
+        first = text(&scratch.path("first")),
+        keeper = pid(&scratch, "keeper_pid"),
+    );
+    let path = path_with(&scratch.path("bin"), "mkfs.btrfs", &script);
+    let disk = scratch.path("d");
+    let output = Command::new(common::PLOOPCTL)
+        .args(["init", "-s", "400M", "--fs", "btrfs", text(&disk)])
+        .env("PATH", path)
+        .output()
+        .expect("ploopctl runs");
+    assert!(output.status.success(), "{output:?}");
+    ok(&["check", text(&disk)]);
     nothing_is_left(&scratch);
 }
 

@@ -11,10 +11,13 @@ use ploop::formats::ploop::header::{Header, Version};
 use ploop::formats::units::ClusterSize;
 use ploop::image::init::{self, Form, New};
 use ploop::image::target::{Format, Target};
+use ploop::serve::supervise::leftover;
 use ploop::{Error, Kind, Result};
 use serde_json::json;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// Make a new disk: DIR, DIR/root.hds and DIR/DiskDescriptor.xml
 ///
@@ -164,10 +167,38 @@ pub fn make_fs(
     };
     let mut said = String::new();
     for options in attempts {
+        let options = options
+            .iter()
+            .map(OsStr::new)
+            .chain(more.iter().map(OsStr::new));
+        match run_mkfs(program, options.chain([device.as_os_str()]), cancel, meter)? {
+            Ok(()) => return Ok(()),
+            Err(stderr) => said = stderr,
+        }
+    }
+    Err(Error::new(Kind::Io, format!("{program} failed: {said}")))
+}
+
+/// How long a disk may take to die whose end is in mkfs's way.
+const NEIGHBOUR_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What mkfs.btrfs says when the file behind some mounted loop device cannot be looked at: it looks
+/// at all of them, and that of a disk whose keeper has just died answers with errors until the next
+/// command cleans up.
+const NEIGHBOUR_DIES: &str = "cannot check mount status";
+
+/// Runs mkfs once, or again when it failed for another disk's end only. Gives what it said when it
+/// failed.
+fn run_mkfs<'a>(
+    program: &str,
+    options: impl Iterator<Item = &'a OsStr> + Clone,
+    cancel: &Cancel,
+    meter: &mut Meter<'_>,
+) -> Result<std::result::Result<(), String>> {
+    let start = Instant::now();
+    loop {
         let mut command = Command::new(program);
-        let output = cancel.run(command.args(*options).args(more).arg(device), || {
-            meter.tick()
-        });
+        let output = cancel.run(command.args(options.clone()), || meter.tick());
         let output = output.map_err(|e| match e.kind() {
             Kind::Cancelled => e,
             _ => Error::new(
@@ -176,9 +207,13 @@ pub fn make_fs(
             ),
         })?;
         if output.status.success() {
-            return Ok(());
+            return Ok(Ok(()));
         }
-        said = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        let said = String::from_utf8_lossy(&output.stderr).trim().to_string();
+        if !said.contains(NEIGHBOUR_DIES) || start.elapsed() > NEIGHBOUR_PATIENCE {
+            return Ok(Err(said));
+        }
+        leftover::sweep()?;
+        std::thread::sleep(Duration::from_millis(50));
     }
-    Err(Error::new(Kind::Io, format!("{program} failed: {said}")))
 }
