@@ -70,6 +70,10 @@ pub enum Bug {
     RewriteNamedTable,
     /// A refcount is lowered before what named its cluster is gone durably.
     LowerBeforeDrop,
+    /// An entry says that a subcluster is there which was filled after the pass began.
+    LaterBitsInEntry,
+    /// A mapping is answered before it is said which subclusters are there.
+    BitsAfterMapping,
 }
 
 impl Bug {

@@ -22,6 +22,8 @@ struct Made {
     /// Half of it is compressed.
     packed: bool,
     snapshot: bool,
+    /// Its last writer died, and left it dirty.
+    dead: bool,
 }
 
 const fn made(cluster: u64, options: &'static str) -> Made {
@@ -31,6 +33,7 @@ const fn made(cluster: u64, options: &'static str) -> Made {
         base: None,
         packed: false,
         snapshot: false,
+        dead: false,
     }
 }
 
@@ -55,10 +58,13 @@ fn matrix() -> Vec<Made> {
             snapshot: true,
             ..plain
         });
-        all.push(Made {
-            base: Some("raw"),
-            ..made(1 << log2, "compat=1.1,lazy_refcounts=on")
-        });
+        for dead in [false, true] {
+            all.push(Made {
+                base: Some("raw"),
+                dead,
+                ..made(1 << log2, "compat=1.1,lazy_refcounts=on")
+            });
+        }
     }
     for options in [
         "refcount_bits=1",
@@ -75,12 +81,17 @@ fn matrix() -> Vec<Made> {
         all.push(made(65536, options));
     }
     for cluster in [16384, 65536, 2 << 20] {
-        for base in [None, Some("raw")] {
+        for base in [None, Some("raw"), Some("qcow2")] {
             all.push(Made {
                 base,
+                snapshot: base == Some("qcow2"),
                 ..made(cluster, "extended_l2=on")
             });
         }
+        all.push(Made {
+            packed: true,
+            ..made(cluster, "extended_l2=on")
+        });
         all.push(Made {
             packed: true,
             ..made(cluster, "compression_type=zstd")
@@ -119,6 +130,23 @@ impl Bench {
         args.push(path.to_str().unwrap());
         let said = qemu("qemu-io", &args, &self.context);
         assert!(!said.contains("failed"), "{}: {said}", self.context);
+    }
+
+    /// As a writer that dies before it closes the image.
+    fn io_and_die(&self, commands: &[String]) {
+        let mut command = Command::new("qemu-io");
+        for each in commands
+            .iter()
+            .map(String::as_str)
+            .chain(["flush", "abort"])
+        {
+            command.args(["-c", each]);
+        }
+        command.args(["-f", "qcow2"]).arg(self.path("image"));
+        let done = command.output().unwrap();
+        assert!(!done.status.success(), "{}: it closed it", self.context);
+        let head = fs::read(self.path("image")).unwrap();
+        assert_eq!(head.get(79), Some(&1), "{}: it is dirty", self.context);
     }
 
     /// Makes it, with data of many kinds.
@@ -169,6 +197,9 @@ impl Bench {
             "image",
             &[fill(k, k * 2 + 512, 5), zero, fill(k * 13, k * 14, 6)],
         );
+        if made.dead {
+            bench.io_and_die(&[fill(k * 2, k * 3, 8), fill(k * 14, k * 15, 9)]);
+        }
         if made.snapshot {
             bench.img("snapshot -c one image");
             bench.io("qcow2", "image", &[fill(k * 4, k * 6, 7)]);
