@@ -72,8 +72,8 @@ pub enum Bug {
     LowerBeforeDrop,
     /// An entry says that a subcluster is there which was filled after the pass began.
     LaterBitsInEntry,
-    /// A mapping is answered before it is said which subclusters are there.
-    BitsAfterMapping,
+    /// No successor is told which subclusters of a cluster are there.
+    BitsUnsaid,
 }
 
 impl Bug {
@@ -108,7 +108,7 @@ impl Bug {
 
     /// Every bug that an active qcow2 image can have. [`Bug::WriteToShared`] shows in
     /// snapshots alone, [`Bug::RewriteNamedTable`] in one faulty run of 60,000.
-    pub const OF_QCOW2: [Bug; 16] = [
+    pub const OF_QCOW2: [Bug; 18] = [
         Bug::IndexBeforeData,
         Bug::FreshForReused,
         Bug::LaterEntriesInPageImage,
@@ -125,6 +125,8 @@ impl Bug {
         Bug::BlockBeforeCounts,
         Bug::TableBeforeCopy,
         Bug::LowerBeforeDrop,
+        Bug::LaterBitsInEntry,
+        Bug::BitsUnsaid,
     ];
 }
 

@@ -11,6 +11,9 @@ use tempfile::TempDir;
 /// Random requests on each image.
 const STEPS: u64 = 600;
 
+/// Guest data in a file that is the disk, byte for byte.
+const RAW_DATA: &str = "data_file=data,data_file_raw=on";
+
 /// How an image is made.
 #[derive(Debug, Clone, Copy)]
 struct Made {
@@ -80,6 +83,16 @@ fn matrix() -> Vec<Made> {
         all.push(made(512, options));
         all.push(made(65536, options));
     }
+    for cluster in [512, 65536] {
+        for base in [None, Some("raw")] {
+            all.push(Made {
+                base,
+                ..made(cluster, "data_file=data")
+            });
+        }
+        all.push(made(cluster, RAW_DATA));
+    }
+    all.push(made(16384, "extended_l2=on,data_file=data"));
     for cluster in [16384, 65536, 2 << 20] {
         for base in [None, Some("raw"), Some("qcow2")] {
             all.push(Made {
@@ -228,6 +241,9 @@ impl Bench {
         let check = ["check", "-f", "qcow2", image.to_str().unwrap()];
         try_qemu("qemu-img", &check).unwrap_or_else(|e| panic!("{}: {e}", self.context));
         self.img("compare -q -f qcow2 -F raw image model");
+        if made.options == RAW_DATA {
+            self.img("compare -q -f raw -F raw data model");
+        }
         if let Some(before) = before {
             assert!(
                 self.snapshot("now") == before,

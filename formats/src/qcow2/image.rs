@@ -16,7 +16,6 @@ use super::table::{L1Entry, L2Entry, Layout, Mapping, Packed};
 use super::writer::{Fate, NewTable, Part, Reserved, Writer, lock};
 use crate::layer::{Below, Extent, Geometry, Layer, Place};
 use crate::pending::To;
-use crate::planted::{self, Bug};
 use crate::store::Store;
 use crate::units::{HostCluster, VirtCluster, floor_to};
 use crate::{Error, Kind, Result};
@@ -635,14 +634,7 @@ impl<S: Store> Qcow2<S> {
             }
             let word = self.table_word(index);
             state.pending.put_beyond(slot, word, host);
-            state.metadata.insert(host);
-            let new = NewTable {
-                host,
-                old,
-                slot,
-                tried: false,
-            };
-            state.tables.insert(index, new);
+            state.add_table(index, NewTable::new(host, old, slot));
             return Ok(());
         }
     }
@@ -796,15 +788,9 @@ impl<S: Store> Layer for Qcow2<S> {
         let state = &mut *state;
         let (to, slot) = (reserved.cluster, reserved.slot);
         // Before the mapping: without them it is of a whole cluster.
-        let late = planted::is(Bug::BitsAfterMapping);
-        if !late {
-            reserved.put_bits(state);
-        }
+        reserved.put_bits(state);
         let fresh = clean && below == Below::Zeros;
         state.pending.publish(cluster, to, slot, fresh);
-        if late {
-            reserved.put_bits(state);
-        }
         for old in &reserved.old {
             state.give_up(*old);
         }

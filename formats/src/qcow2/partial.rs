@@ -120,7 +120,9 @@ impl Partials {
             pending.return_slot(spare);
             known.slot
         });
-        pending.put_beyond(slot, self.base.saturating_add(host), bits.taken);
+        if !planted::is(Bug::BitsUnsaid) {
+            pending.put_beyond(slot, self.base.saturating_add(host), bits.taken);
+        }
         let frozen = known.map_or(0, |known| known.frozen);
         self.known.insert(host, Partial::new(slot, bits, frozen));
     }

@@ -201,16 +201,7 @@ impl<S: Store> Qcow2<S> {
         let host = Some(host).filter(|host| *host != 0);
         match host.filter(|host| old != Some(self.header().cluster.start(*host))) {
             None => state.pending.clear_beyond(slot),
-            Some(host) => {
-                state.metadata.insert(host);
-                let new = NewTable {
-                    host,
-                    old,
-                    slot,
-                    tried: false,
-                };
-                state.tables.insert(index, new);
-            }
+            Some(host) => state.add_table(index, NewTable::new(host, old, slot)),
         }
         Ok(())
     }

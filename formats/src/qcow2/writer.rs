@@ -31,6 +31,18 @@ pub(super) struct NewTable {
     pub(super) tried: bool,
 }
 
+impl NewTable {
+    /// One of which nothing was written.
+    pub(super) const fn new(host: u32, old: Option<u64>, slot: usize) -> Self {
+        Self {
+            host,
+            old,
+            slot,
+            tried: false,
+        }
+    }
+}
+
 /// The part that requests share.
 #[derive(Debug)]
 pub(super) struct State {
@@ -55,6 +67,12 @@ pub(super) fn lock(shared: &Shared) -> MutexGuard<'_, State> {
 }
 
 impl State {
+    /// Table `index` will be at a new place.
+    pub(super) fn add_table(&mut self, index: u32, new: NewTable) {
+        self.metadata.insert(new.host);
+        self.tables.insert(index, new);
+    }
+
     /// A file cluster has no mapping any more, and is free once that is durable.
     pub(super) fn give_up(&mut self, cluster: u32) {
         self.partial.drop_host(cluster);
