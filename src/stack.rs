@@ -271,11 +271,6 @@ impl<S: Store> Layer for AnyLayer<S> {
     }
 }
 
-/// Why a compressed cluster is not touched: what is changed or compared by its tables has none.
-pub(crate) fn packed() -> Error {
-    Error::unsupported("a compressed cluster in a layer of a disk that is written to")
-}
-
 /// How a layer has a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
@@ -312,15 +307,6 @@ impl Segment {
     /// Whether the tables say that it reads as zeros.
     pub fn is_zero(&self) -> bool {
         self.content == Content::Zero
-    }
-
-    /// File offset in the layer; none when it reads as zeros. `Unsupported` when it is compressed.
-    pub fn offset(&self) -> Result<Option<u64>> {
-        match self.content {
-            Content::At(at) => Ok(Some(at)),
-            Content::Zero => Ok(None),
-            Content::Packed => Err(packed()),
-        }
     }
 }
 

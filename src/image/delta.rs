@@ -18,11 +18,7 @@ use ploop_formats::units::ClusterSize;
 use ploop_formats::{Error, Result};
 
 /// Opens one for reading.
-pub async fn read<S: Store>(
-    store: S,
-    format: Format,
-    cluster: ClusterSize,
-) -> Result<AnyLayer<S>> {
+pub async fn read<S: Store>(store: S, format: Format, cluster: ClusterSize) -> Result<AnyLayer<S>> {
     Ok(match format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await?),
         Format::Raw => AnyLayer::Raw(Raw::open_read(store, cluster)?),

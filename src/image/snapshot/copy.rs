@@ -311,7 +311,10 @@ impl<'a, S: Store> Copying<'a, S> {
             again: Vec::new(),
             full: false,
             syncing: false,
-            spares: Rc::new(Spares::new(window, from.align().max(to.store().info().align))),
+            spares: Rc::new(Spares::new(
+                window,
+                from.align().max(to.store().info().align),
+            )),
         }
     }
 
