@@ -386,9 +386,10 @@ impl<S: Store> Stack<S> {
             .map(|l| l.store().info().align)
             .max()
             .unwrap_or(1);
-        // The map knows places of whole clusters, and no compressed ones.
-        let is_qcow2 = |layer: &Arc<AnyLayer<S>>| matches!(&**layer, AnyLayer::Qcow2(_));
-        let even = refuse_uneven(&layers).is_ok() && !layers.iter().any(is_qcow2);
+        // The map has no words for places in smaller clusters.
+        let small =
+            |layer: &Arc<AnyLayer<S>>| layer.geometry().cluster.bytes() < limits::CLUSTER_MIN;
+        let even = refuse_uneven(&layers).is_ok() && !layers.iter().any(small);
         let merged = (even && layers.len() > 2).then(Merged::default);
         Ok(Self {
             layers,

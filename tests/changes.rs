@@ -1,6 +1,6 @@
 //! Changes of a disk's tree under power cuts: the campaign, and what it takes to believe it.
 //!
-//! `PLOOP_CHANGE_STATES` says how many states are tried.
+//! `PLOOP_CHANGE_STATES` and `PLOOP_QCOW2_CHANGE_STATES` say how many states are tried.
 
 mod campaign;
 
@@ -25,7 +25,7 @@ fn so_it_is_with_qcow2_images_among_its_deltas() {
     holds(changes::campaign(
         Formats::Mixed,
         SEED,
-        count("PLOOP_CHANGE_STATES", 20_000),
+        count("PLOOP_QCOW2_CHANGE_STATES", 20_000),
     ));
 }
 

@@ -143,7 +143,8 @@ fn can_judge(test: &str) -> bool {
 fn points_are_made_deleted_and_merged_under_verified_load_and_read_alike_to_qemu() {
     let test = "points_are_made_deleted_and_merged_under_verified_load_and_read_alike_to_qemu";
     if can_judge(test) {
-        change_under_load(test, &Disk::with_fs(&SIZE.to_string(), "xfs", &[]));
+        let disk = Disk::with_fs(&SIZE.to_string(), "xfs", &[]);
+        change_under_load(test, &disk, count("PLOOP_SNAPSHOTS", 20));
     }
 }
 
@@ -151,7 +152,8 @@ fn points_are_made_deleted_and_merged_under_verified_load_and_read_alike_to_qemu
 fn so_are_points_of_qcow2_images() {
     let test = "so_are_points_of_qcow2_images";
     if can_judge(test) {
-        change_under_load(test, &mixed::disk(SIZE, "xfs", LayerFormat::Qcow2));
+        let disk = mixed::disk(SIZE, "xfs", LayerFormat::Qcow2);
+        change_under_load(test, &disk, count("PLOOP_QCOW2_SNAPSHOTS", 20));
     }
 }
 
@@ -159,7 +161,8 @@ fn so_are_points_of_qcow2_images() {
 fn so_are_points_of_qcow2_images_on_a_raw_base() {
     let test = "so_are_points_of_qcow2_images_on_a_raw_base";
     if can_judge(test) {
-        change_under_load(test, &mixed::disk(SIZE, "xfs", LayerFormat::Raw));
+        let disk = mixed::disk(SIZE, "xfs", LayerFormat::Raw);
+        change_under_load(test, &disk, count("PLOOP_QCOW2_SNAPSHOTS", 20));
     }
 }
 
@@ -167,11 +170,12 @@ fn so_are_points_of_qcow2_images_on_a_raw_base() {
 fn so_are_points_of_qcow2_images_on_a_ploop_base() {
     let test = "so_are_points_of_qcow2_images_on_a_ploop_base";
     if can_judge(test) {
-        change_under_load(test, &mixed::disk(SIZE, "xfs", LayerFormat::Ploop));
+        let disk = mixed::disk(SIZE, "xfs", LayerFormat::Ploop);
+        change_under_load(test, &disk, count("PLOOP_QCOW2_SNAPSHOTS", 20));
     }
 }
 
-fn change_under_load(test: &str, disk: &Disk) {
+fn change_under_load(test: &str, disk: &Disk, many: u64) {
     let log = KernelMark::new(test);
     let mut tree = Tree {
         disk,
@@ -181,7 +185,6 @@ fn change_under_load(test: &str, disk: &Disk) {
         went: BTreeMap::new(),
         depths: BTreeMap::new(),
     };
-    let many = count("PLOOP_SNAPSHOTS", 20);
     tree.branch(5, (many / 20).max(2));
     let attached = Attached::mounted(disk, &[]);
     let ((), rounds) = beside_load(attached.folder(), || {
@@ -227,7 +230,8 @@ fn change_under_load(test: &str, disk: &Disk) {
 fn workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_else() {
     let test = "workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_else";
     if can_judge(test) {
-        kill_while_changing(test, &Disk::with_fs(&SIZE.to_string(), "xfs", &[]));
+        let disk = Disk::with_fs(&SIZE.to_string(), "xfs", &[]);
+        kill_while_changing(test, &disk, count("PLOOP_SNAPSHOT_KILLS", 12));
     }
 }
 
@@ -235,16 +239,17 @@ fn workers_and_changers_killed_while_the_tree_changes_cost_a_pause_and_nothing_e
 fn so_they_do_on_a_disk_of_qcow2_images() {
     let test = "so_they_do_on_a_disk_of_qcow2_images";
     if can_judge(test) {
-        kill_while_changing(test, &mixed::disk(SIZE, "xfs", LayerFormat::Qcow2));
+        let disk = mixed::disk(SIZE, "xfs", LayerFormat::Qcow2);
+        kill_while_changing(test, &disk, count("PLOOP_QCOW2_SNAPSHOT_KILLS", 12));
     }
 }
 
-fn kill_while_changing(test: &str, disk: &Disk) {
+fn kill_while_changing(test: &str, disk: &Disk, kills: u64) {
     let attached = Attached::mounted(disk, &[]);
     let (mut points, mut refused, mut finished) = (Vec::new(), 0, 0);
     let mut random = Random::new(11);
     let ((), rounds) = beside_load(attached.folder(), || {
-        for number in 0..count("PLOOP_SNAPSHOT_KILLS", 12) {
+        for number in 0..kills {
             mark(attached.folder(), number);
             let kill_one = || match number % 2 {
                 0 => attached.kill_worker(),
