@@ -99,7 +99,6 @@ fn change(disk: &mut Disk, rounds: usize) {
     ok(&["check", disk.name()]);
     disk.delete(&made[0]);
     disk.judge("alone");
-    ok(&["delete", disk.name()]);
 }
 
 /// Every byte that differs is in a part that `snapshot diff` tells.
@@ -131,6 +130,13 @@ fn a_tree_of_qcow2_images_is_changed_like_any_other() {
     ] {
         let mut disk = adopted(&scratch, name, options);
         change(&mut disk, 5);
+        let (top, own) = (disk.top_file(), scratch.path("own"));
+        let args = ["convert", "-l", "snapshot.name=own", "-O", "raw"];
+        let files = [text(&top), text(&own)];
+        tool("qemu-img", &[&args[..], &files].concat());
+        let found = fs::read(&own).expect("read");
+        assert!(found == content(SIZE), "{name}: a snapshot of its own");
+        ok(&["delete", disk.name()]);
     }
 }
 
@@ -228,6 +234,11 @@ fn a_mounted_disk_of_qcow2_images_is_looked_at_cloned_and_gone_back_with() {
     assert!(refused.contains("qcow2"), "{refused}");
     let refused = fails(7, &["compact", d]);
     assert!(refused.contains("qcow2"), "{refused}");
+    assert_eq!(
+        scratch.attached()[0]["restarts"],
+        0,
+        "a refusal costs nobody"
+    );
     assert_eq!(
         fs::read_to_string(point.join("file")).expect("read"),
         "second"
