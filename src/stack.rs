@@ -297,11 +297,6 @@ impl<S: Store> Layer for AnyLayer<S> {
     }
 }
 
-/// Why a compressed cluster is not touched: what is changed or compared by its tables has none.
-pub(crate) fn packed() -> Error {
-    Error::unsupported("a compressed cluster in a layer of a disk that is written to")
-}
-
 /// How a layer has a range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Content {
@@ -338,15 +333,6 @@ impl Segment {
     /// Whether the tables say that it reads as zeros.
     pub fn is_zero(&self) -> bool {
         self.content == Content::Zero
-    }
-
-    /// File offset in the layer; none when it reads as zeros. `Unsupported` when it is compressed.
-    pub fn offset(&self) -> Result<Option<u64>> {
-        match self.content {
-            Content::At(at) => Ok(Some(at)),
-            Content::Zero => Ok(None),
-            Content::Packed => Err(packed()),
-        }
     }
 }
 
@@ -426,9 +412,10 @@ impl<S: Store> Stack<S> {
             .map(|l| l.store().info().align)
             .max()
             .unwrap_or(1);
-        // The map knows places of whole clusters, and no compressed ones.
-        let is_qcow2 = |layer: &Arc<AnyLayer<S>>| matches!(&**layer, AnyLayer::Qcow2(_));
-        let even = refuse_uneven(&layers).is_ok() && !layers.iter().any(is_qcow2);
+        // The map has no words for places in smaller clusters.
+        let small =
+            |layer: &Arc<AnyLayer<S>>| layer.geometry().cluster.bytes() < limits::CLUSTER_MIN;
+        let even = refuse_uneven(&layers).is_ok() && !layers.iter().any(small);
         let merged = (even && layers.len() > 2).then(Merged::default);
         Ok(Self {
             layers,

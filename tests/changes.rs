@@ -1,11 +1,12 @@
 //! Changes of a disk's tree under power cuts: the campaign, and what it takes to believe it.
 //!
-//! `PLOOP_CHANGE_STATES` says how many states are tried.
+//! `PLOOP_CHANGE_STATES` and `PLOOP_QCOW2_CHANGE_STATES` say how many states are tried.
 
 mod campaign;
 
 use campaign::{SEED, caught, count, holds};
 use ploop::testkit::changes::{self, Past};
+use ploop::testkit::trees::Formats;
 use ploop_formats::store::mutate::{Break, Mutation, Mutator};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
@@ -13,9 +14,40 @@ use std::thread;
 #[test]
 fn after_any_cut_of_any_change_the_disk_is_the_old_one_or_the_new_one() {
     holds(changes::campaign(
+        Formats::Ploop,
         SEED,
         count("PLOOP_CHANGE_STATES", 20_000),
     ));
+}
+
+#[test]
+fn so_it_is_with_qcow2_images_among_its_deltas() {
+    holds(changes::campaign(
+        Formats::Mixed,
+        SEED,
+        count("PLOOP_QCOW2_CHANGE_STATES", 20_000),
+    ));
+}
+
+/// Changes that write to a qcow2 image, or make one.
+const QCOW2: [&str; 5] = ["create", "switch", "merge", "merge-top", "fold"];
+
+#[test]
+fn all_barriers_of_a_change_that_writes_qcow2_images_are_missed() {
+    for kind in QCOW2 {
+        let mutator = Mutator::new();
+        let mutation = Mutation {
+            covers: None,
+            how: Break::Drop,
+            only: None,
+        };
+        let report = caught(50_000, |seed, tally| {
+            mutator.set(Some(mutation));
+            let what = (Formats::Mixed, kind);
+            changes::run(seed, tally, what, Past::Settled, &mutator)
+        });
+        println!("{kind} without barriers: {} states", report.states);
+    }
 }
 
 /// Barriers of each kind of change on a disk that nobody left anything of, and those that protect
@@ -74,7 +106,7 @@ fn assert_missed(kind: &str, number: u64) {
     };
     let report = caught(200_000, |seed, tally| {
         mutator.set(Some(mutation));
-        changes::run(seed, tally, kind, past, &mutator)
+        changes::run(seed, tally, (Formats::Ploop, kind), past, &mutator)
     });
     println!("{kind} without barrier {number}: {} states", report.states);
 }

@@ -240,7 +240,7 @@ fn a_snapshot_rotates_guids_as_ploop_does() {
     let changed = disk
         .edit(|e| {
             e.rename(Guid::TOP, u)?;
-            e.add(Guid::TOP, u, "root.hdd.{x}")?;
+            e.add(Guid::TOP, u, "root.hdd.{x}", ImageType::Compressed)?;
             e.set_top(Guid::TOP)
         })
         .unwrap();
@@ -284,7 +284,9 @@ fn an_edit_that_breaks_a_rule_changes_nothing() {
     let disk = new_disk();
     assert!(disk.edit(|e| e.set_top(guid(3))).is_err());
     assert!(disk.edit(|e| e.set_file(Guid::TOP, "../up")).is_err());
-    assert!(disk.edit(|e| e.add(guid(3), guid(4), "x")).is_err());
+    let kind = ImageType::Compressed;
+    let orphan = disk.edit(|e| e.add(guid(3), guid(4), "x", kind));
+    assert!(orphan.is_err());
     assert!(
         disk.edit(|e| e.set_mark(Guid::TOP, Some(Mark::Temporary)))
             .is_err()
@@ -346,14 +348,31 @@ fn upper_images_of_a_plain_disk_are_ploop_images() {
         .map(|i| i.format)
         .collect();
     assert_eq!(formats, [LayerFormat::Raw, LayerFormat::Ploop]);
-    let grown = disk
-        .edit(|e| {
-            e.rename(Guid::TOP, guid(2))?;
-            e.add(Guid::TOP, guid(2), "third")?;
-            e.set_top(Guid::TOP)
-        })
-        .unwrap();
+    let grown = disk.with_snapshot(guid(2), "third").unwrap();
     assert_eq!(grown.image(Guid::TOP).unwrap().kind, ImageType::Plain);
+}
+
+#[test]
+fn a_new_delta_is_a_qcow2_image_where_the_top_is_one() {
+    let top = |disk: &Descriptor| disk.image(Guid::TOP).unwrap().kind;
+    for base in ["Plain", "Compressed", "QCow2"] {
+        for (old, new) in [
+            ("QCow2", ImageType::QCow2),
+            ("Compressed", ImageType::Compressed),
+        ] {
+            let images = [(guid(1), base, "base"), (Guid::TOP, old, "top")];
+            let shots = [(guid(1), Guid::NONE, ""), (Guid::TOP, guid(1), "")];
+            let disk = parse(&disk(&images, &shots, "")).unwrap();
+            // As ploop calls a delta on a raw base.
+            let new = match (base, new) {
+                ("Plain", ImageType::Compressed) => ImageType::Plain,
+                (_, new) => new,
+            };
+            assert_eq!(top(&disk.with_snapshot(guid(2), "x").unwrap()), new);
+            assert_eq!(top(&disk.switched(guid(1), "x").unwrap()), new);
+            assert_eq!(top(&disk.cloned(guid(1), "x").unwrap()), new);
+        }
+    }
 }
 
 #[test]

@@ -49,7 +49,6 @@ impl Candidate {
             let what = "a directory; what is adopted is one image file";
             return Err(Error::new(Kind::Usage, what).at(file.display()));
         }
-        format.image_type().map_err(|e| e.at(file.display()))?;
         let target = Target::resolve(file, Some(format))?;
         let seen = fs::metadata(target.path()).map_err(at)?;
         if seen.nlink() > 1 {
@@ -94,9 +93,12 @@ impl Candidate {
     fn describe(&self, shape: Shape) -> Result<Descriptor> {
         if !shape.size.is_multiple_of(SECTOR) || shape.size == 0 {
             return Err(Error::invalid(format!(
-                "{} bytes are not a whole number of sectors of {SECTOR}; lengthen it with \
-                 truncate(1)",
-                shape.size
+                "{} bytes are not a whole number of sectors of {SECTOR}; lengthen it with {}",
+                shape.size,
+                match self.format {
+                    Format::Qcow2 => "`qemu-img resize`",
+                    Format::Ploop | Format::Raw => "truncate(1)",
+                }
             )));
         }
         let sectors = shape.size / SECTOR;
@@ -104,7 +106,7 @@ impl Candidate {
         Descriptor::new_disk(&NewDisk {
             sectors,
             cluster: shape.cluster,
-            kind: self.format.image_type()?,
+            kind: self.format.image_type(),
             file: IMAGE,
             preallocated: false,
             chs: Chs {

@@ -5,7 +5,7 @@
 use super::target::{DESCRIPTOR, Format, Source};
 use crate::io::beneath;
 use crate::policy;
-use ploop_formats::descriptor::{Descriptor, ImageRef, LayerFormat};
+use ploop_formats::descriptor::{Descriptor, ImageRef};
 use ploop_formats::guid::Guid;
 use ploop_formats::units::ClusterSize;
 use ploop_formats::{Error, Kind, Result, limits};
@@ -34,19 +34,9 @@ pub struct LayerFile {
 impl LayerFile {
     fn of(disk: &Descriptor, image: ImageRef) -> Result<Self> {
         policy::allow(&image.file)?;
-        let format = match image.format {
-            LayerFormat::Ploop => Format::Ploop,
-            LayerFormat::Raw => Format::Raw,
-            LayerFormat::Qcow2 => {
-                return Err(Error::unsupported(format!(
-                    "{}: layers of type QCow2 are not served yet",
-                    image.file
-                )));
-            }
-        };
         Ok(Self {
             name: image.file.into(),
-            format,
+            format: image.format.into(),
             guid: Some(image.guid),
             marked: disk.shot(image.guid).is_some_and(|s| s.mark.is_some()),
         })

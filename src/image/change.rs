@@ -23,13 +23,16 @@ use super::target::DESCRIPTOR;
 use super::views;
 use crate::io::lock::DISK_LOCK;
 use crate::policy;
-use ploop_formats::descriptor::Descriptor;
+use ploop_formats::descriptor::{Descriptor, ImageType};
 use ploop_formats::folder::{self, Folder};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version};
+use ploop_formats::qcow2::create::Create;
+use ploop_formats::qcow2::header::Compression;
+use ploop_formats::qcow2::refcount::Width;
 use ploop_formats::store::{Space, Store};
 use ploop_formats::units::SECTOR;
-use ploop_formats::{Error, Kind, Result, limits};
+use ploop_formats::{Error, Kind, Result, limits, qcow2};
 
 /// The descriptor that a change leads to.
 pub const NEXT: &str = "DiskDescriptor.xml.next";
@@ -99,7 +102,7 @@ async fn drop_files<F: Folder>(folder: &F, from: &Descriptor, to: &Descriptor) -
 /// What a new delta is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
-    /// Format version: that of the layers below.
+    /// Format version of a ploop delta: that of the layers below.
     pub version: Version,
     /// Virtual size in bytes.
     pub size: u64,
@@ -205,8 +208,7 @@ async fn judge<F: Folder>(folder: &F, old: &Descriptor, why: Error) -> Uncommitt
     }
 }
 
-/// Makes an empty delta for a disk. Its table has its space from the start: a full host must never
-/// stop an index write. Durable but for its name.
+/// Makes the empty delta that is to be the top of a disk, durably but for its name.
 pub async fn new_delta<F: Folder>(
     folder: &F,
     name: &str,
@@ -220,8 +222,31 @@ pub async fn new_delta<F: Folder>(
     Ok(file)
 }
 
-/// The same in a file that was just made.
+/// The same in a file that was just made: of the type that the disk's descriptor says.
 pub async fn fill_delta<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
+    match disk.image(disk.top()).map(|top| top.kind) {
+        Some(ImageType::QCow2) => fill_qcow2(file, disk, shape).await,
+        _ => fill_ploop(file, disk, shape).await,
+    }
+}
+
+async fn fill_qcow2<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
+    let wanted = Create {
+        version: qcow2::header::Version::V3,
+        size: shape.size,
+        cluster: disk.cluster(),
+        width: Width::default(),
+        extended: false,
+        lazy: false,
+        compression: Compression::Deflate,
+        // What it stands on, the descriptor says.
+        backing: None,
+    };
+    qcow2::create::create(file, &wanted).await
+}
+
+/// Its table has its space from the start: a full host must never stop an index write.
+async fn fill_ploop<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
     let header = Header::new(shape.version, shape.size, disk.cluster())?;
     let len = create::blank_len(&header);
     let table = len.saturating_sub(limits::PAGE);

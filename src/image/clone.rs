@@ -15,16 +15,15 @@
 //! A file with several names is written by nobody, and each disk may go or move without the others.
 
 use super::change::{self, NEXT, fill_delta};
+use super::delta;
 use super::members::ASIDE;
 use super::snapshot::layers;
 use super::target::DESCRIPTOR;
-use crate::stack::AnyLayer;
 use futures_util::future::try_join3;
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::folder::{self, Folder};
 use ploop_formats::guid::Guid;
 use ploop_formats::layer::{Extent, Layer};
-use ploop_formats::ploop::header::IN_USE;
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 
@@ -98,7 +97,7 @@ pub async fn as_it_is<F: Folder>(folder: &F, disk: &Descriptor) -> Result<Option
         return Ok(None);
     };
     let layer = layers::open_read(folder, disk, &top).await?;
-    if matches!(&layer, AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE) {
+    if delta::is_unclosed(&layer) {
         return Ok(None);
     }
     let (size, mut at) = (layer.geometry().size, 0);

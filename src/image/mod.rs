@@ -1,7 +1,7 @@
 //! Image directories: what DISK means, which files make it up, and opening them as one device.
 //!
 //! [`target`] turns what a user typed into a disk, [`chain`] says which file is which layer,
-//! [`lock`] keeps other programs out, [`open`] builds the device, [`backing`] finds what a qcow2 image
+//! [`lock`] keeps other programs out, [`open`] builds the device, [`delta`] opens one file of it, [`backing`] finds what a qcow2 image
 //! stands on, [`init`] makes a new disk,
 //! [`adopt`] one of an image, [`change`] leads from one descriptor to the next and [`snapshot`] says
 //! to which, [`convert`] leads from one form to another, [`replace`] gives a frozen delta another
@@ -20,6 +20,7 @@ pub mod clone;
 pub mod compact;
 pub mod convert;
 pub mod delete;
+pub mod delta;
 pub mod detached;
 pub mod grow;
 pub mod init;

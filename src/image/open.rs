@@ -6,18 +6,15 @@
 //! taken by every writer, because who came before us may have died a second ago. A layer that the
 //! top may just have been merged into is waited for in the same way.
 
-use super::backing;
 use super::chain::{Chain, LayerFile};
 use super::target::Format;
+use super::{backing, delta};
 use crate::disk::Disk;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
 use crate::io::lock;
-use crate::stack::{AnyLayer, only_ploop};
+use crate::stack::AnyLayer;
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::Ploop;
-use ploop_formats::ploop::header::IN_USE;
-use ploop_formats::raw::Raw;
 use ploop_formats::{Error, Kind, Result, limits, qcow2};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -43,19 +40,7 @@ impl Top {
 
     /// Its store; the fence lasts as long as that.
     pub fn store(self, layer: &LayerFile, cache: Cache) -> Result<FileStore> {
-        let cache = match layer.format {
-            Format::Qcow2 if self.has_small_pieces()? => Cache::Writeback,
-            _ => cache,
-        };
-        FileStore::new(self.fd, Path::new(&layer.name), cache)
-    }
-
-    /// Whether it is a qcow2 image with clusters or subclusters that direct I/O may be too coarse for.
-    fn has_small_pieces(&self) -> Result<bool> {
-        let mut head = [0; qcow2::header::FIXED];
-        let read = rustix::io::pread(&self.fd, &mut head, 0).map_err(io::Error::from)?;
-        let head = head.get(..read).unwrap_or_default();
-        Ok(qcow2::header::peek_piece(head).is_ok_and(|piece| piece < limits::PAGE))
+        store(self.fd, Path::new(&layer.name), layer.format, cache)
     }
 
     /// Links to the file: above one means that several disks share it.
@@ -80,6 +65,24 @@ pub fn fenced(dir: impl AsFd, name: &Path, patience: Duration) -> Result<OwnedFd
         _ => e,
     })?;
     Ok(fd)
+}
+
+/// The store of a layer's file: through the page cache where its format does not keep to the blocks of
+/// direct I/O. Blocks.
+pub fn store(fd: OwnedFd, path: &Path, format: Format, cache: Cache) -> Result<FileStore> {
+    let cache = match format {
+        Format::Qcow2 if has_small_pieces(&fd)? => Cache::Writeback,
+        _ => cache,
+    };
+    FileStore::new(fd, path, cache)
+}
+
+/// Whether it is a qcow2 image with clusters or subclusters that direct I/O may be too coarse for.
+fn has_small_pieces(fd: &OwnedFd) -> Result<bool> {
+    let mut head = [0; qcow2::header::FIXED];
+    let read = rustix::io::pread(fd, &mut head, 0).map_err(io::Error::from)?;
+    let head = head.get(..read).unwrap_or_default();
+    Ok(qcow2::header::peek_piece(head).is_ok_and(|piece| piece < limits::PAGE))
 }
 
 /// The store of a top that nobody serves, for one command; it is to be settled before the locks of its
@@ -108,7 +111,7 @@ pub async fn open_write(
     ledger: Ledger,
     patience: Duration,
 ) -> Result<Disk<FileStore>> {
-    if chain.top().format == Format::Qcow2 {
+    if is_bare_qcow2(chain) {
         let name = Path::new(&chain.top().name);
         let stack = backing::open_write(dir.as_fd(), name, top, ledger, patience).await?;
         for layer in stack.layers() {
@@ -122,24 +125,26 @@ pub async fn open_write(
         refuse_dirty(layer, file)?;
     }
     let place = |e: Error| e.at(chain.top().display());
-    layers.push(match chain.top().format {
-        Format::Ploop => AnyLayer::Ploop(Ploop::open_write(top, ledger).await.map_err(place)?),
-        Format::Raw => AnyLayer::Raw(Raw::open_write(top, chain.cluster, ledger).map_err(place)?),
-        Format::Qcow2 => return Err(place(only_ploop())),
-    });
+    let top = delta::write(top, chain.top().format, chain.cluster, ledger).await;
+    layers.push(top.map_err(place)?);
     Disk::new(layers, false)
 }
 
 /// Opens a disk for reading; nothing is written, not even a mark.
 pub async fn open_read(dir: impl AsFd, chain: &Chain, cache: Cache) -> Result<Disk<FileStore>> {
     let top = chain.top();
-    if top.format == Format::Qcow2 {
+    if is_bare_qcow2(chain) {
         let stack = backing::open_read(dir.as_fd(), Path::new(&top.name), cache).await?;
         return Ok(Disk::over(stack, true));
     }
     let mut layers = lower(&dir, chain).await?;
     layers.push(read_layer(&dir, top, chain, cache).await?);
     Disk::new(layers, true)
+}
+
+/// Whether the disk is a qcow2 image that says itself what it stands on.
+fn is_bare_qcow2(chain: &Chain) -> bool {
+    chain.descriptor.is_none() && chain.top().format == Format::Qcow2
 }
 
 /// Every layer but the top, through the page cache: several disks may share them.
@@ -157,14 +162,10 @@ async fn read_layer(
     chain: &Chain,
     cache: Cache,
 ) -> Result<AnyLayer<FileStore>> {
-    let place = |e: Error| e.at(file.display());
     let fd = beneath::open_file(dir, Path::new(&file.name), Access::Read)?;
-    let store = FileStore::new(fd, Path::new(&file.name), cache)?;
-    Ok(match file.format {
-        Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await.map_err(place)?),
-        Format::Raw => AnyLayer::Raw(Raw::open_read(store, chain.cluster).map_err(place)?),
-        Format::Qcow2 => return Err(place(only_ploop())),
-    })
+    let store = store(fd, Path::new(&file.name), file.format, cache)?;
+    let opened = delta::read(store, file.format, chain.cluster).await;
+    opened.map_err(|e| e.at(file.display()))
 }
 
 /// Waits until nothing is on its way any more to the layer that the top was about to be merged into.
@@ -191,10 +192,10 @@ fn refuse_dirty(layer: &AnyLayer<FileStore>, file: &LayerFile) -> Result<()> {
 }
 
 fn refuse_unclosed(layer: &AnyLayer<FileStore>) -> Result<()> {
-    match layer {
-        AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(
+    match delta::is_unclosed(layer) {
+        true => Err(Error::damaged(
             "this lower layer was not closed; check it before anything is written above it",
         )),
-        _ => Ok(()),
+        false => Ok(()),
     }
 }

@@ -69,7 +69,7 @@ pub async fn describe<F: Folder>(
     let mut disk = Descriptor::new_disk(&NewDisk {
         sectors: below.sectors,
         cluster: below.cluster,
-        kind: base.image_type()?,
+        kind: base.image_type(),
         file: first,
         preallocated,
         chs: Chs {

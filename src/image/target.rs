@@ -6,8 +6,7 @@
 use super::chain::Chain;
 use super::members::{ASIDE, DELETED};
 use crate::io::beneath;
-use crate::stack::only_ploop;
-use ploop_formats::descriptor::ImageType;
+use ploop_formats::descriptor::{ImageType, LayerFormat};
 use ploop_formats::{Error, Kind, Result};
 use serde::{Deserialize, Serialize};
 use std::ffi::{OsStr, OsString};
@@ -41,12 +40,22 @@ impl Format {
         }
     }
 
-    /// What a descriptor calls an image of it. `Unsupported` for one that no disk consists of.
-    pub fn image_type(self) -> Result<ImageType> {
+    /// What a descriptor calls the lowest image of a disk.
+    pub const fn image_type(self) -> ImageType {
         match self {
-            Self::Ploop => Ok(ImageType::Compressed),
-            Self::Raw => Ok(ImageType::Plain),
-            Self::Qcow2 => Err(only_ploop()),
+            Self::Ploop => ImageType::Compressed,
+            Self::Raw => ImageType::Plain,
+            Self::Qcow2 => ImageType::QCow2,
+        }
+    }
+}
+
+impl From<LayerFormat> for Format {
+    fn from(stated: LayerFormat) -> Self {
+        match stated {
+            LayerFormat::Ploop => Self::Ploop,
+            LayerFormat::Raw => Self::Raw,
+            LayerFormat::Qcow2 => Self::Qcow2,
         }
     }
 }

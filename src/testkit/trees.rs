@@ -6,7 +6,7 @@ use crate::image::snapshot::copy::Window;
 use crate::image::snapshot::layers;
 use crate::image::target::DESCRIPTOR;
 use crate::stack::Stack;
-use ploop_formats::descriptor::{Chs, Descriptor, ImageType, Mark, NewDisk};
+use ploop_formats::descriptor::{Chs, Descriptor, ImageType, LayerFormat, Mark, NewDisk};
 use ploop_formats::folder::Folder;
 use ploop_formats::guid::Guid;
 use ploop_formats::layer::Layer;
@@ -15,6 +15,7 @@ use ploop_formats::store::mutate::Mutator;
 use ploop_formats::store::pages::Pages;
 use ploop_formats::store::sim::{Rules, Sim, SimFolder};
 use ploop_formats::testkit::image::Delta;
+use ploop_formats::testkit::qcow2::{Held, Image, audit};
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::testkit::stamp::{self, Seen, Value, ZERO};
 use ploop_formats::units::{ClusterSize, SECTOR};
@@ -33,6 +34,28 @@ pub const RULES: Rules = Rules {
     max_len: u64::MAX,
     sealed: false,
 };
+
+/// Formats of a disk's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Formats {
+    /// Ploop deltas, on a raw base or not.
+    Ploop,
+    /// Qcow2 images at any place among them.
+    Mixed,
+}
+
+impl Formats {
+    /// What files promise: metadata of qcow2 may be anywhere.
+    pub const fn rules(self) -> Rules {
+        match self {
+            Self::Ploop => RULES,
+            Self::Mixed => Rules {
+                metadata_end: u64::MAX,
+                ..RULES
+            },
+        }
+    }
+}
 
 /// The value of each sector.
 pub type Content = Vec<Value>;
@@ -77,6 +100,7 @@ pub fn window(rng: &mut Rng) -> Window {
 /// Makes disks.
 struct Maker<'a> {
     rng: &'a mut Rng,
+    formats: Formats,
     version: Version,
     clusters: u64,
     next: Value,
@@ -89,7 +113,11 @@ impl Maker<'_> {
         let mut clusters = Vec::new();
         for _ in 0..self.clusters {
             let there = self.rng.one_in(one_in);
-            clusters.push(there.then(|| self.cluster()));
+            let zero = there && self.formats == Formats::Mixed && self.rng.one_in(6);
+            clusters.push(match zero {
+                true => Some(vec![ZERO; SECTORS]),
+                false => there.then(|| self.cluster()),
+            });
         }
         self.files.insert(name.into(), clusters);
     }
@@ -116,9 +144,12 @@ impl Maker<'_> {
         content
     }
 
-    fn pages(&mut self, name: &str, raw: bool, in_use: bool) -> Pages {
+    fn pages(&mut self, name: &str, format: LayerFormat, in_use: bool) -> Pages {
         let clusters = self.files[name].clone();
-        if raw {
+        if format == LayerFormat::Qcow2 {
+            return self.qcow2(clusters);
+        }
+        if format == LayerFormat::Raw {
             let mut pages = Pages::new(self.clusters * CLUSTER);
             let sectors = clusters.into_iter();
             let sectors = sectors.flat_map(|c| c.unwrap_or_else(|| vec![ZERO; SECTORS]));
@@ -135,6 +166,31 @@ impl Maker<'_> {
             in_use,
         };
         delta.make(self.rng)
+    }
+
+    fn qcow2(&mut self, clusters: Vec<Option<Content>>) -> Pages {
+        let (snapshot, mut all) = (self.rng.one_in(3), Vec::new());
+        for cluster in clusters {
+            let held = match cluster {
+                None => Held::Nothing,
+                Some(values) if values.iter().all(|value| *value == ZERO) => Held::Zero {
+                    place: self.rng.one_in(2),
+                },
+                Some(values) if self.rng.one_in(4) => Held::Packed(values),
+                Some(values) => Held::Data(values),
+            };
+            all.push((held, self.rng.one_in(2)));
+        }
+        let image = Image {
+            log2: CLUSTER.trailing_zeros(),
+            order: *self.rng.pick(&[3, 4, 6]),
+            clusters: all,
+            snapshot,
+            free: self.rng.below(3) as u32,
+            leaks: self.rng.below(3) as u32,
+            skip: 0,
+        };
+        image.make(self.rng)
     }
 }
 
@@ -171,6 +227,7 @@ pub struct First {
 pub fn first_file(rng: &mut Rng, version: Version, clusters: u64, raw: bool, next: Value) -> First {
     let mut maker = Maker {
         rng,
+        formats: Formats::Ploop,
         version,
         clusters,
         next,
@@ -185,7 +242,11 @@ pub fn first_file(rng: &mut Rng, version: Version, clusters: u64, raw: bool, nex
     maker.file("root.hds", if raw { 1 } else { 2 });
     let content = maker.content(&disk, disk.top());
     let in_use = maker.rng.one_in(4);
-    let pages = maker.pages("root.hds", raw, in_use);
+    let format = match raw {
+        true => LayerFormat::Raw,
+        false => LayerFormat::Ploop,
+    };
+    let pages = maker.pages("root.hds", format, in_use);
     First {
         disk,
         pages,
@@ -207,29 +268,32 @@ pub const OTHER: usize = 3;
 
 /// Makes a disk of up to `shots` points, and puts it into a folder of its own world. Some points
 /// are marked, and may have taken in a part of what stands on them; some files another disk has, too.
-pub fn make(rng: &mut Rng, shots: u64) -> (SimFolder, Tree) {
+pub fn make(rng: &mut Rng, formats: Formats, shots: u64) -> (SimFolder, Tree) {
     let version = *rng.pick(&[Version::V1, Version::V2]);
     let raw = rng.one_in(4);
     let (clusters, shots, seed) = (rng.range(2, 6), rng.range(1, shots), rng.next());
     let mut maker = Maker {
         rng,
+        formats,
         version,
         clusters,
         next: 0,
         files: BTreeMap::new(),
     };
     let disk = maker.grow(raw, shots);
+    let disk = maker.mix(disk);
     let shared = maker.share(&disk);
     let disk = maker.mark(disk, &shared);
-    let folder = SimFolder::new(Sim::new(seed), Mutator::new(), RULES);
+    let rules = formats.rules();
+    let folder = SimFolder::new(Sim::new(seed), Mutator::new(), rules);
     for image in disk.images() {
         let top = image.guid == disk.top();
-        let raw = raw && image.guid == disk.base().guid;
+        let format = layers::image(&disk, image.guid).expect("its own").format;
         let in_use = top && maker.rng.one_in(3);
-        let pages = maker.pages(&image.file, raw, in_use);
-        folder.put(&image.file, pages, RULES);
+        let pages = maker.pages(&image.file, format, in_use);
+        folder.put(&image.file, pages, rules);
     }
-    folder.put(DESCRIPTOR, text(&disk.encode()), RULES);
+    folder.put(DESCRIPTOR, text(&disk.encode()), rules);
     let other = folder.sibling(OTHER);
     for file in shared {
         other.put_link(&folder, &file);
@@ -266,6 +330,22 @@ impl Maker<'_> {
             }
             .expect("a legal change");
             self.file(&file, 3);
+        }
+        disk
+    }
+
+    /// Has some files be qcow2 images, where that is wanted.
+    fn mix(&mut self, mut disk: Descriptor) -> Descriptor {
+        if self.formats == Formats::Ploop {
+            return disk;
+        }
+        let images = disk.images().to_vec();
+        for image in images {
+            let is = layers::image(&disk, image.guid).expect("its own").format;
+            if is == LayerFormat::Ploop && !self.rng.one_in(4) {
+                let mixed = disk.edit(|e| e.set_type(image.guid, ImageType::QCow2));
+                disk = mixed.expect("a legal change");
+            }
         }
         disk
     }
@@ -369,6 +449,10 @@ pub async fn judge(folder: &SimFolder, trees: &[&Tree]) -> std::result::Result<u
     let strangers = strangers(folder, &disk);
     if !strangers.is_empty() {
         return Err(format!("files that nobody names: {strangers:?}"));
+    }
+    for image in disk.images().iter().filter(|i| i.kind == ImageType::QCow2) {
+        let pages = folder.pages(&image.file).ok_or("a file that is missing")?;
+        audit(&pages).map_err(|e| format!("{}: {e}", image.file))?;
     }
     let found = shape(&disk);
     let mut why = format!("a disk that nobody asked for: {found:?}");

@@ -10,6 +10,7 @@ pub mod attach;
 pub mod files;
 pub mod host;
 pub mod load;
+pub mod mixed;
 pub mod nbd;
 pub mod point;
 pub mod process;

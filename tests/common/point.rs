@@ -28,7 +28,8 @@ fn qemu_chain(disk: &Disk, point: Guid) -> String {
     for image in descriptor(disk).chain(point).unwrap() {
         let driver = match image.format {
             LayerFormat::Raw => "raw",
-            _ => "parallels",
+            LayerFormat::Qcow2 => "qcow2",
+            LayerFormat::Ploop => "parallels",
         };
         let file = disk.path().join(&image.file);
         let mut next = json!({

@@ -98,16 +98,15 @@ impl<'a> Edit<'a> {
         Ok(())
     }
 
-    /// Adds an image and its shot. The type is that of the base, as ploop writes it.
-    pub fn add(&mut self, guid: Guid, parent: Guid, file: &str) -> Result<()> {
-        let kind = self.base_type()?;
+    /// Adds an image and its shot.
+    pub fn add(&mut self, guid: Guid, parent: Guid, file: &str, kind: ImageType) -> Result<()> {
         let mut image = Element::new("Image");
         image.insert(
             IN_IMAGE,
             Element::with_text("GUID", &guid.to_string()),
             IMAGE,
         );
-        image.insert(IN_IMAGE, Element::with_text("Type", &kind), IMAGE);
+        image.insert(IN_IMAGE, Element::with_text("Type", kind.as_str()), IMAGE);
         image.insert(IN_IMAGE, Element::with_text("File", file), IMAGE);
         self.storage()?.insert(IN_STORAGE, image, STORAGE);
         self.add_shot(&Shot {
@@ -218,17 +217,6 @@ impl<'a> Edit<'a> {
 
     fn shot(&mut self, guid: Guid) -> Result<&mut Element> {
         find(self.snapshots()?, "Shot", guid)
-    }
-
-    /// The `Type` text of the parentless image.
-    fn base_type(&mut self) -> Result<String> {
-        let base = self
-            .snapshots()?
-            .elements()
-            .find(|e| e.name() == "Shot" && holds(e, "ParentGUID", Guid::NONE))
-            .and_then(|shot| guid_in(shot, "GUID"))
-            .ok_or_else(|| Error::damaged("no shot is the base"))?;
-        self.image(base)?.required("Type")?.text()
     }
 }
 

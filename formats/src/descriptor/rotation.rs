@@ -5,12 +5,14 @@
 //! and to unlink, and in which order, is the caller's business: [`Descriptor::files_not_in`] says
 //! what a change adds or drops.
 //!
+//! A new delta is a qcow2 image where the top is one, and else a ploop image.
+//!
 //! The new top always takes the old top's GUID. On an ordinary disk that is [`Guid::TOP`], or
 //! becomes it with this very edit; a disk with a `Volume` keeps the random one that it has, which
 //! is as legal.
 
 use super::read::{canonical, check_file_name};
-use super::{Descriptor, Mark, Shot};
+use super::{Descriptor, ImageType, Mark, Shot};
 use crate::guid::Guid;
 use crate::{Error, Kind, Result};
 use std::collections::HashSet;
@@ -26,10 +28,10 @@ impl Descriptor {
     pub fn with_snapshot(&self, uuid: Guid, file: &str) -> Result<Self> {
         self.check_new_guid(uuid)?;
         self.check_new_file(file)?;
-        let top = self.top();
+        let (top, kind) = (self.top(), self.new_type());
         self.edit(|e| {
             e.rename(top, uuid)?;
-            e.add(top, uuid, file)?;
+            e.add(top, uuid, file, kind)?;
             e.set_top(top)
         })
     }
@@ -50,9 +52,10 @@ impl Descriptor {
         refuse_marked(shot)?;
         self.refuse_children(top, None)?;
         self.check_new_file(file)?;
+        let kind = self.new_type();
         self.edit(|e| {
             e.remove(top)?;
-            e.add(top, to, file)?;
+            e.add(top, to, file, kind)?;
             e.set_top(top)
         })
     }
@@ -157,11 +160,12 @@ impl Descriptor {
             .partition(|shot| chain.contains(&shot.guid));
         kept.into_iter().try_for_each(refuse_marked)?;
         self.check_new_file(file)?;
+        let kind = self.new_type();
         self.edit(|e| {
             for shot in dropped {
                 e.remove(shot.guid)?;
             }
-            e.add(top, uuid, file)?;
+            e.add(top, uuid, file, kind)?;
             e.set_top(top)
         })
     }
@@ -191,6 +195,17 @@ impl Descriptor {
                 return name;
             }
             guid = Guid::random(guid.uuid().as_u128().wrapping_add(1).to_be_bytes());
+        }
+    }
+
+    /// Type of a new delta: where the top is a qcow2 image, it is one as well. Else it is a ploop
+    /// image, and called what the base is called, as ploop writes it.
+    fn new_type(&self) -> ImageType {
+        let kind = |guid| self.image(guid).map(|image| image.kind);
+        match (kind(self.top()), kind(self.base().guid)) {
+            (Some(ImageType::QCow2), _) => ImageType::QCow2,
+            (_, Some(ImageType::Plain)) => ImageType::Plain,
+            _ => ImageType::Compressed,
         }
     }
 

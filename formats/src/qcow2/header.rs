@@ -220,6 +220,12 @@ pub fn peek_piece(bytes: &[u8]) -> Result<u64> {
     Ok(layout(version, cluster, features)?.piece())
 }
 
+/// The size that an image whose header begins with `bytes` states, in bytes. Of one that is no
+/// multiple of a sector, the rest is not there for anybody ([`Header::size`]).
+pub fn peek_size(bytes: &[u8]) -> u64 {
+    u64_at(bytes, 24)
+}
+
 impl Header {
     /// Parses the first cluster of a file, or all of a file that is shorter.
     pub fn parse(bytes: &[u8]) -> Result<Self> {

@@ -85,6 +85,11 @@ impl<S: Store> Qcow2<S> {
         &self.header
     }
 
+    /// Whether a cluster of it may be there in part.
+    pub const fn has_subclusters(&self) -> bool {
+        self.layout.extended
+    }
+
     /// The store of header and tables.
     pub(super) const fn metadata(&self) -> &S {
         &self.store

@@ -11,6 +11,13 @@ pub struct Width {
     order: u8,
 }
 
+impl Default for Width {
+    /// 16 bits, which is all that version 2 has.
+    fn default() -> Self {
+        Self { order: 4 }
+    }
+}
+
 impl Width {
     /// The width of 2^`order` bits; `Damaged` above 2^6.
     pub fn new(order: u32) -> Result<Self> {

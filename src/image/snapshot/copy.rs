@@ -9,10 +9,10 @@
 //! In a new image nothing is hidden by what is not there: zeros are not stored, and holes of a
 //! source's files are not read.
 
-use crate::stack::{AnyLayer, AnyReserved, Stack, packed};
+use crate::stack::{AnyLayer, AnyReserved, Content, Stack};
 use bytes::BytesMut;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use ploop_formats::layer::{Below, Extent, Geometry, Layer, Reservation};
+use ploop_formats::layer::{Below, Extent, Geometry, Layer, Place, Reservation};
 use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::store::{Reach, Store};
 use ploop_formats::units::VirtCluster;
@@ -146,10 +146,19 @@ impl<S> Copy for Source<'_, S> {}
 struct Part<'a, S> {
     /// Bytes, never 0.
     len: u64,
-    /// The file that has it and where; none when it reads as zeros.
-    place: Option<(&'a S, u64)>,
-    /// Whether there is anything to copy.
-    present: bool,
+    held: Held<'a, S>,
+}
+
+/// How a source has a part.
+enum Held<'a, S> {
+    /// Not at all: there is nothing to copy.
+    Nothing,
+    /// As zeros.
+    Zero,
+    /// In a file, from an offset on.
+    At(&'a S, u64),
+    /// Compressed.
+    Packed(&'a AnyLayer<S>),
 }
 
 impl<'a, S: Store> Source<'a, S> {
@@ -157,6 +166,14 @@ impl<'a, S: Store> Source<'a, S> {
         match self {
             Self::Delta(layer) => layer.geometry(),
             Self::Stack(stack) => stack.top().geometry(),
+        }
+    }
+
+    /// Blocks in which it is read, in bytes.
+    fn align(self) -> u64 {
+        match self {
+            Self::Delta(layer) => layer.store().info().align,
+            Self::Stack(stack) => stack.align(),
         }
     }
 
@@ -175,25 +192,20 @@ impl<'a, S: Store> Source<'a, S> {
     async fn part(self, at: u64, len: u64) -> Result<Part<'a, S>> {
         match self {
             Self::Delta(layer) => Ok(match layer.map(at, len).await? {
-                Extent::Data { at, len } => Part {
-                    len,
-                    place: Some((layer.store(), at)),
-                    present: true,
-                },
-                Extent::Zero { len } => Part {
-                    len,
-                    place: None,
-                    present: true,
-                },
-                Extent::Packed { .. } => return Err(packed()),
-                Extent::Absent { len } => Part::nothing(len),
+                Extent::Data { at, len } => Part::new(len, Held::At(layer.store(), at)),
+                Extent::Packed { len } => Part::new(len, Held::Packed(layer)),
+                Extent::Zero { len } => Part::new(len, Held::Zero),
+                Extent::Absent { len } => Part::new(len, Held::Nothing),
             }),
             Self::Stack(stack) => {
                 let segment = stack.resolve(at, len, stack.depth()).await?;
                 let layer = segment.layer.and_then(|layer| stack.layers().get(layer));
-                match (layer, segment.offset()?) {
-                    (Some(layer), Some(at)) => data(layer.store(), at, segment.len).await,
-                    _ => Ok(Part::nothing(segment.len)),
+                match (layer, segment.content) {
+                    (Some(layer), Content::At(at)) => data(layer.store(), at, segment.len).await,
+                    (Some(layer), Content::Packed) => {
+                        Ok(Part::new(segment.len, Held::Packed(layer)))
+                    }
+                    _ => Ok(Part::new(segment.len, Held::Nothing)),
                 }
             }
         }
@@ -204,25 +216,22 @@ impl<'a, S: Store> Source<'a, S> {
     async fn run(self, at: u64) -> Result<(u64, bool)> {
         let geometry = self.geometry();
         let part = self.part(at, geometry.size - at).await?;
+        let present = !matches!(part.held, Held::Nothing);
         let cluster = geometry.cluster;
         let whole = part.len - cluster.within(part.len);
         let rest = geometry.size - at;
         Ok(match whole {
-            _ if part.len == rest => (rest, part.present),
+            _ if part.len == rest => (rest, present),
             // It ends within its first cluster.
             0 => (cluster.bytes().min(rest), true),
-            whole => (whole, part.present),
+            whole => (whole, present),
         })
     }
 }
 
-impl<S> Part<'_, S> {
-    const fn nothing(len: u64) -> Self {
-        Self {
-            len,
-            place: None,
-            present: false,
-        }
+impl<'a, S> Part<'a, S> {
+    const fn new(len: u64, held: Held<'a, S>) -> Self {
+        Self { len, held }
     }
 }
 
@@ -235,12 +244,8 @@ async fn data<S: Store>(store: &S, at: u64, len: u64) -> Result<Part<'_, S>> {
     };
     let len = len.min(until.saturating_sub(at)).max(1);
     Ok(match data {
-        true => Part {
-            len,
-            place: Some((store, at)),
-            present: true,
-        },
-        false => Part::nothing(len),
+        true => Part::new(len, Held::At(store, at)),
+        false => Part::new(len, Held::Nothing),
     })
 }
 
@@ -306,7 +311,10 @@ impl<'a, S: Store> Copying<'a, S> {
             again: Vec::new(),
             full: false,
             syncing: false,
-            spares: Rc::new(Spares::new(window)),
+            spares: Rc::new(Spares::new(
+                window,
+                from.align().max(to.store().info().align),
+            )),
         }
     }
 
@@ -402,16 +410,12 @@ impl<'a, S: Store> Copying<'a, S> {
             }
         }
         let at = self.at;
-        let (len, host) = match self
-            .to
-            .map(at, self.window.step.min(self.until - at))
-            .await?
-        {
-            Extent::Data { at, len } => (len, Some(at)),
-            Extent::Packed { .. } => return Err(packed()),
+        let step = self.window.step.min(self.until - at);
+        let (len, host) = match self.to.place(at, step).await? {
+            Place::Here { at, len } => (len, Some(at)),
             // From here to the end of the cluster, which is its beginning, too: only what is in
             // place is ever cut elsewhere.
-            Extent::Zero { .. } | Extent::Absent { .. } => {
+            Place::New { .. } => {
                 let cluster = geometry.cluster.bytes();
                 (cluster.min(geometry.size - at), None)
             }
@@ -482,11 +486,15 @@ async fn copy_bytes<S: Store>(
         let part = from.part(at, spares.window.step.min(end - at)).await?;
         let (begin, len) = (at, part.len);
         at += len;
-        let bytes = match part.place {
-            Some((store, at)) => store.read_at(at, spares.lend(len as usize)).await?,
-            None if from.skips_zeros() => continue,
-            None => buf::aligned(len as usize),
+        // A disk may end within a block, but no cluster does.
+        let blocks = len.next_multiple_of(spares.align) as usize;
+        let mut bytes = match part.held {
+            Held::At(store, at) => store.read_at(at, spares.lend(blocks)).await?,
+            Held::Packed(layer) => layer.unpack(begin, spares.lend(len as usize)).await?,
+            Held::Zero | Held::Nothing if from.skips_zeros() => continue,
+            Held::Zero | Held::Nothing => buf::aligned(blocks),
         };
+        bytes.resize(blocks, 0);
         let bytes = bytes.freeze();
         if !(from.skips_zeros() && is_zero(&bytes)) {
             let place = spot.host().await? + (begin - piece.at);
@@ -510,13 +518,19 @@ fn is_zero(bytes: &[u8]) -> bool {
 /// Buffers to be used again: a fresh one costs its page faults every time.
 struct Spares {
     window: Window,
+    /// What is read and written is a multiple of this.
+    align: u64,
     kept: RefCell<Vec<BytesMut>>,
 }
 
 impl Spares {
-    fn new(window: Window) -> Self {
+    fn new(window: Window, align: u64) -> Self {
         let kept = RefCell::default();
-        Self { window, kept }
+        Self {
+            window,
+            align,
+            kept,
+        }
     }
 
     /// Keeps a buffer, unless there are enough.

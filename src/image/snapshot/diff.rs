@@ -4,7 +4,7 @@
 //! same; what they find at two places is taken to differ, though its bytes may not.
 
 use crate::image::chain::Chain;
-use crate::stack::Stack;
+use crate::stack::{Content, Stack};
 use ploop_formats::Result;
 use ploop_formats::layer::Layer;
 use ploop_formats::store::Store;
@@ -29,8 +29,9 @@ pub struct Difference {
     pub zero: bool,
 }
 
-/// File and offset of a range, none where it reads as zeros; and its length.
-type Found<'a> = (Option<(&'a OsStr, u64)>, u64);
+/// File of a range and where it is in that, none where it reads as zeros; and its length. What is
+/// compressed is in one place for as long as its file does not change.
+type Found<'a> = (Option<(&'a OsStr, Content)>, u64);
 
 impl<S: Store> Point<S> {
     /// The stack of a chain's files.
@@ -55,8 +56,9 @@ impl<S: Store> Point<S> {
         let depth = self.stack.depth();
         let segment = self.stack.resolve(start, len.min(left), depth).await?;
         let file = segment.layer.and_then(|layer| self.files.get(layer));
-        let place = file.zip(segment.offset()?);
-        Ok((place.map(|(file, at)| (file.as_os_str(), at)), segment.len))
+        let file = file.filter(|_| !segment.is_zero());
+        let place = file.map(|file| (file.as_os_str(), segment.content));
+        Ok((place, segment.len))
     }
 }
 

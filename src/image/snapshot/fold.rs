@@ -19,14 +19,13 @@ use super::copy::{self, Window, Work};
 use super::merge::Readers;
 use super::{layers, merge};
 use crate::image::change::Change;
-use crate::stack::{AnyLayer, only_ploop};
+use crate::image::delta;
+use crate::stack::AnyLayer;
 use ploop_formats::descriptor::Descriptor;
 use ploop_formats::folder::{Access, Folder};
 use ploop_formats::guid::Guid;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::Ploop;
-use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 
@@ -96,13 +95,8 @@ pub async fn open_target<S: Store>(
     was: &AnyLayer<S>,
     ledger: Ledger,
 ) -> Result<AnyLayer<S>> {
-    Ok(match was {
-        AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_target(store, ledger).await?),
-        AnyLayer::Raw(raw) => {
-            AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
-        }
-        AnyLayer::Qcow2(_) => return Err(only_ploop()),
-    })
+    let cluster = was.geometry().cluster;
+    delta::target(store, delta::format(was), cluster, ledger).await
 }
 
 /// Step 3: copies a sealed top into `target`, and makes a top of that. After an error the target is

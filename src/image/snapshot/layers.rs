@@ -1,15 +1,14 @@
 //! Layers: opening the deltas of a disk that is not attached, each by its stated type.
 
 use crate::image::change::Shape;
+use crate::image::delta;
 use crate::stack::AnyLayer;
-use ploop_formats::descriptor::{Descriptor, ImageRef, LayerFormat};
+use ploop_formats::descriptor::{Descriptor, ImageRef};
 use ploop_formats::folder::{Access, Folder};
 use ploop_formats::guid::Guid;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::Ploop;
-use ploop_formats::ploop::header::{IN_USE, Version};
-use ploop_formats::raw::Raw;
+use ploop_formats::ploop::header::Version;
 use ploop_formats::{Error, Kind, Result};
 
 /// Refuses, in the words of `refusal`, a file that has several names: who knows another one may read
@@ -33,11 +32,7 @@ pub async fn open_read<F: Folder>(
     image: &ImageRef,
 ) -> Result<AnyLayer<F::File>> {
     let file = folder.open(&image.file, Access::Read).await?;
-    let opened = match image.format {
-        LayerFormat::Ploop => Ploop::open_read(file).await.map(AnyLayer::Ploop),
-        LayerFormat::Raw => Raw::open_read(file, disk.cluster()).map(AnyLayer::Raw),
-        LayerFormat::Qcow2 => Err(unserved()),
-    };
+    let opened = delta::read(file, image.format.into(), disk.cluster()).await;
     opened.map_err(|e| e.at(&image.file))
 }
 
@@ -48,17 +43,9 @@ pub async fn open_write<F: Folder>(
     image: &ImageRef,
 ) -> Result<AnyLayer<F::File>> {
     let file = folder.open(&image.file, Access::Write).await?;
-    let ledger = Ledger::local();
-    let opened = match image.format {
-        LayerFormat::Ploop => Ploop::open_write(file, ledger).await.map(AnyLayer::Ploop),
-        LayerFormat::Raw => Raw::open_write(file, disk.cluster(), ledger).map(AnyLayer::Raw),
-        LayerFormat::Qcow2 => Err(unserved()),
-    };
+    let (format, ledger) = (image.format.into(), Ledger::local());
+    let opened = delta::write(file, format, disk.cluster(), ledger).await;
     opened.map_err(|e| e.at(&image.file))
-}
-
-fn unserved() -> Error {
-    Error::unsupported("layers of type QCow2 are not served yet")
 }
 
 /// The image of a shot and how to open it.
@@ -98,7 +85,7 @@ pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -
         match &layer {
             AnyLayer::Ploop(ploop) => shape.version = ploop.header().version,
             AnyLayer::Raw(_) => refuse_ragged(&image, geometry.size, disk)?,
-            AnyLayer::Qcow2(_) => return Err(unserved()),
+            AnyLayer::Qcow2(_) => {}
         }
         if shot != disk.top() {
             refuse_unclosed(&layer, &image)?;
@@ -126,11 +113,11 @@ pub fn refuse_unclosed<S: ploop_formats::store::Store>(
     layer: &AnyLayer<S>,
     image: &ImageRef,
 ) -> Result<()> {
-    match layer {
-        AnyLayer::Ploop(ploop) if ploop.header().in_use == IN_USE => Err(Error::damaged(format!(
+    match delta::is_unclosed(layer) {
+        true => Err(Error::damaged(format!(
             "{}: this frozen delta was not closed; check it first",
             image.file
         ))),
-        _ => Ok(()),
+        false => Ok(()),
     }
 }

@@ -14,14 +14,13 @@
 
 use super::{copy, layers};
 use crate::image::change::{self, Change};
+use crate::image::delta;
 use crate::stack::AnyLayer;
-use ploop_formats::descriptor::{Descriptor, ImageRef, LayerFormat, Mark};
+use ploop_formats::descriptor::{Descriptor, ImageRef, Mark};
 use ploop_formats::folder::{Access, Folder};
 use ploop_formats::guid::Guid;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::Ploop;
-use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 
@@ -89,6 +88,7 @@ pub async fn claim<F: Folder>(
     refuse_shared(folder, &below.file).await?;
     let judged = layers::open_read(folder, old, &below).await?;
     refuse_size(&judged, child, readers).map_err(|e| e.at(&below.file))?;
+    refuse_parts(child)?;
     if old.shot(lower).is_some_and(|shot| shot.mark.is_some()) {
         // Cut in the middle, it may say that it is in use. A clone never has what is marked.
         return Ok(old.clone());
@@ -128,8 +128,7 @@ pub fn only_child(disk: &Descriptor, lower: Guid) -> Result<Guid> {
     }
 }
 
-/// Opens a marked delta to be merged into. It does not say that it is in use: it is below others,
-/// and a merge that is cut leaves it as good as it was.
+/// Opens a marked delta to be merged into ([`delta::target`]).
 pub async fn open_target<F: Folder>(
     folder: &F,
     disk: &Descriptor,
@@ -137,15 +136,8 @@ pub async fn open_target<F: Folder>(
 ) -> Result<AnyLayer<F::File>> {
     folder.set_shared(&image.file, false).await?;
     let file = folder.open(&image.file, Access::Write).await?;
-    let opened = match image.format {
-        LayerFormat::Raw => {
-            Raw::open_write(file, disk.cluster(), Ledger::local()).map(AnyLayer::Raw)
-        }
-        _ => {
-            let target = Ploop::open_target(file, Ledger::local()).await;
-            target.map(AnyLayer::Ploop)
-        }
-    };
+    let (format, ledger) = (image.format.into(), Ledger::local());
+    let opened = delta::target(file, format, disk.cluster(), ledger).await;
     opened.map_err(|e| e.at(&image.file))
 }
 
@@ -167,6 +159,17 @@ pub async fn take_size<S: Store>(lower: &mut AnyLayer<S>, upper: &AnyLayer<S>) -
     match lower.geometry().size < size {
         true => lower.grow(size).await,
         false => Ok(()),
+    }
+}
+
+/// Refuses a delta that may have clusters in part: what the rest of one reads as is below, and a copy
+/// takes whole ones.
+fn refuse_parts<S: Store>(upper: &AnyLayer<S>) -> Result<()> {
+    match upper {
+        AnyLayer::Qcow2(image) if image.has_subclusters() => Err(Error::unsupported(
+            "what stands on it is a qcow2 image with subclusters (extended L2 entries), which is not              merged; `ploopctl convert --flatten` makes one image of the disk",
+        )),
+        _ => Ok(()),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::image::chain::LayerFile;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
 use ploop_formats::qcow2::bitmap::Bitmap;
-use ploop_formats::qcow2::header::{DIRTY, Version, peek};
+use ploop_formats::qcow2::header::{DIRTY, Version, peek, peek_size};
 use ploop_formats::qcow2::snapshot::Snapshot;
 use ploop_formats::qcow2::{Header, list_bitmaps, list_snapshots, read_header};
 use ploop_formats::{Error, Result, limits};
@@ -48,7 +48,7 @@ pub(super) fn look(file: &File, info: &mut LayerInfo) -> Result<()> {
     let head = start(file, HEAD)?;
     let (_, cluster) = peek(&head)?;
     let header = Header::parse(&start(file, cluster.bytes())?)?;
-    info.size = header.size;
+    info.size = peek_size(&head);
     info.cluster = Some(header.cluster.bytes());
     info.version = Some(match header.version {
         Version::V2 => 2,

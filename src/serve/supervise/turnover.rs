@@ -26,17 +26,18 @@ use super::worker::say;
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::hold::Hold;
+use crate::image::delta;
+use crate::image::open;
 use crate::image::snapshot::copy::Window;
 use crate::image::snapshot::fold;
+use crate::image::target::Format;
 use crate::io::file::{Cache, FileStore};
 use crate::io::lock;
 use crate::io::memfd::SharedWords;
 use crate::io::room::{KeepFree, Limit};
-use crate::stack::{AnyLayer, NewSize, Stack, only_ploop};
+use crate::stack::{AnyLayer, NewSize, Stack};
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::Ploop;
-use ploop_formats::raw::Raw;
 use ploop_formats::{Error, Kind, Result};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -92,7 +93,7 @@ impl Target {
         let store = FileStore::new(self.read, self.store.path(), Cache::Writeback)?;
         let mut layers = lower(stack);
         layers.pop();
-        layers.push(Arc::new(open_lower(store, &self.layer).await?));
+        layers.push(Arc::new(delta::read_again(store, &self.layer).await?));
         Ok(layers)
     }
 }
@@ -207,6 +208,9 @@ impl Turnover {
     /// Gives the disk another size. After a failure that is final this process ends: the next one
     /// looks at what is in the file.
     async fn resize(&self, to: NewSize) -> Result<()> {
+        if let Err(e) = self.disk.stack().resized(to) {
+            return say(&self.control, &Event::NotResized(Failure::from(&e))).await;
+        }
         // While requests run, so that little is left for later.
         if let Err(e) = self.disk.flush().await {
             return say(&self.control, &Event::NotResized(Failure::from(&e))).await;
@@ -240,7 +244,7 @@ impl Turnover {
         let below = lower(&stack).pop();
         let below = below.filter(|layer| layer.store().path() == Path::new(into));
         let below = below.ok_or_else(|| Error::invalid(format!("{into}: not below the top")))?;
-        let store = self.own(file, into)?;
+        let store = self.own(file, into, delta::format(&below))?;
         let ledger = Ledger::new(Arc::new(SharedWords::from_fd(words)?));
         let layer = fold::open_target(store.clone(), &below, ledger.clone()).await;
         Ok(Target {
@@ -252,9 +256,9 @@ impl Turnover {
     }
 
     /// The store of a file that is to be the top.
-    fn own(&self, file: OwnedFd, name: &str) -> Result<FileStore> {
+    fn own(&self, file: OwnedFd, name: &str, format: Format) -> Result<FileStore> {
         lock::fence(&file, Instant::now() + FENCE)?;
-        let store = FileStore::new(file, Path::new(name), self.cache)?;
+        let store = open::store(file, Path::new(name), format, self.cache)?;
         store.keep_free(self.keep_free);
         Ok(store)
     }
@@ -271,16 +275,23 @@ impl Turnover {
     /// Opens the new top, before anybody waits.
     async fn prepare(&self, top: &str, below: String, fds: Vec<OwnedFd>) -> Result<Next> {
         let (file, words, old) = three(fds)?;
-        let store = self.own(file, top)?;
+        let stack = self.disk.stack();
+        // As the descriptor has it.
+        let format = match delta::format(stack.top()) {
+            Format::Qcow2 => Format::Qcow2,
+            Format::Ploop | Format::Raw => Format::Ploop,
+        };
+        let store = self.own(file, top, format)?;
         let ledger = Ledger::new(Arc::new(SharedWords::from_fd(words)?));
-        let layer = Ploop::open_write(store.clone(), ledger.clone()).await;
+        let cluster = stack.top().geometry().cluster;
+        let layer = delta::write(store.clone(), format, cluster, ledger.clone()).await;
         let layer = layer.map_err(|e| e.at(top))?;
         if layer.geometry().size < self.disk.size() {
             let what = "the disk has grown meanwhile; try again";
             return Err(Error::new(Kind::Busy, what));
         }
         Ok(Next {
-            top: AnyLayer::Ploop(layer),
+            top: layer,
             store,
             ledger,
             below: old,
@@ -311,7 +322,7 @@ impl Turnover {
                 (true, 1..) => {
                     let fd = fds.next().ok_or_else(|| Error::invalid("no descriptor"))?;
                     let store = FileStore::new(fd, path, Cache::Writeback)?;
-                    Arc::new(open_lower(store, known).await?)
+                    Arc::new(delta::read_again(store, known).await?)
                 }
                 _ => Arc::clone(known),
             });
@@ -327,7 +338,7 @@ impl Turnover {
     async fn go(&mut self, hold: Hold<'_, FileStore>, next: Next) -> Result<()> {
         let stack = self.disk.stack();
         let old = FileStore::new(next.below, Path::new(&next.name), Cache::Writeback)?;
-        let above = [open_lower(old, stack.top()).await?, next.top].map(Arc::new);
+        let above = [delta::read_again(old, stack.top()).await?, next.top].map(Arc::new);
         let layers = lower(&stack).into_iter().chain(above);
         hold.switch(Stack::new(layers)?)?;
         self.ledger = next.ledger;
@@ -387,15 +398,6 @@ fn go_on(
             Err(e)
         }
     }
-}
-
-/// Opens a layer below the top for reading, of the kind that it was.
-async fn open_lower(store: FileStore, was: &AnyLayer<FileStore>) -> Result<AnyLayer<FileStore>> {
-    Ok(match was {
-        AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_read(store).await?),
-        AnyLayer::Raw(raw) => AnyLayer::Raw(Raw::open_read(store, raw.geometry().cluster)?),
-        AnyLayer::Qcow2(_) => return Err(only_ploop()),
-    })
 }
 
 /// The descriptors of an order that brings three.

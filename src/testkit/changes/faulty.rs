@@ -5,6 +5,7 @@
 
 use super::{Case, Chance, KINDS, Past, begin};
 use crate::testkit::report::Tally;
+use crate::testkit::trees::Formats;
 use ploop_formats::Kind;
 use ploop_formats::store::fault::{Faults, Rule};
 use ploop_formats::store::mutate::Mutator;
@@ -15,11 +16,11 @@ use ploop_formats::testkit::rng::Rng;
 const OPERATIONS_MAX: u64 = 5000;
 
 /// Every operation of one verb fails, one in each try.
-pub fn run(seed: u64, tally: &mut Tally, kind: &str) -> Result<(), String> {
+pub fn run(seed: u64, tally: &mut Tally, formats: Formats, kind: &str) -> Result<(), String> {
     debug_assert!(KINDS.contains(&kind), "{kind}");
     let mut rng = Rng::new(seed);
     let past = *rng.pick(&[Past::Settled, Past::Death]);
-    let Some(mut case) = begin(&mut rng, kind, past) else {
+    let Some(mut case) = begin(&mut rng, formats, kind, past) else {
         return Ok(());
     };
     let error = *rng.pick(&[Kind::Io, Kind::NoSpace]);

@@ -15,7 +15,7 @@ mod verb;
 pub use verb::{KINDS, Verb};
 
 use super::report::{Report, Tally};
-use super::trees::{self, OTHER, RULES, Tree};
+use super::trees::{self, Formats, OTHER, Tree};
 use crate::image::change::{read, settle};
 use crate::image::target::DESCRIPTOR;
 use ploop_formats::descriptor::Descriptor;
@@ -55,16 +55,17 @@ pub enum Past {
 }
 
 /// Tries `states` states or more, over verbs of all kinds.
-pub fn campaign(seed: u64, states: u64) -> Report {
+pub fn campaign(formats: Formats, seed: u64, states: u64) -> Report {
     Report::campaign("changes", seed, states, |seed, tally| {
         let kind = KINDS[seed as usize % KINDS.len()];
         let whole = Mutator::new();
-        match seed / KINDS.len() as u64 % 4 {
-            0 => run(seed, tally, kind, Past::Settled, &whole),
-            1 => run(seed, tally, kind, Past::Death, &whole),
-            2 => run(seed, tally, kind, Past::Cut, &whole),
-            _ => faulty::run(seed, tally, kind),
-        }
+        let past = match seed / KINDS.len() as u64 % 4 {
+            0 => Past::Settled,
+            1 => Past::Death,
+            2 => Past::Cut,
+            _ => return faulty::run(seed, tally, formats, kind),
+        };
+        run(seed, tally, (formats, kind), past, &whole)
     })
 }
 
@@ -73,12 +74,12 @@ pub fn campaign(seed: u64, states: u64) -> Report {
 pub fn run(
     seed: u64,
     tally: &mut Tally,
-    kind: &str,
+    (formats, kind): (Formats, &str),
     past: Past,
     mutator: &Mutator,
 ) -> Result<(), String> {
     let mut rng = Rng::new(seed);
-    let Some(mut case) = begin(&mut rng, kind, past) else {
+    let Some(mut case) = begin(&mut rng, formats, kind, past) else {
         return Ok(());
     };
     let folder = case.folder.through(mutator.clone(), Faults::new());
@@ -89,9 +90,9 @@ pub fn run(
 }
 
 /// A disk that allows a verb of a kind, and that verb.
-fn begin(rng: &mut Rng, kind: &str, past: Past) -> Option<Case> {
+fn begin(rng: &mut Rng, formats: Formats, kind: &str, past: Past) -> Option<Case> {
     for _ in 0..TRIES {
-        let (folder, old) = trees::make(rng, POINTS);
+        let (folder, old) = trees::make(rng, formats, POINTS);
         let (folder, before, earlier) = match past {
             Past::Settled => (folder, vec![old], None),
             _ => {
@@ -102,7 +103,7 @@ fn begin(rng: &mut Rng, kind: &str, past: Past) -> Option<Case> {
                 let Some(earlier) = earlier.filter(tells) else {
                     continue;
                 };
-                let (folder, before) = leave(&folder, &old, earlier, past, rng);
+                let (folder, before) = leave(&folder, &old, (formats, earlier), past, rng);
                 (folder, before, Some(earlier))
             }
         };
@@ -114,7 +115,8 @@ fn begin(rng: &mut Rng, kind: &str, past: Past) -> Option<Case> {
         if matches!((earlier, verb), (Some(Verb::Grow(_)), Verb::Flatten(_))) {
             continue;
         }
-        return Some(Case::new(folder, before, earlier, verb, rng));
+        let case = Case::new(folder, before, earlier, verb, rng);
+        return Some(Case { formats, ..case });
     }
     None
 }
@@ -124,7 +126,7 @@ fn begin(rng: &mut Rng, kind: &str, past: Past) -> Option<Case> {
 fn leave(
     folder: &SimFolder,
     old: &Tree,
-    verb: Verb,
+    (formats, verb): (Formats, Verb),
     past: Past,
     rng: &mut Rng,
 ) -> (SimFolder, Vec<Tree>) {
@@ -136,7 +138,10 @@ fn leave(
         unsynced = folder.unsynced();
     }
     let left = match past {
-        Past::Cut => SimFolder::of(folder.crash(rng), rng.next(), Mutator::new(), RULES),
+        Past::Cut => {
+            let wreck = folder.crash(rng);
+            SimFolder::of(wreck, rng.next(), Mutator::new(), formats.rules())
+        }
         _ => folder.fork(rng.next()),
     };
     left.sim().instant(true);
@@ -165,6 +170,7 @@ fn is(foretold: &Descriptor, there: &Descriptor) -> bool {
 
 struct Case {
     folder: SimFolder,
+    formats: Formats,
     /// What a power cut may show as long as the verb has settled nothing.
     before: Vec<Tree>,
     earlier: Option<Verb>,
@@ -212,6 +218,7 @@ impl Case {
             sealed: vec![(0, own), (OTHER, shared.collect())],
             alone,
             path: verb.path(seen),
+            formats: Formats::Ploop,
             folder,
             before,
             earlier,
@@ -250,7 +257,8 @@ impl Case {
 
     /// Judges what a power cut left.
     fn examine(&mut self, wreck: Wreck, done: bool) -> Result<(), String> {
-        let folder = SimFolder::of(wreck, self.rng.next(), Mutator::new(), RULES);
+        let rules = self.formats.rules();
+        let folder = SimFolder::of(wreck, self.rng.next(), Mutator::new(), rules);
         self.judge(&folder, done)
     }
 

@@ -149,21 +149,21 @@ impl Verb {
     /// Whether the disk in `folder` allows it.
     pub fn is_legal(self, disk: &Descriptor, folder: &SimFolder) -> bool {
         let marked = |guid| disk.shot(guid).is_none_or(|shot| shot.mark.is_some());
-        let raw = |all: Vec<ImageRef>| all.iter().any(|i| i.format == LayerFormat::Raw);
+        let is_ploop = |all: Vec<ImageRef>| all.iter().all(|i| i.format == LayerFormat::Ploop);
         match self {
             Self::Settle => true,
-            // What a file gains is zeros on every file system; here it is poison until it is flushed. A
+            // A qcow2 image keeps its size. What a file gains is zeros on every file system; here it is poison until it is flushed. A
             // raw base may be grown later, for a merge.
             Self::Grow(clusters) => {
                 disk.sectors() < clusters * trees::CLUSTER / SECTOR
-                    && disk.chain(disk.top()).is_ok_and(|all| !raw(all))
+                    && disk.chain(disk.top()).is_ok_and(is_ploop)
             }
             // What is below would have to be small, too. A file that is cut is the old one or the new
             // one on every file system; here its old length may come back without what it held.
             Self::Shrink(clusters) => {
                 disk.sectors() > clusters * trees::CLUSTER / SECTOR
                     && disk.images().len() == 1
-                    && disk.chain(disk.top()).is_ok_and(|all| !raw(all))
+                    && disk.chain(disk.top()).is_ok_and(is_ploop)
             }
             // A disk that has grown takes long to write anew.
             Self::Flatten(_) => disk.sectors() < SIZES[1] * trees::CLUSTER / SECTOR,

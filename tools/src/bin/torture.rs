@@ -5,6 +5,7 @@
 
 use clap::{Parser, Subcommand};
 use ploop::testkit::forest::{self, Answers};
+use ploop::testkit::trees::Formats;
 use ploop::testkit::{
     Engine, Report, changes, compacts, crash, death, faults, grows, models, mutate, switches,
 };
@@ -135,7 +136,10 @@ fn main() -> ExitCode {
         Campaign::Switch(effort) => timed(switches::campaign::<Engine>, effort),
         Campaign::Grow(effort) => timed(grows::campaign, effort),
         Campaign::Compact(effort) => timed(compacts::campaign, effort),
-        Campaign::Changes(effort) => timed(changes::campaign, effort),
+        Campaign::Changes(effort) => timed(
+            |seed, states| changes::campaign(Formats::Ploop, seed, states),
+            effort,
+        ),
         Campaign::Forest(effort) => timed(
             |seed, sequences| forest::campaign(seed, sequences, &mut Answers::new()),
             effort,

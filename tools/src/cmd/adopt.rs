@@ -10,6 +10,7 @@ use crate::global::Global;
 use crate::meter::Meter;
 use crate::size;
 use clap::ValueEnum;
+use ploop::formats::limits;
 use ploop::formats::units::ClusterSize;
 use ploop::image::adopt::{Candidate, Shape};
 use ploop::serve::supervise::message::Failure;
@@ -78,16 +79,43 @@ fn refuse_damaged(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Resu
 
 fn shape(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<Shape> {
     let info = ask("info", file, format, meter)?;
+    refuse_others(&info["qcow2"]).map_err(|e| e.at(file.display()))?;
     let own = &info["layers"][0]["cluster"];
     let number = |value: &Value, what: &str| {
         let missing = || Error::invalid(format!("{}: info shows no {what}", file.display()));
         value.as_u64().ok_or_else(missing)
     };
     let cluster = if own.is_null() { &info["cluster"] } else { own };
+    let cluster = number(cluster, "cluster")?;
     Ok(Shape {
         size: number(&info["size"], "size")?,
-        cluster: ClusterSize::new(number(cluster, "cluster")?)?,
+        cluster: ClusterSize::new(cluster).map_err(|_| refuse_cluster(file, cluster))?,
     })
+}
+
+/// What a disk of its own stands on, its descriptor says, and an image that is adopted is alone there.
+fn refuse_others(said: &Value) -> Result<()> {
+    for (field, what) in [
+        ("backing_file", "stands on another file"),
+        ("data_file", "has its data in another file"),
+    ] {
+        if let Some(other) = said[field].as_str() {
+            return Err(Error::unsupported(format!(
+                "{what} (\"{other}\"), and only an image that is whole is adopted; `qemu-img convert \
+                 -O qcow2` makes one of both"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn refuse_cluster(file: &Path, cluster: u64) -> Error {
+    Error::unsupported(format!(
+        "{}: clusters of {cluster} bytes, and those of a disk have {} or more; `qemu-img convert -O \
+         qcow2 -o cluster_size=64k` makes an image with others",
+        file.display(),
+        limits::CLUSTER_MIN
+    ))
 }
 
 /// What a verb of ours says about the image; its error becomes ours, and its progress.

@@ -6,7 +6,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -78,9 +78,14 @@ pub struct Disk {
 impl Disk {
     pub fn new(scratch: &Scratch, name: &str) -> Self {
         let path = scratch.disk(name, &["-s", "8M", "--fs", "none"]);
+        Self::of(path, vec![0; SIZE])
+    }
+
+    /// A disk without snapshots that reads as this.
+    pub const fn of(path: PathBuf, top: Vec<u8>) -> Self {
         Self {
             path,
-            top: vec![0; SIZE],
+            top,
             points: BTreeMap::new(),
         }
     }
@@ -201,7 +206,10 @@ impl Disk {
             files.push(self.path.join(snapshot["file"].as_str().expect("a file")));
         }
         for file in &files {
-            tool("qemu-img", &["check", "-q", "-f", "parallels", text(file)]);
+            match driver(file) {
+                "raw" => {}
+                driver => drop(tool("qemu-img", &["check", "-q", "-f", driver, text(file)])),
+            }
         }
         let images = fs::read_dir(&self.path).expect("list").filter(|e| {
             let name = e.as_ref().expect("an entry").file_name();
@@ -213,12 +221,23 @@ impl Disk {
     }
 }
 
+/// QEMU's name for what a file of a disk is.
+fn driver(file: &Path) -> &'static str {
+    let mut magic = [0; 4];
+    let mut file = fs::File::open(file).expect("open");
+    match file.read_exact(&mut magic).map(|()| magic) {
+        Ok([b'Q', b'F', b'I', 0xFB]) => "qcow2",
+        Ok([b'W', b'i', b't', b'h']) => "parallels",
+        _ => "raw",
+    }
+}
+
 /// What QEMU reads of a chain of files, the upper ones first.
 pub fn read_chain(chain: &[PathBuf]) -> Vec<u8> {
     let mut below = Value::Null;
     for file in chain.iter().rev() {
         let mut node = json!({
-            "driver": "parallels",
+            "driver": driver(file),
             "file": { "driver": "file", "filename": text(file) },
         });
         if !below.is_null() {
