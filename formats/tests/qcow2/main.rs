@@ -10,4 +10,5 @@ mod made;
 mod matrix;
 mod qemu;
 mod repair;
+mod resize;
 mod snapshots;
