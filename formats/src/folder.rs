@@ -27,8 +27,8 @@ pub enum Access {
     reason = "futures of a simulated folder are not Send"
 )]
 pub trait Folder {
-    /// An open file.
-    type File: Store;
+    /// An open file; clones are of the same one.
+    type File: Store + Clone;
 
     /// Opens a regular file. `NotFound` when there is none.
     async fn open(&self, name: &str, access: Access) -> Result<Self::File>;

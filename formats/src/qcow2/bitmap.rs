@@ -12,6 +12,8 @@ const FIXED: usize = 24;
 pub(super) const ENTRY_MAX: usize = FIXED + limits::QCOW2_NAME_MAX;
 /// Where an entry has its flags.
 pub(super) const FLAGS_AT: u64 = 12;
+/// Where the number of 8 bytes is that ends with them.
+pub(super) const SECOND_AT: u64 = 8;
 const IN_USE: u32 = 1;
 const ENABLED: u32 = 1 << 1;
 const KNOWN: u32 = IN_USE | ENABLED | 1 << 2;
@@ -82,6 +84,12 @@ impl Bitmap {
     /// The flags of an entry that says that the bitmap was not stored properly.
     pub(super) fn flags_in_use(&self) -> [u8; 4] {
         (self.flags | IN_USE).to_be_bytes()
+    }
+
+    /// The number with those flags.
+    pub(super) fn second_word_in_use(&self) -> u64 {
+        let entries = u64::from(self.table_entries).wrapping_shl(32);
+        entries | u64::from(self.flags | IN_USE)
     }
 
     /// Bytes of its entry.

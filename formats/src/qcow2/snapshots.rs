@@ -175,12 +175,7 @@ async fn copy_list<S: Store>(
 ) -> Result<()> {
     let mut out = Appender::new(store, header.cluster, to);
     for part in list {
-        let mut at = part.start;
-        while at < part.end {
-            let len = part.end.saturating_sub(at).min(STEP);
-            out.push(&read_padded(store, at, len).await?).await?;
-            at = at.saturating_add(len);
-        }
+        out.copy(part.clone(), STEP).await?;
     }
     out.push(entry).await?;
     out.finish().await

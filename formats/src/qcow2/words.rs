@@ -8,6 +8,7 @@ use crate::store::{Reach, Store};
 use crate::units::{ClusterSize, floor_to};
 use crate::{Error, Result, limits};
 use bytes::{Bytes, BytesMut};
+use std::ops::Range;
 
 /// Bytes written in one step by [`Appender`].
 const STEP: usize = 256 << 10;
@@ -99,6 +100,28 @@ impl<'s, S: Store> Appender<'s, S> {
             true => self.write(STEP).await,
             false => Ok(()),
         }
+    }
+
+    /// Adds a range of the same file.
+    pub(super) async fn copy(&mut self, range: Range<u64>, step: u64) -> Result<()> {
+        let Range { start: mut at, end } = range;
+        while at < end {
+            let len = end.saturating_sub(at).min(step);
+            self.push(&read_padded(self.store, at, len).await?).await?;
+            at = at.saturating_add(len);
+        }
+        Ok(())
+    }
+
+    /// Adds zeros.
+    pub(super) async fn zeros(&mut self, len: u64) -> Result<()> {
+        let mut left = len;
+        while left > 0 {
+            let now = left.min(limits::PAGE);
+            self.push(&vec![0; now as usize]).await?;
+            left = left.saturating_sub(now);
+        }
+        Ok(())
     }
 
     /// Writes what waits.

@@ -12,4 +12,5 @@ mod pack;
 mod parts;
 mod qemu;
 mod repair;
+mod resize;
 mod snapshots;

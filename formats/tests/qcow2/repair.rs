@@ -148,12 +148,17 @@ fn broken(seed: u64) -> Vec<u8> {
     bytes
 }
 
-/// Every state that cuts during `work` can leave, some fates each.
-pub fn cuts(bytes: &[u8], recording: &Recording, mut judge: impl FnMut(&str, MemStore)) {
-    let rules = Rules {
+/// All of the file is metadata.
+pub fn rules() -> Rules {
+    Rules {
         metadata_end: u64::MAX,
         ..Rules::default()
-    };
+    }
+}
+
+/// Every state that cuts during `work` can leave, some fates each.
+pub fn cuts(bytes: &[u8], recording: &Recording, mut judge: impl FnMut(&str, MemStore)) {
+    let rules = rules();
     assert!(!bytes.is_empty());
     for n in 0..=recording.entries().len() {
         for fate in [

@@ -45,16 +45,16 @@ struct Shot {
 }
 
 /// An image that QEMU and we work on in turns, and what it must show.
-struct Turns {
-    folder: Folder,
-    now: Vec<u8>,
+pub struct Turns {
+    pub folder: Folder,
+    pub now: Vec<u8>,
     shots: Vec<Shot>,
-    rng: Rng,
-    place: String,
+    pub rng: Rng,
+    pub place: String,
 }
 
 impl Turns {
-    fn new(options: &str, seed: u64) -> Self {
+    pub fn new(options: &str, seed: u64) -> Self {
         let folder = Folder::new();
         folder.img(&format!("create -q -f qcow2 -o {options} disk {SIZE}"));
         Self {
@@ -67,7 +67,7 @@ impl Turns {
     }
 
     /// QEMU writes.
-    fn write(&mut self) {
+    pub fn write(&mut self) {
         let mut lines = Vec::new();
         for _ in 0..1 + self.rng.below(6) {
             let size = self.now.len() as u64;
@@ -84,7 +84,7 @@ impl Turns {
     }
 
     /// We work on the file.
-    fn ours<T>(&self, work: impl FnOnce(&MemStore) -> Result<T>) -> T {
+    pub fn ours<T>(&self, work: impl FnOnce(&MemStore) -> Result<T>) -> T {
         let bytes = self.folder.read("disk");
         // QEMU ends files anywhere.
         let align = if bytes.len().is_multiple_of(512) {
@@ -100,7 +100,7 @@ impl Turns {
         done
     }
 
-    fn make(&mut self, by_us: bool, name: &str) {
+    pub fn make(&mut self, by_us: bool, name: &str) {
         let id = if by_us {
             let id = self.ours(|store| now(create(store, &wanted(name), &mut ())));
             String::from_utf8(id).unwrap()
@@ -142,7 +142,7 @@ impl Turns {
     }
 
     /// QEMU finds nothing, and the disk shows what it must.
-    fn judge_now(&self) {
+    pub fn judge_now(&self) {
         let place = &self.place;
         assert_eq!(self.folder.check("disk"), Some((0, 0)), "{place}");
         assert!(self.folder.convert("disk", "flat"));
@@ -153,7 +153,7 @@ impl Turns {
     }
 
     /// The same, and the snapshots show what they must.
-    fn judge(&self) {
+    pub fn judge(&self) {
         self.judge_now();
         for Shot { id, was, .. } in &self.shots {
             let place = &self.place;

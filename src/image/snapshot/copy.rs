@@ -211,6 +211,12 @@ impl<'a, S: Store> Source<'a, S> {
         }
     }
 
+    /// Whether all of a piece is said to be zeros, which are not left out.
+    async fn is_zero(self, piece: Piece) -> Result<bool> {
+        let part = self.part(piece.at, piece.len).await?;
+        Ok(!self.skips_zeros() && matches!(part.held, Held::Zero) && part.len == piece.len)
+    }
+
     /// From `at`, the beginning of a cluster, to where something else begins, in whole clusters, and
     /// whether there is anything.
     async fn run(self, at: u64) -> Result<(u64, bool)> {
@@ -465,14 +471,21 @@ async fn copy_piece<S: Store>(
             Spot::Wanted(to, VirtCluster(cluster))
         }
     };
+    if let Spot::Wanted(to, cluster) = spot
+        && from.is_zero(piece).await?
+        && to.zero(cluster).await?
+    {
+        return Ok(());
+    }
     copy_bytes(from, to, piece, &mut spot, spares).await?;
-    if let Spot::Taken(cluster, reserved) = spot {
+    if let Spot::Taken(cluster, mut reserved) = spot {
+        reserved.filled(0, piece.len);
         to.publish(cluster, reserved, Below::Data);
     }
     Ok(())
 }
 
-/// Copies a piece, in steps. What is not written of a cluster reads as zeros.
+/// Copies a piece, in steps. What is not written of a new cluster reads as zeros.
 async fn copy_bytes<S: Store>(
     from: Source<'_, S>,
     to: &AnyLayer<S>,
@@ -492,7 +505,10 @@ async fn copy_bytes<S: Store>(
             Held::At(store, at) => store.read_at(at, spares.lend(blocks)).await?,
             Held::Packed(layer) => layer.unpack(begin, spares.lend(len as usize)).await?,
             Held::Zero | Held::Nothing if from.skips_zeros() => continue,
-            Held::Zero | Held::Nothing => buf::aligned(blocks),
+            // Of a cluster that is there in part: what is below is seen.
+            Held::Nothing if matches!(spot, Spot::Here(_)) => continue,
+            Held::Nothing => return Err(in_part(begin)),
+            Held::Zero => buf::aligned(blocks),
         };
         bytes.resize(blocks, 0);
         let bytes = bytes.freeze();
@@ -507,6 +523,14 @@ async fn copy_bytes<S: Store>(
         }
     }
     Ok(())
+}
+
+/// Why a cluster is not copied of which a delta has a part.
+fn in_part(guest: u64) -> Error {
+    Error::unsupported(format!(
+        "guest offset {guest:#x}: a delta with extended entries has a part of a cluster, and the one below \
+         has nothing of it; `ploopctl convert --flatten` makes one image of both"
+    ))
 }
 
 fn is_zero(bytes: &[u8]) -> bool {

@@ -32,6 +32,7 @@ pub(super) use mark::Flags;
 pub(super) use recount::Recount;
 pub use repair::{Repair, repair, repair_watched};
 pub use report::{Finding, FindingKind, Report};
+pub(super) use span::Span;
 
 use super::header::{CORRUPT, DIRTY, Header};
 use super::open::read_header;

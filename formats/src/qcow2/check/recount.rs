@@ -107,6 +107,22 @@ impl<'s, S: Store> Recount<'s, S> {
         self.survey.cluster()
     }
 
+    /// How often the cluster of the file that holds byte `at` is named.
+    pub(in super::super) fn times(&self, at: u64) -> u64 {
+        let cluster = self.survey.cluster_in_file(at);
+        cluster.map_or(0, |cluster| self.survey.total.get(cluster))
+    }
+
+    /// Changes the header, durably.
+    pub(in super::super) async fn change_header(
+        &mut self,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
+        change(&mut self.survey.header);
+        self.survey.header.features.autoclear &= KNOWN_AUTOCLEAR;
+        write_header(self.store(), &self.survey.header).await
+    }
+
     /// Clusters of a stretch that one block tells of.
     const fn per_block(&self) -> u64 {
         self.survey.width().per_block(self.cluster().bytes())

@@ -12,22 +12,22 @@ use std::ops::Range;
 const STEP: u64 = 256 << 10;
 
 /// A range of the file that is being read.
-pub(super) struct Span<'s, S> {
+pub(in super::super) struct Span<'s, S> {
     store: &'s S,
     at: u64,
     end: u64,
 }
 
 /// Some bytes of a range.
-pub(super) struct Piece {
+pub(in super::super) struct Piece {
     /// File offset.
-    pub(super) at: u64,
-    pub(super) bytes: Bytes,
+    pub(in super::super) at: u64,
+    pub(in super::super) bytes: Bytes,
 }
 
 impl<'s, S: Store> Span<'s, S> {
     /// `range`, as far as the file has it. It begins at a multiple of 8.
-    pub(super) fn new(store: &'s S, range: Range<u64>) -> Self {
+    pub(in super::super) fn new(store: &'s S, range: Range<u64>) -> Self {
         Self {
             store,
             at: range.start,
@@ -36,7 +36,7 @@ impl<'s, S: Store> Span<'s, S> {
     }
 
     /// The next piece that is no hole. Pieces end at multiples of a sector, or with the range.
-    pub(super) async fn next(&mut self) -> Result<Option<Piece>> {
+    pub(in super::super) async fn next(&mut self) -> Result<Option<Piece>> {
         while self.at < self.end {
             let (data, until) = self.store.extent(self.at).await?;
             let hole_end = floor_to(until, SECTOR).min(self.end);
@@ -55,7 +55,7 @@ impl<'s, S: Store> Span<'s, S> {
 
 impl Piece {
     /// Numbers of 8 bytes that are not 0, and their file offsets.
-    pub(super) fn words(&self) -> impl Iterator<Item = (u64, u64)> {
+    pub(in super::super) fn words(&self) -> impl Iterator<Item = (u64, u64)> {
         let at = (self.at..).step_by(8);
         let words = self.bytes.chunks_exact(8).map(|word| u64_at(word, 0));
         at.zip(words).filter(|(_, word)| *word != 0)
