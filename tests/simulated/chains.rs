@@ -3,12 +3,9 @@
 //!
 //! `PLOOP_CRASH_STATES`, `PLOOP_DEATH_STATES`, `PLOOP_CHAIN_FAULT_RUNS` and `PLOOP_MODEL_SEQUENCES` say how
 //! much is tried.
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
-mod campaign;
-
+use crate::campaign::{self, SEED, count, holds};
 use bytes::BytesMut;
-use campaign::{SEED, count, holds};
 use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::stack::{AnyLayer, Stack};

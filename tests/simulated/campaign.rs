@@ -1,5 +1,4 @@
 //! What the tests of campaigns share: counts, verdicts, planted bugs.
-#![allow(dead_code, reason = "each suite uses its part")]
 
 use ploop::testkit::report::{Report, Tally};
 use ploop::testkit::{Engine, mutate};

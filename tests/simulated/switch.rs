@@ -2,12 +2,8 @@
 //!
 //! `PLOOP_SWITCH_STATES` says how many power cuts and deaths are tried.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
-mod campaign;
-
+use crate::campaign::{self, SEED, caught_in_engine, count, holds};
 use bytes::{Bytes, BytesMut};
-use campaign::{SEED, caught_in_engine, count, holds};
 use ploop::device::Device;
 use ploop::disk::Disk;
 use ploop::hold::Hold;

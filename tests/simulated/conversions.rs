@@ -4,9 +4,7 @@
 //!
 //! `PLOOP_CHANGE_STATES` says how many states are tried.
 
-mod campaign;
-
-use campaign::{SEED, caught, count, holds};
+use crate::campaign::{SEED, caught, count, holds};
 use ploop::image::change::settle;
 use ploop::image::convert::version::{self, Deltas};
 use ploop::image::target::DESCRIPTOR;

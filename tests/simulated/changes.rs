@@ -2,9 +2,7 @@
 //!
 //! `PLOOP_CHANGE_STATES` and `PLOOP_QCOW2_CHANGE_STATES` say how many states are tried.
 
-mod campaign;
-
-use campaign::{SEED, caught, count, holds};
+use crate::campaign::{SEED, caught, count, holds};
 use ploop::testkit::changes::{self, Past};
 use ploop::testkit::trees::Formats;
 use ploop_formats::store::mutate::{Break, Mutation, Mutator};

@@ -3,9 +3,7 @@
 //!
 //! `PLOOP_FOREST_SEQUENCES` says how many sequences are tried.
 
-mod campaign;
-
-use campaign::{SEED, count, holds};
+use crate::campaign::{SEED, count, holds};
 use ploop::testkit::Report;
 use ploop::testkit::forest::{self, Answers};
 use std::thread;

@@ -1,8 +1,6 @@
 //! The engine over memory, one request at a time: every request means what a flat disk means, with
 //! and without a parent, across reopening, and QEMU agrees with the file.
 
-#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
-
 use bytes::{Bytes, BytesMut};
 use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
