@@ -446,7 +446,8 @@ impl<S: Store> Qcow2<S> {
             return Ok(None);
         }
         let named = |own: &Own| lock(&writer.state).partial.has_name(own.host);
-        if let Some(to) = lock(&writer.state).pending.find(cluster.0) {
+        let pending = lock(&writer.state).pending.find(cluster.0);
+        if let Some(to) = pending {
             let Some(HostCluster(host)) = to.host() else {
                 return Ok(None);
             };
