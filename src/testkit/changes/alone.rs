@@ -63,16 +63,16 @@ pub fn nobody_is_misled(
     Ok(())
 }
 
-/// All deltas of the disk have the same format version, and this one where it is given. Above a raw
-/// base each branch may have its own.
+/// All deltas of the disk have the same format version, and this one where it is given. Above a base
+/// that has none each branch may have its own.
 pub fn have_one_version(
     folder: &SimFolder,
     wanted: Option<Version>,
 ) -> std::result::Result<(), String> {
     let disk = now(read(folder, DESCRIPTOR)).map_err(|e| e.to_string())?;
     let found = versions(folder, &disk)?;
-    let raw = disk.image(disk.base().guid).map(|image| image.kind) == Some(ImageType::Plain);
-    if wanted.is_none() && raw {
+    let base = disk.image(disk.base().guid).map(|image| image.kind);
+    if wanted.is_none() && base != Some(ImageType::Compressed) {
         return Ok(());
     }
     let first = wanted.or(found.first().copied());
