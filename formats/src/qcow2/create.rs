@@ -90,6 +90,20 @@ pub async fn create<S: Store>(store: &S, wanted: &Create) -> Result<()> {
 }
 
 impl Create {
+    /// An image of version 3 with nothing special: refcounts of 16 bits, deflate, nothing below it.
+    pub fn new(size: u64, cluster: ClusterSize) -> Self {
+        Self {
+            version: Version::V3,
+            size,
+            cluster,
+            width: Width::default(),
+            extended: false,
+            lazy: false,
+            compression: Compression::Deflate,
+            backing: None,
+        }
+    }
+
     /// The change that turns an empty file into the image.
     pub fn update(&self) -> Result<Update> {
         let header = self.header()?;
@@ -107,7 +121,7 @@ impl Create {
     }
 
     /// The first cluster, with the names of features where there is room for them.
-    fn first_cluster(&self, mut header: Header) -> Result<Bytes> {
+    pub(super) fn first_cluster(&self, mut header: Header) -> Result<Bytes> {
         let plain = header.encode()?;
         if self.version == Version::V2 {
             return Ok(self.padded(&plain));
@@ -117,7 +131,7 @@ impl Create {
     }
 
     /// The header, without names of features. Fails for what the format cannot hold.
-    fn header(&self) -> Result<Header> {
+    pub(super) fn header(&self) -> Result<Header> {
         self.refuse_version()?;
         self.refuse_backing()?;
         let (table, blocks, _) = self.places()?;

@@ -1,10 +1,10 @@
 //! The qcow2 delta: a header, two levels of tables, and clusters in any order, some of them compressed.
 //!
 //! `header`, `extension`, `table`, `run`, `refcount`, `snapshot` and `bitmap` are bytes; `packed`
-//! inflates; `cache` keeps table pages. `open` and `image` read a store for a guest. What writes for it is
+//! unpacks and compresses; `cache` keeps table pages. `open` and `image` read a store for a guest. What writes for it is
 //! split by what happens to an image: `start` (opened for writing, recovery), `writer` (what is known in
 //! memory), `alloc` (what is free), `blocks` (refcounts), `supply` (where clusters come from), `sync`
-//! (what is durable, and in which order). `create`, `check` with its repair, and `snapshots` work on an
+//! (what is durable, and in which order). `pack` writes a whole new image. `create`, `check` with its repair, and `snapshots` work on an
 //! image that nobody uses, and `words` writes for them. No name that an image holds is ever opened here:
 //! the caller opens backing and data files by a policy of its own.
 
@@ -19,6 +19,7 @@ pub mod extension;
 pub mod header;
 mod image;
 mod open;
+pub mod pack;
 mod packed;
 pub mod refcount;
 mod run;
@@ -34,4 +35,5 @@ mod writer;
 pub use header::Header;
 pub use image::Qcow2;
 pub use open::{list_bitmaps, list_snapshots, read_header};
+pub use packed::compress;
 pub use writer::Reserved;

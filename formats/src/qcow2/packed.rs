@@ -1,4 +1,4 @@
-//! Unpacking a compressed cluster: exactly one cluster comes out, or an error.
+//! Compressing a cluster, and unpacking one: exactly one cluster comes out, or an error.
 //!
 //! What is packed is as long as its sectors, so rubbish may follow it. Memory is bounded by the
 //! cluster and by the history that a zstd frame may ask for; time by the cluster and the number of
@@ -7,13 +7,18 @@
 
 use super::header::Compression;
 use crate::{Error, Result, limits};
+use miniz_oxide::deflate::compress_to_vec;
 use miniz_oxide::inflate::TINFLStatus;
 use miniz_oxide::inflate::core::inflate_flags::{
     TINFL_FLAG_STOP_ON_BLOCK_BOUNDARY, TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF,
 };
 use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use ruzstd::encoding::CompressionLevel;
 use std::io::Read;
+
+/// What others use: less takes little less time, more makes little less.
+const DEFLATE_LEVEL: u8 = 6;
 
 /// Why a cluster does not unpack.
 type Fault = &'static str;
@@ -35,6 +40,15 @@ pub(super) fn unpack(how: Compression, packed: &[u8], len: usize) -> Result<Vec<
             "compressed cluster ({how:?}): {fault}"
         ))),
     }
+}
+
+/// A cluster compressed, when that makes it smaller.
+pub fn compress(how: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
+    let packed = match how {
+        Compression::Deflate => compress_to_vec(cluster, DEFLATE_LEVEL),
+        Compression::Zstd => ruzstd::encoding::compress_to_vec(cluster, CompressionLevel::Fastest),
+    };
+    (packed.len() < cluster.len()).then_some(packed)
 }
 
 /// Blocks that are looked at for `len` bytes. Those that make nothing cost time all the same.

@@ -121,6 +121,23 @@ pub struct Packed {
     pub len: u64,
 }
 
+impl Packed {
+    /// The entry that names it. `Unsupported` for a place that it has no bits for.
+    pub(super) fn entry(self, layout: Layout) -> Result<u64> {
+        let shift = 70u32.saturating_sub(layout.cluster.log2());
+        if self.at.checked_shr(shift) != Some(0) {
+            return Err(Error::unsupported(format!(
+                "compressed data at {:#x}, farther than entries of clusters of {} bytes reach",
+                self.at,
+                layout.cluster.bytes()
+            )));
+        }
+        let last = self.at.saturating_add(self.len.saturating_sub(1));
+        let more = (last / 512).saturating_sub(self.at / 512);
+        Ok(PACKED | more.wrapping_shl(shift) | self.at)
+    }
+}
+
 /// What an entry says of a cluster, or of one of its subclusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mapping {
