@@ -14,7 +14,9 @@ use crate::io::file::{Cache, FileStore};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageType, NewDisk};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version, chs};
-use ploop_formats::progress::Watch;
+use ploop_formats::progress::{Progress, Watch};
+use ploop_formats::qcow2;
+use ploop_formats::qcow2::pack::Packer;
 use ploop_formats::store::Store;
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Kind, Result};
@@ -58,7 +60,15 @@ pub enum Form {
         /// Whether space is taken only as it is written to.
         sparse: bool,
     },
+    /// A qcow2 image; clusters of 2 MiB at most.
+    Qcow2 {
+        /// Whether it has all its space.
+        preallocate: bool,
+    },
 }
+
+/// Bytes of a qcow2 image that get their space between two reports.
+const RESERVE_STEP: u64 = 1 << 30;
 
 impl New<'_> {
     fn image(&self) -> &str {
@@ -92,6 +102,10 @@ pub struct Made {
 pub fn begin(new: &New<'_>, watch: &mut dyn Watch) -> Result<Draft> {
     let header = Header::new(new.version, new.size, new.cluster)?;
     let descriptor = describe(new, &header)?;
+    let qcow2 = qcow2::create::Create::new(header.geometry().size, new.cluster);
+    if let Form::Qcow2 { .. } = new.form {
+        qcow2.update()?;
+    }
     let made_dir = match new.beside {
         None => make_dir(new.dir)?,
         Some(name) if change::is_delta(name) => false,
@@ -119,6 +133,7 @@ pub fn begin(new: &New<'_>, watch: &mut dyn Watch) -> Result<Draft> {
     draft.made.push(image.clone());
     match new.form {
         Form::Raw { sparse } => fill_raw(&file, header.sectors, sparse),
+        Form::Qcow2 { preallocate } => fill_qcow2(file, &image, &qcow2, preallocate, watch),
         form => fill_image(file, &image, &header, form == Form::Preallocated, watch),
     }
     .map_err(place)?;
@@ -132,6 +147,7 @@ fn describe(new: &New<'_>, header: &Header) -> Result<Descriptor> {
         cluster: new.cluster,
         kind: match new.form {
             Form::Raw { .. } => ImageType::Plain,
+            Form::Qcow2 { .. } => ImageType::QCow2,
             Form::Expanded | Form::Preallocated => ImageType::Compressed,
         },
         file: new.image(),
@@ -199,14 +215,60 @@ fn fill_image(
         Ok::<(), Error>(())
     })??;
     // The table has its space from the start: a full host disk must never stop an index write.
-    let len = reserve.metadata()?.len();
-    match fallocate(&reserve, FallocateFlags::empty(), 0, len) {
-        Err(e) if preallocate || matches!(e, Errno::NOSPC | Errno::DQUOT) => {
-            return Err(Error::from(io::Error::from(e)).at("reserving space"));
+    keep_space(&reserve, preallocate)
+}
+
+/// Takes the space of all that a file has, durably; a storage that cannot is an error only where it
+/// `must`.
+fn keep_space(file: &File, must: bool) -> Result<()> {
+    let len = file.metadata()?.len();
+    match fallocate(file, FallocateFlags::empty(), 0, len) {
+        Err(e) if must || matches!(e, Errno::NOSPC | Errno::DQUOT) => {
+            Err(Error::from(io::Error::from(e)).at("reserving space"))
         }
-        _ => reserve.sync_all()?,
+        _ => Ok(file.sync_all()?),
     }
-    Ok(())
+}
+
+fn fill_qcow2(
+    file: File,
+    path: &Path,
+    wanted: &qcow2::create::Create,
+    preallocate: bool,
+    watch: &mut dyn Watch,
+) -> Result<()> {
+    let reserve = file.try_clone()?;
+    let store = FileStore::new(file.into(), path, Cache::Writeback)?;
+    exec::run(Engine::Poll, async {
+        match preallocate {
+            true => reserve_all(&store, wanted, watch).await,
+            false => qcow2::create::create(&store, wanted).await,
+        }?;
+        store.settle().await;
+        Ok::<(), Error>(())
+    })??;
+    keep_space(&reserve, preallocate)
+}
+
+/// An image in which every cluster has its place and its space.
+async fn reserve_all<S: Store>(
+    store: &S,
+    wanted: &qcow2::create::Create,
+    watch: &mut dyn Watch,
+) -> Result<()> {
+    let mut packer = Packer::new(store, wanted)?;
+    let mut at = 0;
+    while at < wanted.size {
+        let len = RESERVE_STEP.min(wanted.size - at);
+        packer.reserve(at, len).await?;
+        at += len;
+        watch.tell(Progress {
+            phase: "reserving space",
+            done: at,
+            total: wanted.size,
+        })?;
+    }
+    packer.finish().await
 }
 
 impl Draft {

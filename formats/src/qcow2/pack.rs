@@ -217,7 +217,7 @@ impl<'a, S: Store> Packer<'a, S> {
     /// Sees to it that the table is there that names the cluster at `guest`.
     async fn begin_entry(&mut self, guest: u64) -> Result<()> {
         let covers = self.layout.table_covers().max(1);
-        let index = (guest / covers) as usize;
+        let index = guest.checked_div(covers).unwrap_or(0) as usize;
         if self.table.as_ref().is_some_and(|(n, _)| *n == index) {
             return Ok(());
         }
@@ -227,7 +227,8 @@ impl<'a, S: Store> Packer<'a, S> {
     }
 
     fn set_entry(&mut self, guest: u64, word: u64) -> Result<()> {
-        let slot = self.cluster().whole(guest) % self.layout.entries().max(1);
+        let slot = self.cluster().whole(guest);
+        let slot = slot.checked_rem(self.layout.entries()).unwrap_or(0);
         let table = self.table.as_mut();
         let entry = table.and_then(|(_, entries)| entries.get_mut(slot as usize));
         let entry = entry.ok_or_else(|| Error::invalid("an entry without a table"))?;

@@ -42,13 +42,15 @@ pub(super) fn unpack(how: Compression, packed: &[u8], len: usize) -> Result<Vec<
     }
 }
 
-/// A cluster compressed, when that makes it smaller.
+/// A cluster compressed, when that makes it smaller. It is unpacked again and compared: what a compressor
+/// does wrong would be seen when the source is gone.
 pub fn compress(how: Compression, cluster: &[u8]) -> Option<Vec<u8>> {
     let packed = match how {
         Compression::Deflate => compress_to_vec(cluster, DEFLATE_LEVEL),
         Compression::Zstd => ruzstd::encoding::compress_to_vec(cluster, CompressionLevel::Fastest),
     };
-    (packed.len() < cluster.len()).then_some(packed)
+    let is_same = || unpack(how, &packed, cluster.len()).is_ok_and(|bytes| bytes == cluster);
+    (packed.len() < cluster.len() && is_same()).then_some(packed)
 }
 
 /// Blocks that are looked at for `len` bytes. Those that make nothing cost time all the same.

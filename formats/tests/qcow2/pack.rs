@@ -8,9 +8,11 @@ use ploop_formats::qcow2::create::Create;
 use ploop_formats::qcow2::header::{Compression, Version};
 use ploop_formats::qcow2::pack::Packer;
 use ploop_formats::qcow2::refcount::Width;
-use ploop_formats::qcow2::{Qcow2, compress};
+use ploop_formats::qcow2::{Qcow2, compress, read_header};
 use ploop_formats::store::Store;
 use ploop_formats::store::mem::MemStore;
+use ploop_formats::store::record::{RecordStore, Recording};
+use ploop_formats::store::sim::{Fate, Rules};
 use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::units::ClusterSize;
@@ -190,7 +192,7 @@ fn plans() -> Vec<Plan> {
         }
         all.push(plan(9, 20 << 20, how).scattered(&mut rng, 3));
         all.push(plan(9, 12 << 20, how).with(0..24_576, Comes::Text));
-        all.push(plan(9, 9 << 20, how).with(0..18_432, Comes::Noise));
+        all.push(plan(9, 9 << 20, how).with(0..17_000, Comes::Noise));
         all.push(plan(12, 64 << 20, how).scattered(&mut rng, 20));
     }
     all
@@ -232,6 +234,31 @@ fn compressed_clusters_share_the_clusters_of_the_file() {
         let len = plan.packed().to_vec().len();
         assert!(len < 1 << 20, "{how:?}: {len} bytes of 64 MiB of text");
     }
+}
+
+#[test]
+fn a_packed_image_is_whole_or_no_image_after_any_cut() {
+    let mut rng = Rng::new(7);
+    let plan = plan(9, 100 << 10, Some(Compression::Deflate)).scattered(&mut rng, 2);
+    let recording = Recording::default();
+    let store = RecordStore::new(MemStore::default(), recording.clone());
+    now(plan.pack(&store)).unwrap();
+    let rules = Rules {
+        metadata_end: u64::MAX,
+        ..Rules::default()
+    };
+    let mut images = 0;
+    for n in 0..=recording.entries().len() {
+        let fates = (0..40).map(Fate::Random).chain([Fate::None, Fate::All]);
+        for fate in fates {
+            let store = MemStore::from_pages(recording.cut(n, rules, &fate));
+            if store.info().len > 0 && now(read_header(&store)).is_ok() {
+                plan.judge(&store);
+                images += 1;
+            }
+        }
+    }
+    assert!(images >= 42, "{images}");
 }
 
 #[test]

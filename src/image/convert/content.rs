@@ -1,4 +1,4 @@
-//! Content: what a chain of deltas reads as is written into one new image, of any form.
+//! Content: what a chain of images reads as is written into one new image, of any form.
 //!
 //! In place, in order: the top is closed, the change is announced whose descriptor names the new
 //! image and nothing else, that is made and filled, durably with its name, and the change is
@@ -7,15 +7,20 @@
 //! Elsewhere it is a new disk, made as any is: its descriptor aside names what may be there, the
 //! image is filled, and the descriptor gets its name last. The source is not written.
 //!
+//! A bare image is filled under a name of its own, durably with that, and gets the name that was asked
+//! for last, as one more, which nobody has yet; then the other goes.
+//!
 //! Zeros are not stored. Space is reserved for the tables of all, and for the data of preallocated
 //! ones.
 
+use crate::image::chain::RAW_CLUSTER;
 use crate::image::change::{self, Change};
+use crate::image::convert::pack::{self, Filling};
 use crate::image::members::ASIDE;
 use crate::image::snapshot::copy::{self, Work};
 use crate::image::snapshot::layers;
 use crate::image::target::DESCRIPTOR;
-use crate::stack::{AnyLayer, Stack, only_ploop};
+use crate::stack::{AnyLayer, Stack};
 use ploop_formats::descriptor::{Chs, Descriptor, ImageRef, ImageType, LayerFormat, NewDisk};
 use ploop_formats::folder::{self, Access, Folder};
 use ploop_formats::guid::Guid;
@@ -24,6 +29,8 @@ use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::header::{FLAG_EMPTY, Header, Version, chs};
 use ploop_formats::ploop::{Ploop, create};
 use ploop_formats::progress::Progress;
+use ploop_formats::qcow2;
+use ploop_formats::qcow2::header::Compression;
 use ploop_formats::raw::Raw;
 use ploop_formats::store::{Space, Store};
 use ploop_formats::units::{ClusterSize, SECTOR};
@@ -41,26 +48,45 @@ pub enum Form {
     Preallocated,
     /// A flat file.
     Raw,
+    /// A qcow2 image, with nothing below it.
+    Qcow2,
 }
 
 /// What a disk is to become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Wanted {
     /// Form; that of the base when there is none.
     pub form: Option<Form>,
-    /// Version; that of the source when there is none, else 2.
+    /// Version of a ploop image; that of the source when there is none, else 2.
     pub version: Option<Version>,
+    /// Bytes of a cluster; those of the source when there is none and it is such an image, else 64 KiB.
+    pub cluster: Option<u64>,
+    /// How the clusters of a qcow2 image are compressed.
+    pub compress: Option<Compression>,
+    /// Whether a qcow2 image, or a raw file that is no disk's, gets all its space.
+    pub reserve: bool,
 }
 
 /// What was made.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Made {
-    /// The disk's descriptor.
-    pub disk: Descriptor,
-    /// Form of its image.
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// Form of the image.
     pub form: Form,
-    /// Version of it; none of a raw one.
+    /// Version of a ploop image.
     pub version: Option<Version>,
+}
+
+/// Where the new image comes to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In the disk whose it is, which keeps its cluster.
+    Here,
+    /// In a disk of its own.
+    Disk,
+    /// By itself.
+    Bare,
 }
 
 /// What is to be read: a chain of files, base first.
@@ -78,6 +104,10 @@ struct Shape {
     version: Version,
     size: u64,
     cluster: ClusterSize,
+    /// What fills a qcow2 image; [`Filling::Plain`] of another one.
+    filling: Filling,
+    /// Whether a raw file takes its space only as it is written.
+    sparse: bool,
 }
 
 impl<S: Store> Source<S> {
@@ -94,6 +124,7 @@ impl<S: Store> Source<S> {
         }
         let form = match chain.first().map(|base| base.format) {
             Some(LayerFormat::Raw) => Form::Raw,
+            Some(LayerFormat::Qcow2) => Form::Qcow2,
             _ if disk.preallocated() => Form::Preallocated,
             _ => Form::Expanded,
         };
@@ -102,15 +133,24 @@ impl<S: Store> Source<S> {
 
     /// A bare image.
     pub fn bare(layer: AnyLayer<S>) -> Result<Self> {
-        let form = match layer {
-            AnyLayer::Ploop(_) => Form::Expanded,
-            AnyLayer::Raw(_) => Form::Raw,
-            AnyLayer::Qcow2(_) => return Err(only_ploop()),
-        };
-        Self::of(vec![layer], form)
+        Self::of(vec![layer], Form::Expanded)
     }
 
-    fn of(open: Vec<AnyLayer<S>>, form: Form) -> Result<Self> {
+    /// A qcow2 image, and what it stands on.
+    pub fn chain(stack: Stack<S>) -> Self {
+        Self {
+            stack,
+            form: Form::Qcow2,
+            version: Version::V2,
+        }
+    }
+
+    fn of(open: Vec<AnyLayer<S>>, ploop: Form) -> Result<Self> {
+        let form = match open.first() {
+            Some(AnyLayer::Raw(_)) => Form::Raw,
+            Some(AnyLayer::Qcow2(_)) => Form::Qcow2,
+            _ => ploop,
+        };
         let version = match open.last() {
             Some(AnyLayer::Ploop(top)) => top.header().version,
             _ => Version::V2,
@@ -122,25 +162,94 @@ impl<S: Store> Source<S> {
         })
     }
 
-    /// What is made of it. `Usage` for a version that a raw image cannot have.
-    fn shape(&self, wanted: Wanted) -> Result<Shape> {
+    /// What is made of it. `Usage` for what the form cannot have.
+    fn shape(&self, wanted: Wanted, place: Place) -> Result<Shape> {
         let form = wanted.form.unwrap_or(self.form);
-        if form == Form::Raw && wanted.version.is_some() {
-            let what = "a raw image has no format version; `--to expanded` makes a ploop image";
-            return Err(Error::new(Kind::Usage, what));
-        }
+        wanted.refuse_strange(form, place)?;
         let geometry = self.stack.top().geometry();
         let mut shape = Shape {
             form,
             version: wanted.version.unwrap_or(self.version),
             size: geometry.size,
-            cluster: geometry.cluster,
+            cluster: self.cluster(wanted, form, place)?,
+            filling: match (wanted.compress, wanted.reserve) {
+                (Some(how), _) => Filling::Packed(how),
+                (None, true) => Filling::Reserved,
+                (None, false) => Filling::Plain,
+            },
+            sparse: place == Place::Bare && !wanted.reserve,
         };
-        if form != Form::Raw {
+        match form {
+            Form::Raw => {}
+            Form::Qcow2 => {
+                let fits = shape.create().update().map(drop);
+                fits.map_err(|e| Error::unsupported(e.to_string()))?;
+            }
             // A ploop image is whole clusters.
-            shape.size = shape.header()?.geometry().size;
+            Form::Expanded | Form::Preallocated => shape.size = shape.header()?.geometry().size,
         }
         Ok(shape)
+    }
+
+    /// Its cluster.
+    fn cluster(&self, wanted: Wanted, form: Form, place: Place) -> Result<ClusterSize> {
+        let own = self.stack.top().geometry().cluster;
+        let is_qcow2 = |form| form == Form::Qcow2;
+        let kept = place == Place::Here || is_qcow2(form) == is_qcow2(self.form);
+        let bytes = match wanted.cluster {
+            Some(bytes) => bytes,
+            None if kept => own.bytes(),
+            None => RAW_CLUSTER,
+        };
+        let cluster = match (is_qcow2(form), place) {
+            (true, Place::Bare) => ClusterSize::of_qcow2(bytes.trailing_zeros()),
+            // What a descriptor can say, and a qcow2 image have.
+            (true, _) => ClusterSize::new(bytes).and_then(|c| ClusterSize::of_qcow2(c.log2())),
+            (false, _) => ClusterSize::new(bytes),
+        };
+        match cluster {
+            Ok(cluster) if cluster.bytes() == bytes => Ok(cluster),
+            Ok(_) => Err(usage(format!("clusters of {bytes} bytes: no power of two"))),
+            Err(e) => Err(usage(e.to_string())),
+        }
+    }
+}
+
+fn usage(what: impl Into<String>) -> Error {
+    Error::new(Kind::Usage, what)
+}
+
+impl Wanted {
+    /// Refuses what is asked of a form that has no such thing.
+    fn refuse_strange(self, form: Form, place: Place) -> Result<()> {
+        let is_ploop = matches!(form, Form::Expanded | Form::Preallocated);
+        let reserves = form == Form::Qcow2 || form == Form::Raw && place == Place::Bare;
+        let what = match () {
+            () if form == Form::Raw && self.version.is_some() => {
+                "a raw image has no format version; `--to expanded` makes a ploop image"
+            }
+            () if self.version.is_some() && !is_ploop => {
+                "a qcow2 image has no format version of ploop's; `--to expanded` makes a ploop image"
+            }
+            () if self.compress.is_some() && form != Form::Qcow2 => {
+                "only qcow2 images are compressed: `--to qcow2`"
+            }
+            () if self.compress.is_some() && self.reserve => {
+                "how much space a compressed image takes is known when it is made"
+            }
+            () if self.reserve && is_ploop => {
+                "`--to preallocated` makes a ploop image with its space"
+            }
+            () if self.reserve && !reserves => "the raw image of a disk has all its space anyway",
+            () if self.cluster.is_some() && form == Form::Raw && place == Place::Bare => {
+                "a raw file has no clusters"
+            }
+            () if self.cluster.is_some() && place == Place::Here => {
+                "a disk keeps its clusters; with --out DIR or --out-file FILE they can be others"
+            }
+            () => return Ok(()),
+        };
+        Err(usage(what))
     }
 }
 
@@ -158,9 +267,19 @@ impl Shape {
         })
     }
 
+    /// A qcow2 image.
+    fn create(&self) -> qcow2::create::Create {
+        let mut create = qcow2::create::Create::new(self.size, self.cluster);
+        if let Filling::Packed(how) = self.filling {
+            create.compression = how;
+        }
+        create
+    }
+
     const fn kind(&self) -> ImageType {
         match self.form {
             Form::Raw => ImageType::Plain,
+            Form::Qcow2 => ImageType::QCow2,
             Form::Expanded | Form::Preallocated => ImageType::Compressed,
         }
     }
@@ -180,11 +299,12 @@ impl Shape {
         (sectors, chs)
     }
 
-    fn made(&self, disk: Descriptor) -> Made {
+    fn made(&self) -> Made {
+        let is_ploop = matches!(self.form, Form::Expanded | Form::Preallocated);
         Made {
-            disk,
+            size: self.size,
             form: self.form,
-            version: (self.form != Form::Raw).then_some(self.version),
+            version: is_ploop.then_some(self.version),
         }
     }
 
@@ -235,7 +355,7 @@ pub async fn in_place<F: Folder>(
     refuse_snapshots(&disk, flatten)?;
     layers::seal(folder, &disk).await?;
     let source = Source::disk(folder, &disk).await?;
-    let shape = source.shape(wanted)?;
+    let shape = source.shape(wanted, Place::Here)?;
     let file = disk.new_file_name(random);
     let new = shape.instead_of(&disk, &file)?;
     let change = Change::announce(folder, &disk, new).await?;
@@ -246,7 +366,10 @@ pub async fn in_place<F: Folder>(
         folder.sync().await
     };
     match made.await {
-        Ok(()) => Ok(shape.made(change.commit().await?)),
+        Ok(()) => {
+            change.commit().await?;
+            Ok(shape.made())
+        }
         Err(e) => {
             // What cannot be removed now is with the next command.
             let _ = change.undo().await;
@@ -276,7 +399,7 @@ pub async fn elsewhere<F: Folder>(
     file: &str,
     work: &mut Work<'_>,
 ) -> Result<Made> {
-    let shape = source.shape(wanted)?;
+    let shape = source.shape(wanted, Place::Disk)?;
     let disk = shape.new_disk(file)?;
     folder::save(to, ASIDE, &disk.encode()).await?;
     to.sync().await?;
@@ -286,7 +409,35 @@ pub async fn elsewhere<F: Folder>(
     to.sync().await?;
     to.rename(ASIDE, DESCRIPTOR).await?;
     to.sync().await?;
-    Ok(shape.made(disk))
+    Ok(shape.made())
+}
+
+/// Makes a bare image `file` in a folder, of the empty file `aside` there, which is to be removed after
+/// an error. `Exists` when somebody else has made a file of that name.
+pub async fn bare<F: Folder>(
+    source: &Source<F::File>,
+    wanted: Wanted,
+    folder: &F,
+    (aside, file): (&str, &str),
+    work: &mut Work<'_>,
+) -> Result<Made> {
+    let shape = source.shape(wanted, Place::Bare)?;
+    let image = folder.open(aside, Access::Write).await?;
+    let filled = fill(image, &source.stack, shape, work).await;
+    filled.map_err(|e| e.at(file))?;
+    folder.link(aside, folder, file).await?;
+    let named = async {
+        folder.remove(aside).await?;
+        folder.sync().await
+    };
+    match named.await {
+        Ok(()) => Ok(shape.made()),
+        Err(e) => {
+            // Nobody knows whether it would be there after a power cut.
+            let _ = folder.remove(file).await;
+            Err(e)
+        }
+    }
 }
 
 /// Makes an image in an empty file, durably.
@@ -296,6 +447,11 @@ async fn fill<S: Store>(
     shape: Shape,
     work: &mut Work<'_>,
 ) -> Result<()> {
+    if shape.form == Form::Qcow2 {
+        let done = pack::pack(source, &image, &shape.create(), shape.filling, work).await;
+        image.settle().await;
+        return done;
+    }
     let target = blank(image, shape, work).await?;
     copy::flatten(source, &target, work).await?;
     target.close().await
@@ -304,7 +460,10 @@ async fn fill<S: Store>(
 /// An image that reads as zeros. Not durable: a file that is cut short of its end is never looked at.
 async fn blank<S: Store>(image: S, shape: Shape, work: &mut Work<'_>) -> Result<AnyLayer<S>> {
     if shape.form == Form::Raw {
-        image.set_len(shape.size).await?;
+        match shape.sparse {
+            true => image.lengthen(shape.size).await?,
+            false => image.set_len(shape.size).await?,
+        }
         let raw = Raw::open_write(image, shape.cluster, Ledger::local())?;
         return Ok(AnyLayer::Raw(raw));
     }

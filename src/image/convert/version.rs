@@ -74,7 +74,7 @@ pub async fn offline<F: Folder>(folder: &F, to: Version, watch: &mut dyn Watch) 
     let deltas = Deltas::of(&disk)?;
     if deltas.0.is_empty() {
         return Err(Error::unsupported(
-            "a raw image has no format version; `--to expanded` makes a ploop image of it",
+            "only ploop images have a format version; `--to expanded` makes one of it",
         ));
     }
     if !is_needed(folder, &deltas, to).await? {

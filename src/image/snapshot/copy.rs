@@ -15,7 +15,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use ploop_formats::layer::{Below, Extent, Geometry, Layer, Place, Reservation};
 use ploop_formats::progress::{Progress, Watch};
 use ploop_formats::store::{Reach, Store};
-use ploop_formats::units::VirtCluster;
+use ploop_formats::units::{ClusterSize, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf};
 use std::cell::RefCell;
 use std::future::Future;
@@ -41,6 +41,11 @@ impl<'a> Work<'a> {
             pace,
             window,
         }
+    }
+
+    /// How much is under way at once.
+    pub const fn window(&self) -> Window {
+        self.window
     }
 
     /// Who is told.
@@ -104,14 +109,19 @@ pub async fn copy<S: Store>(
     carry_out(Source::Delta(from), to, work).await
 }
 
-/// Copies what a stack reads as into `to`, a new image with its clusters that is at least as large
-/// and reads as zeros. Zeros are not written. The bytes looked at; all is durable once `to` is closed.
+/// Copies what a stack reads as into `to`, a new image that is at least as large and reads as zeros. Zeros are not written. The bytes looked at; all is durable once `to` is closed.
 pub async fn flatten<S: Store>(
     from: &Stack<S>,
     to: &AnyLayer<S>,
     work: &mut Work<'_>,
 ) -> Result<u64> {
     carry_out(Source::Stack(from), to, work).await
+}
+
+/// From `at`, the beginning of a cluster, to where the tables and holes of a stack say something else,
+/// in whole clusters or up to the end of the disk, and whether there may be anything but zeros.
+pub async fn run<S: Store>(stack: &Stack<S>, cluster: ClusterSize, at: u64) -> Result<(u64, bool)> {
+    Source::Stack(stack).run(cluster, at).await
 }
 
 async fn carry_out<S: Store>(
@@ -219,13 +229,11 @@ impl<'a, S: Store> Source<'a, S> {
 
     /// From `at`, the beginning of a cluster, to where something else begins, in whole clusters, and
     /// whether there is anything.
-    async fn run(self, at: u64) -> Result<(u64, bool)> {
-        let geometry = self.geometry();
-        let part = self.part(at, geometry.size - at).await?;
+    async fn run(self, cluster: ClusterSize, at: u64) -> Result<(u64, bool)> {
+        let rest = self.geometry().size - at;
+        let part = self.part(at, rest).await?;
         let present = !matches!(part.held, Held::Nothing);
-        let cluster = geometry.cluster;
         let whole = part.len - cluster.within(part.len);
-        let rest = geometry.size - at;
         Ok(match whole {
             _ if part.len == rest => (rest, present),
             // It ends within its first cluster.
@@ -404,12 +412,13 @@ impl<'a, S: Store> Copying<'a, S> {
 
     /// The next piece that the upper delta has, if there is one.
     async fn next(&mut self) -> Result<Option<Piece>> {
-        let geometry = self.from.geometry();
+        let size = self.from.geometry().size;
+        let cluster = self.to.geometry().cluster;
         while self.at >= self.until {
-            if self.at >= geometry.size {
+            if self.at >= size {
                 return Ok(None);
             }
-            let (len, present) = self.from.run(self.at).await?;
+            let (len, present) = self.from.run(cluster, self.at).await?;
             match present {
                 true => self.until = self.at + len,
                 false => self.at += len,
@@ -421,10 +430,7 @@ impl<'a, S: Store> Copying<'a, S> {
             Place::Here { at, len } => (len, Some(at)),
             // From here to the end of the cluster, which is its beginning, too: only what is in
             // place is ever cut elsewhere.
-            Place::New { .. } => {
-                let cluster = geometry.cluster.bytes();
-                (cluster.min(geometry.size - at), None)
-            }
+            Place::New { .. } => (cluster.bytes().min(size - at), None),
         };
         self.at += len;
         Ok(Some(Piece { at, len, host }))
@@ -533,7 +539,8 @@ fn in_part(guest: u64) -> Error {
     ))
 }
 
-fn is_zero(bytes: &[u8]) -> bool {
+/// Whether all of it is zeros.
+pub fn is_zero(bytes: &[u8]) -> bool {
     // Without a way out of the inner loop it is done many bytes at once.
     let mut blocks = bytes.chunks(4096);
     blocks.all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)

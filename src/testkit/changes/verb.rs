@@ -130,7 +130,7 @@ impl Verb {
                 return verb.is_legal(disk, folder).then_some(verb);
             }
             "flatten" => {
-                let forms = [Form::Expanded, Form::Preallocated, Form::Raw];
+                let forms = [Form::Expanded, Form::Preallocated, Form::Raw, Form::Qcow2];
                 let verb = Self::Flatten(*rng.pick(&forms));
                 return verb.is_legal(disk, folder).then_some(verb);
             }
@@ -215,7 +215,7 @@ impl Verb {
             Self::Flatten(form) => {
                 let wanted = content::Wanted {
                     form: Some(form),
-                    version: None,
+                    ..content::Wanted::default()
                 };
                 let mut watch = ();
                 let mut work = Work::new(&mut watch, &()).within(window);

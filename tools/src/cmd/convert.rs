@@ -10,11 +10,14 @@ use crate::{attach, errand, rate, size};
 use ploop::formats::descriptor::Descriptor;
 use ploop::formats::folder::{Access as Open, Folder};
 use ploop::formats::ploop::{Ploop, Version};
+use ploop::formats::qcow2::header::Compression;
 use ploop::formats::raw::Raw;
 use ploop::formats::units::ClusterSize;
+use ploop::image::backing;
 use ploop::image::chain::{Chain, RAW_CLUSTER};
 use ploop::image::change;
 use ploop::image::convert::content::{self, Form, Made, Source, Wanted};
+use ploop::image::convert::spot::Spot;
 use ploop::image::convert::version::{self, copy_name};
 use ploop::image::detached::{Detached, random_guid};
 use ploop::image::init::IMAGE;
@@ -23,15 +26,15 @@ use ploop::image::site::Site;
 use ploop::image::snapshot::copy::Work;
 use ploop::image::target::{Format, Target};
 use ploop::io::exec::{self, Engine};
-use ploop::io::file::FileStore;
+use ploop::io::file::{Cache, FileStore};
 use ploop::io::folder::DirFolder;
 use ploop::sandbox::{self, Files, Place};
-use ploop::stack::{AnyLayer, only_ploop};
+use ploop::stack::AnyLayer;
 use ploop::{Error, Kind, Result};
 use serde_json::json;
 use std::ffi::OsString;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 pub const EXAMPLES: &str = "\
@@ -39,13 +42,18 @@ Example: ploopctl convert /var/lib/ct/100 --format-version 1
 
 Into another disk:
   ploopctl convert 100.raw --format raw --to expanded --out /var/lib/ct/100
-  ploopctl convert /var/lib/ct/100 --flatten --out /var/lib/ct/101";
+  ploopctl convert /var/lib/ct/100 --flatten --out /var/lib/ct/101
+
+From and to the formats of others:
+  ploopctl convert vm.qcow2 --format qcow2 --to expanded --out /var/lib/ct/102
+  ploopctl convert /var/lib/ct/100 --to qcow2 --compress --out-file 100.qcow2";
 
 /// Change the format of a disk that is not attached; what is in it stays as it is
 ///
 /// The format version alone is changed in place, in all deltas, and takes moments. Everything else
-/// writes one new image, and the disk has the old ones until that is done. Interrupted anywhere, the
-/// disk is the old one or the new one; without any option, what is left of that is cleared up.
+/// writes one new image, and the disk has the old ones until that is done. What reads as zeros is not
+/// stored. Interrupted anywhere, the disk is the old one or the new one; without any option, what is left
+/// of that is cleared up. A new disk or file is complete, or not there.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
@@ -63,8 +71,28 @@ pub struct Args {
     #[arg(long)]
     flatten: bool,
     /// Make a new disk in this directory, which must not exist, or be empty; DISK stays as it is
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", conflicts_with = "out_file")]
     out: Option<PathBuf>,
+    /// Make a bare image in this file, which must not exist, of what DISK is now; DISK stays as it is
+    #[arg(long, value_name = "FILE")]
+    out_file: Option<PathBuf>,
+    /// Unit of allocation of a new disk or file: 32K to 64M, of a qcow2 file 512 to 2M; without it
+    /// that of DISK where both are qcow2 images or neither is, else 64K
+    #[arg(long, value_parser = size::parse)]
+    cluster: Option<u64>,
+    /// Compress the clusters of a qcow2 image
+    #[arg(
+        long,
+        value_name = "HOW",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "deflate",
+        conflicts_with = "preallocate"
+    )]
+    compress: Option<CompressArg>,
+    /// Reserve all space of a qcow2 image, or of a raw file
+    #[arg(long)]
+    preallocate: bool,
     /// Bytes a second to copy at most
     #[arg(long, value_name = "BYTES", value_parser = rate::parse)]
     rate: Option<NonZeroU64>,
@@ -79,6 +107,26 @@ enum FormArg {
     Preallocated,
     /// A flat file
     Raw,
+    /// A qcow2 image, with nothing below it
+    Qcow2,
+}
+
+/// `--compress`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum CompressArg {
+    /// What every reader of qcow2 images knows
+    Deflate,
+    /// For QEMU 5.1 and later: faster to make and to read, but larger
+    Zstd,
+}
+
+impl From<CompressArg> for Compression {
+    fn from(arg: CompressArg) -> Self {
+        match arg {
+            CompressArg::Deflate => Self::Deflate,
+            CompressArg::Zstd => Self::Zstd,
+        }
+    }
 }
 
 impl From<FormArg> for Form {
@@ -87,6 +135,7 @@ impl From<FormArg> for Form {
             FormArg::Expanded => Self::Expanded,
             FormArg::Preallocated => Self::Preallocated,
             FormArg::Raw => Self::Raw,
+            FormArg::Qcow2 => Self::Qcow2,
         }
     }
 }
@@ -103,12 +152,25 @@ impl Args {
         Wanted {
             form: self.to.map(Into::into),
             version: self.version(),
+            cluster: self.cluster,
+            compress: self.compress.map(Into::into),
+            reserve: self.preallocate,
         }
     }
 
     /// Whether a new image is written.
     fn copies(&self) -> bool {
-        self.to.is_some() || self.flatten || self.out.is_some()
+        self.to.is_some() || self.flatten || self.leaves()
+    }
+
+    /// Whether what it is made of stays as it is.
+    const fn leaves(&self) -> bool {
+        self.out.is_some() || self.out_file.is_some()
+    }
+
+    /// Whether an option is there that says what a new image is like.
+    const fn shapes(&self) -> bool {
+        self.cluster.is_some() || self.compress.is_some() || self.preallocate
     }
 
     fn check(&self, target: &Target) -> Result<()> {
@@ -117,16 +179,16 @@ impl Args {
             _ if self.rate.is_some() && !self.copies() => {
                 usage("--rate is for what copies data; the format version alone copies none")
             }
-            Target::Bare { .. } if self.copies() && self.out.is_none() => {
-                usage("what is made of a bare image file is a disk: say where with --out DIR")
-            }
-            Target::Bare { format, .. } if *format == Format::Raw && !self.copies() => usage(
-                "a raw image has no format version; `--to expanded --out DIR` makes a ploop image",
+            _ if self.shapes() && !self.copies() => usage(
+                "--cluster, --compress and --preallocate are for a new image: say which with --to",
             ),
-            Target::Bare {
-                format: Format::Qcow2,
-                ..
-            } => Err(only_ploop()),
+            Target::Bare { .. } if self.copies() && !self.leaves() => usage(
+                "what is made of a bare image file is another: say where with --out DIR or --out-file \
+                 FILE",
+            ),
+            Target::Bare { format, .. } if *format != Format::Ploop && !self.copies() => usage(
+                "only a ploop image has a format version; `--to expanded --out DIR` makes one",
+            ),
             _ => Ok(()),
         }
     }
@@ -138,9 +200,15 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     args.check(&target)?;
     mount::refuse_view(&target)?;
-    refuse_in_use(&target, args.out.is_some())?;
+    refuse_in_use(&target, args.leaves())?;
     let mut meter = Meter::new(global.progress, &cancel);
     let place = |e: Error| ended(e).at(target.path().display());
+    if let Some(file) = &args.out_file {
+        let spot = Spot::new(file)?;
+        let pace = rate::limit(args.rate, &cancel);
+        let mut work = Work::new(&mut meter, &pace);
+        return by_itself(args, &target, spot, &mut work).map_err(place);
+    }
     match (&args.out, args.copies(), args.version()) {
         (Some(out), ..) => {
             let site = Site::new(out)?;
@@ -272,7 +340,11 @@ fn in_place(args: &Args, target: &Target, work: &mut Work<'_>) -> Result<Answer>
 fn elsewhere(args: &Args, target: &Target, mut site: Site, work: &mut Work<'_>) -> Result<Answer> {
     let dir = target.open_dir()?;
     site.expect([IMAGE.to_string()]);
-    confine_both(&dir, &site)?;
+    confine_to(&[
+        (dir.as_fd(), Files::Write),
+        (site.folder().as_fd(), Files::Change),
+        (site.parent(), Files::Directories),
+    ])?;
     let _locks = DiskLocks::take(&dir, &target.source(), Access::Read)?;
     let made = exec::run(Engine::detect().0, async {
         let source = open(args, target, dir).await?;
@@ -284,19 +356,40 @@ fn elsewhere(args: &Args, target: &Target, mut site: Site, work: &mut Work<'_>) 
     Ok(answer(&made, &path, Some(target.path())))
 }
 
+fn by_itself(args: &Args, target: &Target, spot: Spot, work: &mut Work<'_>) -> Result<Answer> {
+    let dir = target.open_dir()?;
+    confine_to(&[
+        (dir.as_fd(), Files::Write),
+        (spot.folder().as_fd(), Files::Change),
+    ])?;
+    let _locks = DiskLocks::take(&dir, &target.source(), Access::Read)?;
+    let made = exec::run(Engine::detect().0, async {
+        let source = open(args, target, dir).await?;
+        content::bare(&source, args.wanted(), spot.folder(), spot.names(), work).await
+    })??;
+    let path = spot.path().to_path_buf();
+    spot.finish();
+    Ok(answer(&made, &path, Some(target.path())))
+}
+
 async fn open(args: &Args, target: &Target, dir: OwnedFd) -> Result<Source<FileStore>> {
     let Target::Bare { file, format } = target else {
         let disk = Chain::read(&dir, &target.source())?.descriptor;
         let disk = disk.ok_or_else(|| Error::damaged("a disk without a descriptor"))?;
-        content::refuse_snapshots(&disk, args.flatten)?;
+        // A file can be nothing but what the disk is now.
+        content::refuse_snapshots(&disk, args.flatten || args.out_file.is_some())?;
         return content::open_source(&DirFolder::new(dir), &disk).await;
     };
     let name = file_name(file)?;
+    if *format == Format::Qcow2 {
+        let chain = backing::open_read(dir.as_fd(), Path::new(&name), Cache::Writeback);
+        return chain.await.map(Source::chain);
+    }
     let store = DirFolder::new(dir).open(&name, Open::Read).await?;
     Source::bare(match format {
         Format::Ploop => AnyLayer::Ploop(Ploop::open_read(store).await?),
-        Format::Raw => AnyLayer::Raw(Raw::open_read(store, ClusterSize::new(RAW_CLUSTER)?)?),
-        Format::Qcow2 => return Err(only_ploop()),
+        // It may end within a sector: the rest of that is zeros.
+        _ => AnyLayer::Raw(Raw::open_backing(store, ClusterSize::new(RAW_CLUSTER)?)),
     })
 }
 
@@ -305,9 +398,10 @@ fn answer(made: &Made, path: &Path, source: Option<&Path>) -> Answer {
         Form::Expanded => "expanded",
         Form::Preallocated => "preallocated",
         Form::Raw => "raw",
+        Form::Qcow2 => "qcow2",
     };
     let version = made.version.map(number);
-    let bytes = change::size(&made.disk);
+    let bytes = made.size;
     let of = version.map(|n| format!(", format version {n}"));
     let text = format!(
         "{}: {form}{}, {}",
@@ -328,14 +422,15 @@ fn answer(made: &Made, path: &Path, source: Option<&Path>) -> Answer {
     )
 }
 
-/// Leaves this process the source, the new disk, and the removal of a directory that it made in vain.
-fn confine_both(source: impl AsFd, site: &Site) -> Result<()> {
-    let place = |dir, files| Place { dir, files };
-    let places = [
-        place(source.as_fd(), Files::Write),
-        place(site.folder().as_fd(), Files::Change),
-        place(site.parent(), Files::Directories),
-    ];
+/// Leaves this process the source, what it makes, and the removal of what it made in vain.
+fn confine_to(places: &[(BorrowedFd<'_>, Files)]) -> Result<()> {
+    let places: Vec<Place<'_>> = places
+        .iter()
+        .map(|(dir, files)| Place {
+            dir: *dir,
+            files: *files,
+        })
+        .collect();
     match sandbox::enter_all(&places) {
         Err(e) if e.kind() != Kind::Unsupported => Err(e),
         _ => Ok(()),

@@ -32,12 +32,15 @@ pub struct Args {
     /// File system to make; all but none need root
     #[arg(long, default_value = "ext4")]
     fs: Fs,
-    /// Unit of allocation, 32K to 64M
+    /// Format of the image
+    #[arg(long, default_value = "ploop")]
+    format: ImageArg,
+    /// Unit of allocation, 32K to 64M, of a qcow2 image to 2M
     #[arg(long, default_value = "64K", value_parser = cluster)]
     cluster: ClusterSize,
-    /// Version of the ploop format
-    #[arg(long, default_value = "2", value_parser = ["1", "2"])]
-    format_version: String,
+    /// Version of the ploop format [default: 2]
+    #[arg(long, value_parser = ["1", "2"])]
+    format_version: Option<String>,
     /// Reserve all space now
     #[arg(long)]
     preallocate: bool,
@@ -45,6 +48,50 @@ pub struct Args {
 
 fn cluster(text: &str) -> std::result::Result<ClusterSize, String> {
     ClusterSize::new(size::parse(text)?).map_err(|e| e.to_string())
+}
+
+/// `--format` of a new image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum ImageArg {
+    /// A ploop delta
+    Ploop,
+    /// A qcow2 image
+    Qcow2,
+}
+
+impl From<ImageArg> for Format {
+    fn from(arg: ImageArg) -> Self {
+        match arg {
+            ImageArg::Ploop => Self::Ploop,
+            ImageArg::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
+impl Args {
+    fn form(&self) -> Form {
+        match (self.format, self.preallocate) {
+            (ImageArg::Qcow2, preallocate) => Form::Qcow2 { preallocate },
+            (ImageArg::Ploop, true) => Form::Preallocated,
+            (ImageArg::Ploop, false) => Form::Expanded,
+        }
+    }
+
+    /// Refuses what the format has not.
+    fn check(&self, version: Version) -> Result<()> {
+        let usage = |what: String| Err(Error::new(Kind::Usage, what));
+        if self.format == ImageArg::Ploop {
+            let header = Header::new(version, self.size, self.cluster);
+            return header.map(drop).or_else(|e| usage(e.to_string()));
+        }
+        if self.format_version.is_some() {
+            return usage("--format-version is of the ploop format, and not of qcow2".into());
+        }
+        match ClusterSize::of_qcow2(self.cluster.log2()) {
+            Err(e) => usage(e.to_string()),
+            Ok(_) => Ok(()),
+        }
+    }
 }
 
 /// A file system to make.
@@ -65,30 +112,24 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     if args.fs != Fs::None {
         need_privilege("init with a file system")?;
     }
-    let version = if args.format_version == "1" {
-        Version::V1
-    } else {
-        Version::V2
+    let version = match args.format_version.as_deref() {
+        Some("1") => Version::V1,
+        _ => Version::V2,
     };
+    args.check(version)?;
     let new = New {
         dir: &args.dir,
         beside: None,
         size: args.size,
         cluster: args.cluster,
         version,
-        form: if args.preallocate {
-            Form::Preallocated
-        } else {
-            Form::Expanded
-        },
+        form: args.form(),
     };
-    Header::new(version, args.size, args.cluster)
-        .map_err(|e| Error::new(Kind::Usage, e.to_string()))?;
     let cancel = Cancel::on_signals()?;
     let mut meter = Meter::new(global.progress, &cancel);
     let draft = init::begin(&new, &mut meter)?;
     if args.fs != Fs::None {
-        let image = Target::resolve(&draft.image(), Some(Format::Ploop))?;
+        let image = Target::resolve(&draft.image(), Some(args.format.into()))?;
         on_device(&image, &settings, &cancel, &mut meter, |device, meter| {
             make_fs(args.fs, device, &[], &cancel, meter)
         })?;
@@ -107,7 +148,11 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
             "image": disk.dir.join(init::IMAGE).display().to_string(),
             "size": disk.size,
             "cluster": args.cluster.bytes(),
-            "format_version": if version == Version::V1 { 1 } else { 2 },
+            "format": Format::from(args.format).as_str(),
+            "format_version": (args.format == ImageArg::Ploop).then_some(match version {
+                Version::V1 => 1,
+                Version::V2 => 2,
+            }),
             "fs": fs,
         }),
     ))

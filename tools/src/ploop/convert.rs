@@ -41,13 +41,14 @@ impl FormArg {
         }
     }
 
-    /// What the base of a disk is.
-    fn of(disk: &Descriptor) -> Self {
+    /// What the base of a disk is; none of these when it is a qcow2 image.
+    fn of(disk: &Descriptor) -> Option<Self> {
         let base = disk.image(disk.base().guid);
         match base.map(|image| image.kind) {
-            Some(ImageType::Plain) => Self::Raw,
-            _ if disk.preallocated() => Self::Preallocated,
-            _ => Self::Expanded,
+            Some(ImageType::Plain) => Some(Self::Raw),
+            Some(ImageType::QCow2) => None,
+            _ if disk.preallocated() => Some(Self::Preallocated),
+            _ => Some(Self::Expanded),
         }
     }
 }
@@ -57,7 +58,7 @@ pub fn run(args: &Args, context: &Context) -> Result<(), Fault> {
     let (disk, descriptor) = disk::with_descriptor(&args.file)?;
     disk::refuse_attached(&disk)?;
     let (option, value) = match (args.format, &args.version) {
-        (Some(form), _) if form == FormArg::of(&descriptor) => {
+        (Some(form), _) if Some(form) == FormArg::of(&descriptor) => {
             context.say(format_args!("The image is {} already", form.name()));
             return Ok(());
         }
