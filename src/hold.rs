@@ -7,7 +7,7 @@
 //!
 //! To give the disk another size, [`Hold::resize`] seals the top, opens it anew, which nobody else can
 //! see, has it grown or shrunk ([`ploop_formats::ploop::Ploop::grow`],
-//! [`ploop_formats::ploop::Ploop::shrink`]), and puts that in its place. So what is kept in memory of
+//! [`ploop_formats::ploop::Ploop::shrink`], [`ploop_formats::qcow2::resize`]), and puts that in its place. So what is kept in memory of
 //! it, the index, the free clusters, and which of them were never written, is what its file says; its
 //! ledger was emptied by the seal. Who dies on the way leaves an image that is the old one or the new
 //! one. A request that waited meanwhile, and lies behind a new end, is refused.
@@ -169,7 +169,8 @@ impl<'a, S: Store> Hold<'a, S> {
         };
         let below = old.layers().iter().take(old.depth().saturating_sub(1));
         let layers = below.cloned().chain([Arc::new(top)]);
-        self.disk.replace(Stack::new(layers)?);
+        // They fitted together before.
+        self.disk.replace(Stack::of_chain(layers.collect())?);
         Ok(outcome)
     }
 

@@ -95,11 +95,6 @@ pub fn only_ploop() -> Error {
     Error::unsupported("this is not done with a qcow2 image")
 }
 
-/// Why a qcow2 image keeps its size.
-pub(crate) fn keeps_size() -> Error {
-    Error::unsupported("a qcow2 image keeps its size: detach the disk and use `qemu-img resize`")
-}
-
 /// Calls the same method on whichever layer it is.
 macro_rules! each {
     ($any:expr, $layer:ident => $call:expr) => {
@@ -177,7 +172,7 @@ impl<S: Store> AnyLayer<S> {
         match self {
             AnyLayer::Ploop(layer) => layer.grow(size).await,
             AnyLayer::Raw(layer) => layer.grow(size).await,
-            AnyLayer::Qcow2(_) => Err(keeps_size()),
+            AnyLayer::Qcow2(_) => Err(only_ploop()),
         }
     }
 
@@ -186,17 +181,21 @@ impl<S: Store> AnyLayer<S> {
         match self {
             AnyLayer::Ploop(layer) => Ok(layer.header().grown(size)?.geometry().size),
             AnyLayer::Raw(layer) => layer.grown(size),
-            AnyLayer::Qcow2(_) => Err(keeps_size()),
+            AnyLayer::Qcow2(layer) => layer.resized(size, true),
         }
     }
 
-    /// Gives it another size ([`Ploop::grow`], [`Ploop::shrink`], and those of [`Raw`]).
-    pub async fn resize(&mut self, to: NewSize) -> Result<()> {
+    /// Gives it another size, just opened for writing ([`Ploop::grow`], [`Ploop::shrink`], those of
+    /// [`Raw`], [`Qcow2::resize`]). After an error it is opened anew.
+    pub async fn resize(&mut self, to: NewSize) -> Result<()>
+    where
+        S: Clone,
+    {
         match (to, self) {
+            (to, AnyLayer::Qcow2(layer)) => layer.resize(to.bytes()).await,
             (NewSize::Larger(size), layer) => layer.grow(size).await,
             (NewSize::Smaller(size), AnyLayer::Ploop(layer)) => layer.shrink(size).await,
             (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrink(size).await,
-            (NewSize::Smaller(_), AnyLayer::Qcow2(_)) => Err(keeps_size()),
         }
     }
 
@@ -208,7 +207,7 @@ impl<S: Store> AnyLayer<S> {
                 Ok(layer.header().shrunk(size)?.geometry().size)
             }
             (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrunk(size),
-            (NewSize::Smaller(_), AnyLayer::Qcow2(_)) => Err(keeps_size()),
+            (NewSize::Smaller(size), AnyLayer::Qcow2(layer)) => layer.resized(size, false),
         }
     }
 
@@ -440,9 +439,12 @@ impl<S: Store> Stack<S> {
 
     /// The size that the disk would have, in bytes; `Invalid` when its top cannot have it. A disk does
     /// not get smaller than a layer below: what that holds behind the end would be seen again when
-    /// the disk grows.
+    /// the disk grows. One over a backing file may, and does not grow then.
     pub fn resized(&self, to: NewSize) -> Result<u64> {
         let size = self.top().resized(to)?;
+        if let AnyLayer::Qcow2(top) = self.top() {
+            return self.refuse_longer(size, top.geometry().size);
+        }
         let larger = |layer: &&Arc<AnyLayer<S>>| layer.geometry().size > size;
         match self.layers.iter().rev().skip(1).find(larger) {
             Some(layer) => Err(Error::invalid(format!(
@@ -450,6 +452,20 @@ impl<S: Store> Stack<S> {
                  if the disk grew: delete the snapshots first, or make the disk one image with \
                  `ploopctl convert --flatten`",
                 layer.geometry().size
+            ))),
+            None => Ok(size),
+        }
+    }
+
+    /// Refuses that a disk of `old` bytes gets more when an image below has more: it would be seen.
+    fn refuse_longer(&self, size: u64, old: u64) -> Result<u64> {
+        let below = self.layers.iter().rev().skip(1);
+        let longest = below.map(|layer| layer.geometry().size).max();
+        match longest.filter(|longest| size > old && *longest > old) {
+            Some(longest) => Err(Error::invalid(format!(
+                "an image that it stands on has {longest} bytes, and what is behind the {old} of the \
+                 disk would be seen: make it one image with `qemu-img convert`, or change it with \
+                 `qemu-img resize`"
             ))),
             None => Ok(size),
         }

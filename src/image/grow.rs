@@ -8,11 +8,13 @@
 //! A base that was made with all its space has it no more: the new part takes its space as it is
 //! written to.
 
-use super::chain::Chain;
+use super::backing;
+use super::chain::{Chain, LayerFile};
 use super::change::{self, Change, Uncommitted};
 use super::open;
 use super::snapshot::layers;
 use super::target::Format;
+use crate::io::file::Cache;
 use crate::stack::{AnyLayer, NewSize, Stack, only_ploop};
 use ploop_formats::descriptor::{Chs, Descriptor};
 use ploop_formats::folder::Folder;
@@ -23,8 +25,9 @@ use ploop_formats::ploop::header::chs;
 use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::units::SECTOR;
-use ploop_formats::{Error, Result};
-use std::os::fd::AsFd;
+use ploop_formats::{Error, Result, qcow2};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 
 /// Bytes of a disk before and after.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +82,9 @@ pub async fn offline<F: Folder>(folder: &F, wanted: Wanted) -> Result<Sizes> {
 /// The same of a disk that is one file. The caller holds its locks.
 pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes> {
     let top = chain.top();
+    if top.format == Format::Qcow2 {
+        return qcow2(dir.as_fd(), top, wanted).await;
+    }
     let store = open::alone(dir, top)?;
     let open = async || {
         let (store, ledger) = (store.clone(), Ledger::local());
@@ -94,6 +100,22 @@ pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes
     grown.map_err(|e| e.at(top.display()))
 }
 
+/// The same of a qcow2 image, which is not opened for it. What it stands on says what is possible.
+async fn qcow2(dir: BorrowedFd<'_>, top: &LayerFile, wanted: Wanted) -> Result<Sizes> {
+    let name = Path::new(&top.name);
+    let stack = backing::open_read(dir, name, Cache::Writeback).await?;
+    let old = stack.top().geometry().size;
+    let to = wanted.of(old)?;
+    let place = |e: Error| e.at(top.display());
+    stack.resized(to).map_err(place)?;
+    drop(stack);
+    let store = open::alone(dir, top)?;
+    let resized = qcow2::resize::resize(&store, to.bytes(), &mut ()).await;
+    store.settle().await;
+    let new = resized.map_err(place)?;
+    Ok(Sizes { old, new })
+}
+
 /// Refuses a size that a delta below the top exceeds.
 async fn refuse_lower<F: Folder>(folder: &F, disk: &Descriptor, size: u64) -> Result<()> {
     let mut layers = Vec::new();
@@ -106,7 +128,7 @@ async fn refuse_lower<F: Folder>(folder: &F, disk: &Descriptor, size: u64) -> Re
 }
 
 /// Opens a file for writing, gives it another size and closes it.
-async fn grow_file<S: Store>(
+async fn grow_file<S: Store + Clone>(
     open: impl AsyncFn() -> Result<AnyLayer<S>>,
     wanted: Wanted,
 ) -> Result<Sizes> {

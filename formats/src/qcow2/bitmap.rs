@@ -2,6 +2,7 @@
 //! "Bitmaps extension" and "Bitmap directory".
 
 use super::be::{u16_at, u32_at, u64_at};
+use super::bitmaps::Wanted;
 use super::header::refuse_place;
 use crate::units::ClusterSize;
 use crate::{Error, Result, limits};
@@ -22,6 +23,44 @@ const BYTES_MAX: u64 = 512 << 20;
 /// Smallest and largest bytes that a bit stands for, as powers of two (QEMU's bounds).
 const BITS_MIN: u8 = 9;
 const BITS_MAX: u8 = 31;
+
+/// The entry of a bitmap whose table has so many `entries`, at `table_at`: a multiple of 8 bytes.
+pub(super) fn encode(wanted: &Wanted, table_at: u64, entries: u32) -> Vec<u8> {
+    let flags = if wanted.enabled { ENABLED } else { 0 };
+    let bits = wanted.granularity.trailing_zeros() as u8;
+    let fields: [&[u8]; 7] = [
+        &table_at.to_be_bytes(),
+        &entries.to_be_bytes(),
+        &flags.to_be_bytes(),
+        // A bitmap of dirty places, the only kind there is.
+        &[1, bits],
+        &(wanted.name.len() as u16).to_be_bytes(),
+        // Extra data, of which there is none.
+        &[0; 4],
+        &wanted.name,
+    ];
+    let mut out = fields.concat();
+    out.resize(out.len().next_multiple_of(8), 0);
+    out
+}
+
+/// Refuses bits for so many bytes each, of a disk of `size` bytes.
+pub(super) fn refuse_granularity(granularity: u64, size: u64) -> Result<()> {
+    let bits = granularity.trailing_zeros() as u8;
+    let legal = granularity.is_power_of_two() && (BITS_MIN..=BITS_MAX).contains(&bits);
+    if !legal || size == 0 {
+        return Err(Error::invalid(format!(
+            "a bitmap of a disk of {size} bytes with bits for {granularity}: powers of two from \
+             2^{BITS_MIN} to 2^{BITS_MAX} are possible, and a disk that has bytes"
+        )));
+    }
+    match size.div_ceil(granularity).div_ceil(8) > BYTES_MAX {
+        true => Err(Error::invalid(format!(
+            "a bitmap of more than {BYTES_MAX} bytes: let each bit stand for more"
+        ))),
+        false => Ok(()),
+    }
+}
 
 /// A set of dirty places that the image keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]

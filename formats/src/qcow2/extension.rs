@@ -147,6 +147,14 @@ pub enum Extension {
 }
 
 impl Extension {
+    /// Whether it is about bitmaps, to be believed or not.
+    pub(super) const fn is_bitmaps(&self) -> bool {
+        matches!(
+            self,
+            Self::Bitmaps(_) | Self::Unknown { magic: BITMAPS, .. }
+        )
+    }
+
     fn parse(magic: u32, data: &[u8], cluster: ClusterSize, bitmaps: bool) -> Result<Self> {
         Ok(match magic {
             BACKING_FORMAT if data.len() > limits::QCOW2_FORMAT_NAME_MAX => {

@@ -421,6 +421,28 @@ pub(super) async fn write_header<S: Store>(store: &S, header: &Header) -> Result
     Update::new().barrier().apply(store).await
 }
 
+/// Whether all that the header says, extensions and names, is in its first sector.
+pub(super) fn is_one_sector(header: &Header) -> bool {
+    let encoded = header.encode();
+    encoded.is_ok_and(|bytes| bytes.len() as u64 <= SECTOR)
+}
+
+/// Writes a header whose extensions have changed and that [`is_one_sector`] while the image is closed,
+/// and a barrier. It is there, or it is not.
+pub(super) async fn rewrite_header<S: Store>(store: &S, header: &Header) -> Result<()> {
+    let mut first = read_unit(store, 0, unit(header.cluster)).await?;
+    let old = u64_at(&first, 24);
+    let mut bytes = header.encode()?;
+    bytes.resize(SECTOR as usize, 0);
+    first.iter_mut().zip(bytes).for_each(|(to, b)| *to = b);
+    // A size that is no multiple of a sector stays.
+    if floor_to(old, SECTOR) == header.size {
+        put(&mut first, 24, &old.to_be_bytes());
+    }
+    write_unit(store, 0, first).await?;
+    Update::new().barrier().apply(store).await
+}
+
 fn layout(version: Version, cluster: ClusterSize, features: Features) -> Result<Layout> {
     let extended = features.incompatible & EXTENDED_L2 != 0;
     if extended && cluster.log2() < 14 {

@@ -5,13 +5,14 @@
 //! it is split by what happens to an image: `start` (opened for writing, recovery), `writer` (what is known
 //! in memory), `partial` (which subclusters of a cluster are there), `alloc` (what is free), `blocks`
 //! (refcounts), `supply` (where clusters come from), `sync` (what is durable, and in which order). `pack`
-//! writes a whole new image. `create`, `check` with its repair, `snapshots` and `resize` work on an image
-//! that nobody uses, and `words` writes for them. No name that an image holds is ever opened here:
+//! writes a whole new image. `create`, `check` with its repair, `snapshots`, `bitmaps` and `resize` work on an
+//! image that nobody uses, and `words` writes for them. No name that an image holds is ever opened here:
 //! the caller opens backing and data files by a policy of its own.
 
 mod alloc;
 mod be;
 pub mod bitmap;
+pub mod bitmaps;
 mod blocks;
 mod cache;
 pub mod check;

@@ -2,8 +2,8 @@
 //!
 //! Cut anywhere, the disk has the old size or the new one, with leaks at worst; what it shows up to the
 //! smaller of the two is what it was. An error of the storage is such a cut. The same call once more
-//! goes on with it, and a repair returns the leaks. Snapshots keep their sizes, and bitmaps are marked as in use, as by everybody who
-//! writes here: none says of a part that it did not see.
+//! goes on with it, and a repair returns the leaks. Snapshots keep their sizes, and bitmaps are marked
+//! as in use, as by everybody who writes here: none says of a part that it did not see.
 //!
 //! Nothing may be named behind the end of a disk that grows, or it would be seen. Smaller, in order:
 //!
@@ -22,7 +22,8 @@
 //! 4. One write of the header says the size, and where the table is; barrier.
 //! 5. A repair returns what nobody names any more.
 //!
-//! Where nothing is behind the end and the table has room, the refcounts are not even looked at. Source: QEMU `docs/interop/qcow2.rst`, "Header", "Snapshots" and "Bitmap directory".
+//! Where nothing is behind the end and the table has room, the refcounts are not even looked at.
+//! Source: QEMU `docs/interop/qcow2.rst`, "Header", "Snapshots" and "Bitmap directory".
 
 use super::Qcow2;
 use super::be::u64_at;

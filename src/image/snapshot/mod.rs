@@ -5,12 +5,14 @@
 //! does that with the top of a disk that is in use. The order in
 //! which a change becomes true is in [`super::change`]. Nothing here knows who serves the disk: what
 //! has to be asked of whoever writes the top comes as a closure. [`listing`] shows the tree, [`names`]
-//! what people call its points, [`diff`] where two of them differ.
+//! what people call its points, [`diff`] where two of them differ. [`internal`] is about the
+//! snapshots that a bare qcow2 image keeps in itself.
 
 pub mod copy;
 pub mod create;
 pub mod diff;
 pub mod fold;
+pub mod internal;
 pub mod layers;
 pub mod listing;
 pub mod merge;

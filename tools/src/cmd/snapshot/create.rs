@@ -4,6 +4,7 @@ use super::attached::{self, Running};
 use super::{cancelled, mount, resolve, views, work};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
+use crate::cmd::FormatArg;
 use crate::cmd::mount::{mount_point, need_privilege};
 use crate::errand;
 use crate::global::Global;
@@ -27,7 +28,7 @@ use std::path::{Path, PathBuf};
 /// are merged away first.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Image directory, or its DiskDescriptor.xml
+    /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
     /// UUID of the snapshot, with or without braces; a random one otherwise
     #[arg(long)]
@@ -42,6 +43,17 @@ pub struct Args {
     /// Freeze the file system on the disk meanwhile, so that nothing of it is in memory only
     #[arg(long)]
     freeze: bool,
+    /// Format of a bare image file: qcow2, which keeps the snapshot in itself, by its name
+    #[arg(long, requires = "name", conflicts_with_all = ["uuid", "temporary", "freeze"])]
+    pub(super) format: Option<FormatArg>,
+}
+
+impl Args {
+    /// The name of a snapshot that is kept in an image.
+    pub(super) fn own_name(&self) -> Result<&str> {
+        let name = self.name.as_deref().unwrap_or_default();
+        names::check(name).map(|()| name)
+    }
 }
 
 const CANCELLED: &str = "no snapshot was made; a merge that was begun is gone on with by the next \

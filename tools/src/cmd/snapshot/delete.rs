@@ -1,9 +1,10 @@
 //! `snapshot delete`: a point that nobody goes back to any more.
 
 use super::attached::{self, Running};
-use super::{cancelled, merge_temporaries, resolve, work};
+use super::{Point, cancelled, merge_temporaries, resolve, work};
 use crate::answer::Answer;
 use crate::cancel::Cancel;
+use crate::cmd::FormatArg;
 use crate::global::Global;
 use crate::meter::Meter;
 use crate::rate;
@@ -25,10 +26,14 @@ pub const EXAMPLE: &str = "Example: ploopctl snapshot delete /var/lib/ct/100 \
 /// goes when one is left.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Image directory, or its DiskDescriptor.xml
+    /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
-    /// UUID of the snapshot, with or without braces
-    pub(super) uuid: Guid,
+    /// UUID of the snapshot, with or without braces; of a bare image its name or ID
+    #[arg(value_name = "UUID")]
+    pub(super) point: Point,
+    /// Format of a bare image file: qcow2, whose own snapshots these are
+    #[arg(long)]
+    pub(super) format: Option<FormatArg>,
     /// Bytes a second to copy at most
     #[arg(long, value_name = "BYTES", value_parser = rate::parse)]
     rate: Option<NonZeroU64>,
@@ -39,15 +44,21 @@ const DELETED: &str =
 
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    let uuid = args.point.uuid()?;
     let cancel = Cancel::on_signals()?;
     let pace = rate::limit(args.rate, &cancel);
     if let Some(running) = attached::find(&args.disk)? {
-        return running_disk(args, &running, &mut Meter::new(global.progress, &cancel));
+        return running_disk(
+            uuid,
+            args.rate,
+            &running,
+            &mut Meter::new(global.progress, &cancel),
+        );
     }
     let target = resolve(&args.disk)?;
     let mut first = None;
     let done = work(&target, global, &cancel, &pace, async |folder, work| {
-        first = Some(remove::offline(folder, args.uuid, work).await?);
+        first = Some(remove::offline(folder, uuid, work).await?);
         merge_temporaries(folder, work).await
     });
     let left = match first {
@@ -56,13 +67,18 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     };
     let merged = done.map_err(|e| cancelled(e, left))?;
     let removed = first.unwrap_or(Removed::Dropped);
-    Ok(answer(&args.uuid.bare(), removed, merged, &target))
+    Ok(answer(&uuid.bare(), removed, merged, &target))
 }
 
 /// Has the keeper of an attached disk do it.
-fn running_disk(args: &Args, running: &Running, meter: &mut Meter<'_>) -> Result<Answer> {
+fn running_disk(
+    uuid: Guid,
+    rate: Option<NonZeroU64>,
+    running: &Running,
+    meter: &mut Meter<'_>,
+) -> Result<Answer> {
     let left = "the same command goes on with it";
-    let removed = running.remove(args.uuid, args.rate, meter);
+    let removed = running.remove(uuid, rate, meter);
     let said = removed.map_err(|e| cancelled(e, left))?;
     let removed = match said.get("outcome").and_then(Value::as_str) {
         Some("merged") => Removed::Merged,
@@ -72,9 +88,9 @@ fn running_disk(args: &Args, running: &Running, meter: &mut Meter<'_>) -> Result
         }
         _ => Removed::Dropped,
     };
-    let merged = running.remove_temporaries(args.rate, meter);
+    let merged = running.remove_temporaries(rate, meter);
     let merged = merged.map_err(|e| cancelled(e, DELETED))?;
-    Ok(answer(&args.uuid.bare(), removed, merged, &running.target))
+    Ok(answer(&uuid.bare(), removed, merged, &running.target))
 }
 
 fn answer(uuid: &str, removed: Removed, merged: usize, target: &Target) -> Answer {

@@ -2,7 +2,7 @@
 
 use super::views::{self, Shown};
 use crate::answer::Answer;
-use crate::cmd::confine;
+use crate::cmd::{FormatArg, confine};
 use crate::size;
 use crate::table::{self, Align};
 use ploop::image::detached;
@@ -21,8 +21,11 @@ use std::path::PathBuf;
 /// says where it is being looked at.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Image directory, or its DiskDescriptor.xml
+    /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
+    /// Format of a bare image file: qcow2, whose own snapshots these are
+    #[arg(long)]
+    pub(super) format: Option<FormatArg>,
 }
 
 /// How often it is looked again: a point that goes at this moment may be in the descriptor, and its

@@ -4,13 +4,14 @@ pub mod attached;
 mod create;
 mod delete;
 mod diff;
+mod internal;
 mod list;
 mod merge;
 pub mod mount;
 mod switch;
 pub mod views;
 
-use super::confine;
+use super::{FormatArg, confine};
 use crate::answer::Answer;
 use crate::attach;
 use crate::cancel::Cancel;
@@ -68,15 +69,52 @@ impl Verb {
             Self::Mount(args) => &args.disk,
         }
     }
+
+    /// What was said of a bare image.
+    const fn format(&self) -> Option<FormatArg> {
+        match self {
+            Self::Create(args) => args.format,
+            Self::List(args) => args.format,
+            Self::Delete(args) => args.format,
+            Self::Switch(args) => args.format,
+            Self::Merge(_) | Self::Diff(_) | Self::Mount(_) => None,
+        }
+    }
+}
+
+/// A snapshot, as it was typed.
+#[derive(Debug, Clone)]
+struct Point(String);
+
+impl From<&str> for Point {
+    fn from(typed: &str) -> Self {
+        Self(typed.into())
+    }
+}
+
+impl Point {
+    /// The UUID that it is, of a disk's snapshot.
+    fn uuid(&self) -> Result<Guid> {
+        let parsed: Result<Guid> = self.0.parse();
+        parsed.map_err(|e| Error::new(Kind::Usage, e.to_string()))
+    }
+
+    /// The name or ID that it is, of an image's own snapshot.
+    fn typed(&self) -> &str {
+        &self.0
+    }
 }
 
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    if let Some(format) = args.verb.format() {
+        return internal::run(&args.verb, format, global);
+    }
     let target = detached::resolve(args.verb.disk())?;
     mount::refuse_view(&target)?;
     views::settle(&target);
     match &args.verb {
-        Verb::Delete(args) => views::refuse(&args.disk, Harm::Delete(args.uuid))?,
+        Verb::Delete(args) => views::refuse(&args.disk, Harm::Delete(args.point.uuid()?))?,
         Verb::Merge(args) => views::refuse(&args.disk, Harm::Merge(args.uuid))?,
         _ => {}
     }

@@ -1,7 +1,8 @@
 //! `snapshot switch`: back to a frozen point.
 
-use super::{attached, resolve, take};
+use super::{Point, attached, resolve, take};
 use crate::answer::Answer;
+use crate::cmd::FormatArg;
 use crate::size;
 use ploop::Result;
 use ploop::formats::descriptor::Descriptor;
@@ -23,10 +24,14 @@ pub const EXAMPLE: &str = "Example: ploopctl snapshot switch /var/lib/ct/100 \
 /// stay. The disk may be attached, as a device that nobody uses.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Image directory, or its DiskDescriptor.xml
+    /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
-    /// UUID of the snapshot, with or without braces
-    uuid: Guid,
+    /// UUID of the snapshot, with or without braces; of a bare image its name or ID
+    #[arg(value_name = "UUID")]
+    pub(super) point: Point,
+    /// Format of a bare image file: qcow2, whose own snapshots these are
+    #[arg(long)]
+    pub(super) format: Option<FormatArg>,
 }
 
 /// What is given up: its bytes on the host, and the snapshot that it was written since.
@@ -34,22 +39,23 @@ type GivenUp = (u64, Option<Guid>);
 
 /// Does it.
 pub fn run(args: &Args) -> Result<Answer> {
+    let uuid = args.point.uuid()?;
     if let Some(running) = attached::find(&args.disk)? {
         let folder = DirFolder::new(running.target.open_dir()?);
         let lost = given_up(&folder, &running.descriptor()?)?;
-        running.switch(args.uuid)?;
-        return Ok(answer(args.uuid, &running.target, lost));
+        running.switch(uuid)?;
+        return Ok(answer(uuid, &running.target, lost));
     }
     let target = resolve(&args.disk)?;
     let disk = take(&target)?;
     let done = disk.run(async {
         let folder = disk.folder();
         let lost = given_up(folder, &change::settle(folder).await?)?;
-        switch::offline(folder, args.uuid, random_guid()).await?;
+        switch::offline(folder, uuid, random_guid()).await?;
         Ok(lost)
     });
     let lost = done.map_err(|e| e.at(target.path().display()))?;
-    Ok(answer(args.uuid, &target, lost))
+    Ok(answer(uuid, &target, lost))
 }
 
 fn given_up(folder: &DirFolder, disk: &Descriptor) -> Result<GivenUp> {
