@@ -13,7 +13,7 @@
 
 use crate::stack::Stack;
 use bytes::Bytes;
-use ploop_formats::layer::{Below, Layer, Reservation};
+use ploop_formats::layer::{Below, Extent, Layer, Reservation};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::VirtCluster;
@@ -64,57 +64,151 @@ impl Piece {
     }
 }
 
-/// Gives `cluster`, which has no place of its own in the top, one that holds `piece` and the rest as it
-/// was. The caller has the cluster to itself. Fails with `Pending` before anything is done.
+/// Gives `cluster`, which has no place of its own in the top for all of `piece`, one that holds it and
+/// the rest as it was. A top that can have a cluster in part gets no more than that: what it has of the
+/// cluster already, and what the piece touches. The caller has the cluster to itself. Fails with `Pending`
+/// before anything is done.
 pub async fn fill<S: Store>(stack: &Stack<S>, cluster: u32, piece: Piece) -> Result<()> {
     let top = stack.top();
     let geometry = top.geometry();
     let start = geometry.cluster.start(cluster);
     let guest_end = (start + geometry.cluster.bytes()).min(geometry.size);
-    let was_zero = stack.reads_zero(start, guest_end, stack.depth()).await?;
-    let only_zeros = matches!(piece, Piece::Zero { .. }) && piece.range() == (start, guest_end);
-    // The file has the whole cluster, the guest perhaps not: the last block is written whole.
-    let end = guest_end.next_multiple_of(stack.align());
 
     let mut reserved = top.reserve(VirtCluster(cluster)).await?;
-    let host = reserved.host();
-    reserved.submitted();
-    if let Piece::Zero { keep: true, .. } = piece {
-        stack
-            .punch_data(host, geometry.cluster.bytes(), Space::Keep)
+    let parts = match reserved.piece() {
+        Some(unit) => parts(stack, &reserved, &piece, start, guest_end, unit).await?,
+        // The file has the whole cluster, the guest perhaps not: the last block is written whole.
+        None => vec![(start, guest_end.next_multiple_of(stack.align()))],
+    };
+    let mut was_zero = true;
+    for (from, to) in &parts {
+        was_zero &= stack
+            .reads_zero(*from, guest_end.min(*to), stack.depth())
             .await?;
     }
+    let only_zeros = matches!(piece, Piece::Zero { .. })
+        && parts
+            .iter()
+            .all(|(from, to)| piece.covers(*from, guest_end.min(*to)));
+    let fill = Fill {
+        stack,
+        piece: &piece,
+        host: reserved.host(),
+        start,
+        was_zero,
+        is_new: reserved.is_new(),
+    };
+    reserved.submitted();
     let below = if was_zero || only_zeros {
         Below::Zeros
     } else {
         Below::Data
     };
+    for (from, to) in &parts {
+        reserved.filled(from - start, to - start);
+    }
     let mut reserved = Some(reserved);
     if planted::is(Bug::PublishBeforeData) {
         publish(top, cluster, reserved.take(), below);
     }
-    let mut at = start;
-    while at < end {
-        let to = (at + STEP).min(end);
-        let (from, bytes, _permit);
-        if was_zero || piece.covers(at, to) {
-            let (cut_from, cut_to) = piece.cut(at, to);
-            (from, bytes) = overlaid(stack.align(), &piece, cut_from, cut_to);
-        } else {
-            _permit = stack.copying(to - at).await;
-            (from, bytes) = copied(stack, &piece, at, to).await?;
-        }
-        if !bytes.is_empty() {
-            let lent = bytes.clone();
-            stack
-                .write_data(host + (from - start), bytes, Reach::Cache)
-                .await?;
-            stack.take_back(lent);
-        }
-        at = to;
+    fill.take_space(geometry.cluster.bytes(), &parts).await?;
+    for (from, to) in parts {
+        fill.range(from, to).await?;
     }
     publish(top, cluster, reserved, below);
     Ok(())
+}
+
+/// The guest ranges of a cluster that are filled: pieces of `unit` bytes that the request touches, and of
+/// a new cluster those that the top has already.
+async fn parts<S: Store>(
+    stack: &Stack<S>,
+    reserved: &impl Reservation,
+    piece: &Piece,
+    start: u64,
+    end: u64,
+    unit: u64,
+) -> Result<Vec<(u64, u64)>> {
+    let mut parts: Vec<(u64, u64)> = Vec::new();
+    let mut at = start;
+    while at < end {
+        let to = at + unit;
+        let (cut_from, cut_to) = piece.cut(at, to);
+        let kept = reserved.is_new()
+            && !matches!(
+                stack.top().map(at, unit.min(end - at)).await?,
+                Extent::Absent { .. }
+            );
+        if cut_from < cut_to || kept {
+            match parts.last_mut() {
+                Some(last) if last.1 == at => last.1 = to,
+                _ => parts.push((at, to)),
+            }
+        }
+        at = to;
+    }
+    Ok(parts)
+}
+
+/// How a place gets its bytes.
+struct Fill<'a, S> {
+    stack: &'a Stack<S>,
+    piece: &'a Piece,
+    /// File offset of the place, and the guest's of its cluster.
+    host: u64,
+    start: u64,
+    /// Zeros are what was there.
+    was_zero: bool,
+    /// The place reads as zeros.
+    is_new: bool,
+}
+
+impl<S: Store> Fill<'_, S> {
+    /// File offset of a guest offset.
+    const fn at(&self, guest: u64) -> u64 {
+        self.host + (guest - self.start)
+    }
+
+    /// Takes space where it is asked for, and makes zeros where a place may hold something else.
+    async fn take_space(&self, len: u64, parts: &[(u64, u64)]) -> Result<()> {
+        let Piece::Zero { keep, .. } = self.piece else {
+            return Ok(());
+        };
+        let space = if *keep { Space::Keep } else { Space::Free };
+        if !self.is_new {
+            for (from, to) in parts {
+                let len = to - from;
+                self.stack.punch_data(self.at(*from), len, space).await?;
+            }
+        } else if *keep {
+            self.stack.punch_data(self.host, len, space).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes a guest range, in steps.
+    async fn range(&self, start: u64, end: u64) -> Result<()> {
+        let stack = self.stack;
+        let mut at = start;
+        while at < end {
+            let to = (at + STEP).min(end);
+            let (from, bytes, _permit);
+            if self.is_new && self.was_zero || self.piece.covers(at, to) {
+                let (cut_from, cut_to) = self.piece.cut(at, to);
+                (from, bytes) = overlaid(stack.align(), self.piece, cut_from, cut_to);
+            } else {
+                _permit = stack.copying(to - at).await;
+                (from, bytes) = copied(stack, self.piece, at, to, self.is_new).await?;
+            }
+            if !bytes.is_empty() {
+                let lent = bytes.clone();
+                stack.write_data(self.at(from), bytes, Reach::Cache).await?;
+                stack.take_back(lent);
+            }
+            at = to;
+        }
+        Ok(())
+    }
 }
 
 fn publish<L: Layer>(top: &L, cluster: u32, reserved: Option<L::Reservation>, below: Below) {
@@ -123,13 +217,14 @@ fn publish<L: Layer>(top: &L, cluster: u32, reserved: Option<L::Reservation>, be
     }
 }
 
-/// The bytes to write for guest range `from .. to` of a new cluster, where they start, and nothing
-/// where zeros are right: the piece with what was around it, but for zeros at the ends.
+/// The bytes to write for guest range `from .. to`, where they start, and nothing where zeros are right:
+/// the piece with what was around it, but for zeros at the ends of a place that is new.
 async fn copied<S: Store>(
     stack: &Stack<S>,
     piece: &Piece,
     from: u64,
     to: u64,
+    is_new: bool,
 ) -> Result<(u64, Bytes)> {
     let (cut_from, cut_to) = piece.cut(from, to);
     let mut head = stack.lend((to - from) as usize);
@@ -146,6 +241,9 @@ async fn copied<S: Store>(
     whole.unsplit(middle);
     whole.unsplit(tail?);
     let mut whole = whole.freeze();
+    if !is_new {
+        return Ok((from, whole));
+    }
     let (zeros_before, zeros_after) = zeros_around(&whole, stack.align() as usize);
     whole.truncate(whole.len() - zeros_after);
     let from = from + zeros_before as u64;

@@ -19,6 +19,7 @@ use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::{Reach, Space, Store};
 use ploop_formats::units::{ClusterSize, SECTOR, VirtCluster};
 use ploop_formats::{Error, Kind, Result, buf, limits};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::Notify;
@@ -302,7 +303,7 @@ impl<S: Store> Disk<S> {
         let exclusive = self.admit_change(at, data.len() as u64, mode).await?;
         let stack = &*exclusive.stack;
         let mut old = Vec::new();
-        let mut new = Vec::new();
+        let mut new: Vec<(u32, Vec<Piece>)> = Vec::new();
         let mut done = 0;
         while done < data.len() {
             let guest = at + done as u64;
@@ -320,21 +321,31 @@ impl<S: Store> Disk<S> {
                     let within = self.cluster.within(guest);
                     let len = len.min(self.cluster.bytes() - within);
                     let bytes = data.slice(done..done + len as usize);
-                    new.push(self.write_new(stack, guest, bytes));
+                    let (cluster, piece) =
+                        (self.table_index(guest)?, Piece::Data { at: guest, bytes });
+                    match new.last_mut() {
+                        Some((last, pieces)) if *last == cluster => pieces.push(piece),
+                        _ => new.push((cluster, vec![piece])),
+                    }
                     len
                 }
             };
             done += len as usize;
         }
+        let new = new
+            .into_iter()
+            .map(|(cluster, pieces)| self.fill(stack, cluster, pieces));
         let (old, new) = futures_util::future::join(all(old), all(new)).await;
         old.and(new)
     }
 
-    async fn write_new(&self, stack: &Stack<S>, guest: u64, bytes: Bytes) -> Result<()> {
-        let cluster = self.table_index(guest)?;
-        let piece = Piece::Data { at: guest, bytes };
-        self.with_room(|| cow::fill(stack, cluster, piece.clone()))
-            .await
+    /// Fills in pieces of one cluster, one after the other.
+    async fn fill(&self, stack: &Stack<S>, cluster: u32, pieces: Vec<Piece>) -> Result<()> {
+        for piece in pieces {
+            self.with_room(|| cow::fill(stack, cluster, piece.clone()))
+                .await?;
+        }
+        Ok(())
     }
 
     fn table_index(&self, guest: u64) -> Result<u32> {
@@ -364,28 +375,35 @@ impl<S: Store> Disk<S> {
         while at < to {
             at += match stack.top().place(at, to - at).await? {
                 Place::Here { at: host, len } => {
-                    self.wipe_present(stack, at, host, len, how).await?
+                    self.wipe_present(stack, at..to, host, len, how).await?
                 }
-                Place::New { len } => self.wipe_absent(stack, at, len, how).await?,
+                Place::New { len } => self.wipe_absent(stack, at..to, len, how).await?,
             };
         }
         Ok(())
     }
 
-    /// Wipes the start of a range that the top has; how much of it was done.
+    /// Bytes of a range that are in its first cluster.
+    fn in_first(&self, range: &Range<u64>) -> u64 {
+        let rest = self.cluster.bytes() - self.cluster.within(range.start);
+        rest.min(range.end - range.start)
+    }
+
+    /// Wipes the start of a range, of which the top has `len` bytes at `host`; how much of it was done.
     async fn wipe_present(
         &self,
         stack: &Stack<S>,
-        guest: u64,
+        range: Range<u64>,
         host: u64,
         len: u64,
         how: Wipe,
     ) -> Result<u64> {
-        let size = self.cluster;
-        let len = len.min(size.bytes() - size.within(guest));
-        if how != Wipe::Keep && self.release_whole(stack, guest, len).await? {
-            return Ok(len);
+        let in_first = self.in_first(&range);
+        let guest = range.start;
+        if how != Wipe::Keep && self.give_up_whole(stack, guest, in_first).await? {
+            return Ok(in_first);
         }
+        let len = len.min(in_first);
         if how == Wipe::Advise && !stack.top().store().info().punches {
             return Ok(len);
         }
@@ -398,33 +416,48 @@ impl<S: Store> Disk<S> {
         Ok(len)
     }
 
-    /// Takes a range out of the top if it is a whole cluster, and zeros are what is below; whether.
-    async fn release_whole(&self, stack: &Stack<S>, guest: u64, len: u64) -> Result<bool> {
+    /// Takes a range out of the top if it is a whole cluster: zeros are what is below, or the top can
+    /// say that it reads as zeros; whether.
+    async fn give_up_whole(&self, stack: &Stack<S>, guest: u64, len: u64) -> Result<bool> {
         let (size, top) = (self.cluster, stack.top());
         let end = (guest - size.within(guest) + size.bytes()).min(top.geometry().size);
         if size.within(guest) != 0 || guest + len != end || !top.allocates() {
             return Ok(false);
         }
+        let cluster = VirtCluster(self.table_index(guest)?);
         let exposed = planted::is(Bug::DiscardExposesParent);
         if !exposed && !stack.reads_zero(guest, end, stack.depth() - 1).await? {
-            return Ok(false);
+            return self.with_room(|| top.zero(cluster)).await;
         }
-        let cluster = VirtCluster(self.table_index(guest)?);
         self.with_room(|| top.release(cluster)).await?;
         Ok(true)
     }
 
-    /// Wipes the start of a range that has no place of its own in the top; how much of it was done.
-    async fn wipe_absent(&self, stack: &Stack<S>, guest: u64, len: u64, how: Wipe) -> Result<u64> {
-        let size = self.cluster;
-        let in_cluster = len.min(size.bytes() - size.within(guest));
-        let (held, len) = match stack.top().map(guest, len).await? {
-            Extent::Absent { len } => (false, len),
-            _ => (true, in_cluster),
+    /// Wipes the start of a range, of which `len` bytes have no place of their own in the top; how much
+    /// of it was done.
+    async fn wipe_absent(
+        &self,
+        stack: &Stack<S>,
+        range: Range<u64>,
+        len: u64,
+        how: Wipe,
+    ) -> Result<u64> {
+        let in_first = self.in_first(&range);
+        let guest = range.start;
+        // To the end of a cluster: the rest of one that is there in part is wiped with it.
+        let absent = match stack.top().map(guest, len).await? {
+            Extent::Absent { len } if len >= in_first => {
+                Some((len - self.cluster.within(guest + len).min(len)).max(in_first))
+            }
+            _ => None,
         };
-        if held && how != Wipe::Keep && self.release_whole(stack, guest, len).await? {
-            return Ok(len);
+        if absent.is_none() && how != Wipe::Keep {
+            let whole = self.give_up_whole(stack, guest, in_first);
+            if whole.await? {
+                return Ok(in_first);
+            }
         }
+        let len = absent.unwrap_or(len.min(in_first));
         if how == Wipe::Advise {
             return Ok(len);
         }
@@ -432,14 +465,16 @@ impl<S: Store> Disk<S> {
         if found.is_zero() && how == Wipe::Free {
             return Ok(found.len);
         }
-        let len = found.len.min(in_cluster);
-        let cluster = self.table_index(guest)?;
+        if how == Wipe::Free && self.give_up_whole(stack, guest, in_first).await? {
+            return Ok(in_first);
+        }
+        let len = found.len.min(in_first);
         let piece = Piece::Zero {
             from: guest,
             to: guest + len,
             keep: how == Wipe::Keep,
         };
-        self.with_room(|| cow::fill(stack, cluster, piece.clone()))
+        self.fill(stack, self.table_index(guest)?, vec![piece])
             .await?;
         Ok(len)
     }

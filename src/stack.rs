@@ -58,19 +58,35 @@ pub enum AnyReserved {
     Qcow2(qcow2::Reserved),
 }
 
+/// Calls the same method on whichever reservation it is.
+macro_rules! of_any {
+    ($any:expr, $reserved:ident => $call:expr) => {
+        match $any {
+            AnyReserved::Ploop($reserved) => $call,
+            AnyReserved::Qcow2($reserved) => $call,
+        }
+    };
+}
+
 impl Reservation for AnyReserved {
     fn host(&self) -> u64 {
-        match self {
-            Self::Ploop(reserved) => reserved.host(),
-            Self::Qcow2(reserved) => reserved.host(),
-        }
+        of_any!(self, reserved => reserved.host())
     }
 
     fn submitted(&mut self) {
-        match self {
-            Self::Ploop(reserved) => reserved.submitted(),
-            Self::Qcow2(reserved) => reserved.submitted(),
-        }
+        of_any!(self, reserved => reserved.submitted());
+    }
+
+    fn piece(&self) -> Option<u64> {
+        of_any!(self, reserved => reserved.piece())
+    }
+
+    fn is_new(&self) -> bool {
+        of_any!(self, reserved => reserved.is_new())
+    }
+
+    fn filled(&mut self, from: u64, to: u64) {
+        of_any!(self, reserved => reserved.filled(from, to));
     }
 }
 
@@ -114,9 +130,14 @@ impl NewSize {
 }
 
 impl<S: Store> AnyLayer<S> {
-    /// Whether clusters come and go in it; a raw image has all of them always.
-    pub const fn allocates(&self) -> bool {
-        !matches!(self, AnyLayer::Raw(_))
+    /// Whether clusters come and go in it; a raw image has all of them always, and so has an external
+    /// data file.
+    pub fn allocates(&self) -> bool {
+        match self {
+            AnyLayer::Ploop(_) => true,
+            AnyLayer::Raw(_) => false,
+            AnyLayer::Qcow2(layer) => !layer.header().has_data_file(),
+        }
     }
 
     /// File offset below which no guest data may ever be written: header and table.
@@ -127,6 +148,7 @@ impl<S: Store> AnyLayer<S> {
                 header.cluster.start(header.data_start)
             }
             AnyLayer::Raw(_) => 0,
+            AnyLayer::Qcow2(layer) if layer.header().has_data_file() => 0,
             // What else holds metadata the image knows.
             AnyLayer::Qcow2(layer) => layer.geometry().cluster.bytes(),
         }
@@ -145,7 +167,7 @@ impl<S: Store> AnyLayer<S> {
                 AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
             }
             AnyLayer::Qcow2(_) => {
-                AnyLayer::Qcow2(Box::new(Qcow2::open_write(store, ledger).await?))
+                AnyLayer::Qcow2(Box::new(Qcow2::open_write(store, None, ledger).await?))
             }
         })
     }
@@ -260,6 +282,10 @@ impl<S: Store> Layer for AnyLayer<S> {
 
     async fn release(&self, cluster: VirtCluster) -> Result<()> {
         each!(self, layer => layer.release(cluster).await)
+    }
+
+    async fn zero(&self, cluster: VirtCluster) -> Result<bool> {
+        each!(self, layer => layer.zero(cluster).await)
     }
 
     async fn sync(&self) -> Result<()> {

@@ -157,6 +157,7 @@ fn a_disk_that_has_failed_takes_no_write() {
     let pages = Image::of_dice(&mut Rng::new(1), 90, &mut 0).make(&mut Rng::new(1));
     let image = now(Qcow2::open_write(
         MemStore::from_pages(pages),
+        None,
         Ledger::local(),
     ))
     .unwrap();

@@ -26,8 +26,8 @@ fn qemu_img(folder: &Path, line: &str) -> String {
     ok_within(&mut command, PATIENCE)
 }
 
-/// A qcow2 image over a base with an ext4.
-fn over(folder: &TempDir, base: &str) {
+/// A qcow2 image, made with these options, over a base with an ext4.
+fn over(folder: &TempDir, base: &str, options: &str) {
     let folder = folder.path();
     match base {
         "raw" => {
@@ -41,7 +41,7 @@ fn over(folder: &TempDir, base: &str) {
     }
     qemu_img(
         folder,
-        &format!("create -q -f qcow2 -b base -F {base} disk 512M"),
+        &format!("create -q -f qcow2 -o {options} -b base -F {base} disk 512M"),
     );
 }
 
@@ -65,12 +65,12 @@ fn assert_leaks_at_worst(disk: &Disk) -> bool {
     leaks
 }
 
-fn killed_under_load(test: &str, base: &str) {
+fn killed_under_load(test: &str, base: &str, options: &str) {
     if !can_mount(test) || !have(test, &["fio", "mkfs.ext4", "qemu-img"]) {
         return;
     }
     let folder = TempDir::new().unwrap();
-    over(&folder, base);
+    over(&folder, base, options);
     let disk = Disk::around(folder);
     let kills = count("PLOOP_QCOW2_KILLS", 6);
     let attached = Attached::mounted(&disk, &QCOW2);
@@ -105,6 +105,7 @@ fn workers_killed_over_a_raw_base_cost_a_pause_and_leaks_at_worst() {
     killed_under_load(
         "workers_killed_over_a_raw_base_cost_a_pause_and_leaks_at_worst",
         "raw",
+        "extended_l2=on,cluster_size=128k",
     );
 }
 
@@ -113,5 +114,15 @@ fn workers_killed_over_a_ploop_base_cost_a_pause_and_leaks_at_worst() {
     killed_under_load(
         "workers_killed_over_a_ploop_base_cost_a_pause_and_leaks_at_worst",
         "parallels",
+        "cluster_size=64k",
+    );
+}
+
+#[test]
+fn workers_killed_over_a_data_file_cost_a_pause_and_leaks_at_worst() {
+    killed_under_load(
+        "workers_killed_over_a_data_file_cost_a_pause_and_leaks_at_worst",
+        "raw",
+        "data_file=disk.data",
     );
 }

@@ -100,6 +100,22 @@ pub trait Reservation {
     /// Must be called before the first write to the cluster is submitted: from then on a dropped
     /// reservation is not reused before that write can no longer land.
     fn submitted(&mut self);
+
+    /// Bytes of the pieces that the cluster may be filled in; none when it is filled as a whole. What is
+    /// not filled is not published.
+    fn piece(&self) -> Option<u64> {
+        None
+    }
+
+    /// Whether it is a cluster of its own. If not, it is the one that the guest cluster has: pieces that
+    /// are mapped are there, and hold what they must; what others hold is arbitrary.
+    fn is_new(&self) -> bool {
+        true
+    }
+
+    /// Says that pieces, from one offset in the cluster to another, hold what they must. Only of one that
+    /// is filled in pieces.
+    fn filled(&mut self, _from: u64, _to: u64) {}
 }
 
 /// A reservation of a layer that never hands one out.
@@ -156,7 +172,7 @@ pub trait Layer {
     fn is_durable(&self, cluster: VirtCluster) -> bool;
 
     /// Takes a free file cluster that reads as zeros, for guest cluster `cluster`, which the caller
-    /// has to himself. Fails with `NoSpace` when the storage is full and with `Pending` when a sync
+    /// has to himself; or the one that it has, to fill in more pieces. Fails with `NoSpace` when the storage is full and with `Pending` when a sync
     /// must come first.
     async fn reserve(&self, cluster: VirtCluster) -> Result<Self::Reservation>;
 
@@ -169,6 +185,13 @@ pub trait Layer {
     /// after a sync. Fails with `Pending` when a sync must come first. The caller knows that
     /// nothing is in flight on the cluster.
     async fn release(&self, cluster: VirtCluster) -> Result<()>;
+
+    /// Says of the whole of `cluster` that it reads as zeros, whatever lies below, and gives its space
+    /// back after a sync; false, and nothing is done, where the format cannot. Otherwise as
+    /// [`Layer::release`].
+    async fn zero(&self, _cluster: VirtCluster) -> Result<bool> {
+        Ok(false)
+    }
 
     /// Makes everything answered before the call durable: data, barrier, index, barrier. Only
     /// one sync runs at a time; the caller sees to that. `NoSpace` may be retried; any other

@@ -52,7 +52,7 @@ const POISON: usize = 0;
 const FIRST: usize = 1;
 
 /// Pending mappings, one word each: `(virtual cluster + 1) << 32 | file cluster`, 0 when empty.
-/// File cluster 0 means that the mapping was dropped.
+/// File cluster 0 means that the mapping was dropped, [`Ledger::ZEROS`] that the cluster reads as zeros.
 #[derive(Clone)]
 pub struct Ledger {
     words: Arc<dyn Words>,
@@ -65,6 +65,8 @@ impl fmt::Debug for Ledger {
 }
 
 impl Ledger {
+    /// No cluster of a file, which has fewer.
+    pub const ZEROS: u32 = u32::MAX;
     /// Slots of a ledger made by [`Ledger::local`] and of the keeper's memfd.
     pub const SLOTS: usize = 16384;
     /// Words that so many slots need.

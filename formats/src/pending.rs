@@ -13,11 +13,48 @@ use crate::{Error, Kind, Result};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+/// Where a guest cluster will be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum To {
+    /// In a cluster of the file.
+    At(HostCluster),
+    /// Nowhere: what is below is seen.
+    Nowhere,
+    /// Nowhere, and it reads as zeros, whatever is below. Only of formats that can say so.
+    Zeros,
+}
+
+impl To {
+    /// The cluster of the file.
+    pub(crate) const fn host(self) -> Option<HostCluster> {
+        match self {
+            Self::At(host) => Some(host),
+            Self::Nowhere | Self::Zeros => None,
+        }
+    }
+
+    /// As a word of the ledger says it.
+    const fn number(self) -> u32 {
+        match self {
+            Self::At(host) => host.0,
+            Self::Nowhere => 0,
+            Self::Zeros => Ledger::ZEROS,
+        }
+    }
+
+    const fn of(number: u32) -> Self {
+        match number {
+            0 => Self::Nowhere,
+            Ledger::ZEROS => Self::Zeros,
+            n => Self::At(HostCluster(n)),
+        }
+    }
+}
+
 /// A mapping that is not durable yet.
 #[derive(Debug, Clone, Copy)]
 struct Entry {
-    /// File cluster, or `None` when the mapping was dropped.
-    to: Option<HostCluster>,
+    to: To,
     /// Its word in the ledger.
     slot: usize,
     /// Losing the cluster's data in a crash would show what was there before: no barrier needed.
@@ -48,7 +85,7 @@ impl Pending {
         let mut used = vec![false; ledger.slots()];
         for (slot, cluster, to) in ledger.entries() {
             let entry = Entry {
-                to: Some(HostCluster(to)).filter(|c| c.0 != 0),
+                to: To::of(to),
                 slot,
                 fresh: false,
             };
@@ -69,16 +106,17 @@ impl Pending {
     }
 
     /// Words of a dead predecessor that name no cluster of a guest, which has `clusters`, but something
-    /// else that was promised: number, file cluster and slot of each. They are the caller's from now on.
-    pub(crate) fn take_beyond(&mut self, clusters: u32) -> Vec<(u32, Option<HostCluster>, usize)> {
+    /// else that was promised: number, what it says, and slot of each. They are the caller's from now on.
+    pub(crate) fn take_beyond(&mut self, clusters: u32) -> Vec<(u32, u32, usize)> {
         let beyond = self.later.split_off(&clusters);
         let all = beyond.into_iter();
-        all.map(|(n, entry)| (n, entry.to, entry.slot)).collect()
+        all.map(|(n, entry)| (n, entry.to.number(), entry.slot))
+            .collect()
     }
 
     /// Says in a word that was taken something that is not about a cluster of a guest.
-    pub(crate) fn put_beyond(&self, slot: usize, n: u32, host: u32) {
-        self.ledger.put(slot, VirtCluster(n), host);
+    pub(crate) fn put_beyond(&self, slot: usize, n: u32, says: u32) {
+        self.ledger.put(slot, VirtCluster(n), says);
     }
 
     /// Empties such a word.
@@ -96,8 +134,8 @@ impl Pending {
         self.later.get(&n).or_else(|| self.frozen.entries.get(&n))
     }
 
-    /// Where cluster `n` is if that is pending: the inner none when its mapping was dropped.
-    pub(crate) fn find(&self, n: u32) -> Option<Option<HostCluster>> {
+    /// Where cluster `n` will be if that is pending.
+    pub(crate) fn find(&self, n: u32) -> Option<To> {
         self.entry(n).map(|entry| entry.to)
     }
 
@@ -131,7 +169,7 @@ impl Pending {
 
     /// Whether clusters were taken since the last pass began.
     pub(crate) fn allocates(&self) -> bool {
-        self.later.values().any(|e| e.to.is_some())
+        self.later.values().any(|e| e.to.host().is_some())
     }
 
     /// Takes a word of the ledger for a mapping to come. `Pending` when there is none.
@@ -169,24 +207,20 @@ impl Pending {
         if !planted::is(Bug::LedgerAfterAnswer) {
             self.ledger.put(slot, cluster, to.0);
         }
-        let to = Some(to);
+        let to = To::At(to);
         self.later.insert(cluster.0, Entry { to, slot, fresh });
     }
 
-    /// Drops the mapping of `cluster`. A dropped mapping needs no data first. `Pending` when there is
-    /// no word for it.
-    pub(crate) fn drop_mapping(&mut self, cluster: VirtCluster) -> Result<()> {
+    /// Takes the mapping of `cluster` away: `to` is no place. Such a mapping needs no data first.
+    /// `Pending` when there is no word for it.
+    pub(crate) fn unmap(&mut self, cluster: VirtCluster, to: To) -> Result<()> {
         let slot = match self.slot_of(cluster.0) {
             Some(slot) => slot,
             None => self.take_slot()?,
         };
-        self.ledger.put(slot, cluster, 0);
-        let dropped = Entry {
-            to: None,
-            slot,
-            fresh: true,
-        };
-        self.later.insert(cluster.0, dropped);
+        self.ledger.put(slot, cluster, to.number());
+        let fresh = true;
+        self.later.insert(cluster.0, Entry { to, slot, fresh });
         Ok(())
     }
 
@@ -223,10 +257,7 @@ impl Pending {
     }
 
     /// What the running pass writes for the clusters in a range, and nothing later.
-    pub(crate) fn frozen_in(
-        &self,
-        range: Range<u32>,
-    ) -> impl Iterator<Item = (u32, Option<HostCluster>)> + '_ {
+    pub(crate) fn frozen_in(&self, range: Range<u32>) -> impl Iterator<Item = (u32, To)> + '_ {
         let later =
             planted::is(Bug::LaterEntriesInPageImage).then(|| self.later.range(range.clone()));
         let frozen = self.frozen.entries.range(range);

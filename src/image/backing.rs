@@ -1,12 +1,13 @@
-//! Backing: a bare qcow2 image with those that it names, which are only read.
+//! Backing: a bare qcow2 image with those that it names, which are only read but for its data file.
 //!
 //! An image is data from anywhere. Each name in it has passed the policy before it is opened, leads to
-//! a regular file in or below the folder of the image that says it, through no link, and is read only.
+//! a regular file in or below the folder of the image that says it, through no link.
 //! Formats are stated, and never guessed. No file is used twice, which ends every circle. Writers are
 //! kept from all files but the top, which whoever opens the disk has locked. This reads images, so it
 //! runs in the sandbox.
 
 use super::chain::RAW_CLUSTER;
+use super::open;
 use super::target::Format;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
@@ -24,9 +25,10 @@ use ploop_formats::{Error, Result, limits};
 use rustix::fs::fstat;
 use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Opens the image `top` in `dir` for reading, and what it stands on. `cache` is for the top and its
 /// data; what is below is read through the page cache, because others may read it, too.
@@ -41,12 +43,14 @@ pub async fn open_read(dir: BorrowedFd<'_>, top: &Path, cache: Cache) -> Result<
 }
 
 /// The same for writing: `store` is that of the top, which is nobody else's, and `ledger` outlives this
-/// process. What it stands on is only read.
+/// process. An external data file is taken for this process alone, once a predecessor's last writes to it
+/// have landed, for which `patience` is waited. What the top stands on is only read.
 pub async fn open_write(
     dir: BorrowedFd<'_>,
     top: &Path,
     store: FileStore,
     ledger: Ledger,
+    patience: Duration,
 ) -> Result<Stack<FileStore>> {
     let mut files = Files::new(dir);
     let place = |e: Error| e.at(top.display());
@@ -54,7 +58,8 @@ pub async fn open_write(
     let again = files.open(top, Cache::Writeback, Hold::Held);
     drop(again.map_err(place)?);
     let header = read_header(&store).await.map_err(place)?;
-    let opened = Qcow2::open_write(store, ledger).await;
+    let data = files.data_to_write(top, &header, store.cache(), patience);
+    let opened = Qcow2::open_write(store, data.map_err(place)?, ledger).await;
     files.stack(top, &header, opened.map_err(place)?).await
 }
 
@@ -87,6 +92,17 @@ fn backing_of(image: &Path, header: &Header) -> Result<Option<(PathBuf, Format)>
         }
     };
     Ok(Some((file, format)))
+}
+
+/// The external data file of an image, from the top's folder; it must be given by name.
+fn data_of(image: &Path, header: &Header) -> Result<Option<PathBuf>> {
+    match (header.has_data_file(), header.data_file()) {
+        (false, _) => Ok(None),
+        (true, Some(data)) => beside(image, data).map(Some),
+        (true, None) => Err(Error::unsupported(
+            "its data is in another file, and it does not say in which",
+        )),
+    }
 }
 
 /// A name that an image says, from the top's folder.
@@ -157,13 +173,45 @@ impl<'a> Files<'a> {
     /// Opens one that was not used before.
     fn open(&mut self, name: &Path, cache: Cache, hold: Hold) -> Result<FileStore> {
         let fd = self.open_again(name, hold)?;
-        let found = fstat(&fd).map_err(io::Error::from)?;
-        if !self.used.insert((found.st_dev, found.st_ino)) {
-            return Err(Error::damaged(
-                "the chain of backing files comes back to this file",
-            ));
-        }
+        self.use_once(&fd)?;
         FileStore::new(fd, name, cache)
+    }
+
+    /// Refuses a file that was used before.
+    fn use_once(&mut self, fd: impl AsFd) -> Result<()> {
+        let found = fstat(&fd).map_err(io::Error::from)?;
+        match self.used.insert((found.st_dev, found.st_ino)) {
+            true => Ok(()),
+            false => Err(Error::damaged(
+                "the chain of backing files comes back to this file",
+            )),
+        }
+    }
+
+    /// Opens the external data file of the top for writing, alone. Blocks.
+    fn data_to_write(
+        &mut self,
+        top: &Path,
+        header: &Header,
+        cache: Cache,
+        patience: Duration,
+    ) -> Result<Option<FileStore>> {
+        let Some(file) = data_of(top, header)? else {
+            return Ok(None);
+        };
+        let place = |e: Error| e.at(file.display());
+        let fd = open::fenced(self.dir, &file, patience).map_err(place)?;
+        // The lock is on the description, which the store goes on to have.
+        let copy = fd.try_clone()?;
+        drop(lock::own_top(copy).map_err(place)?);
+        self.use_once(&fd).map_err(place)?;
+        let piece = header.layout()?.piece();
+        let cache = if piece < limits::PAGE {
+            Cache::Writeback
+        } else {
+            cache
+        };
+        FileStore::new(fd, &file, cache).map(Some)
     }
 
     fn open_again(&self, name: &Path, hold: Hold) -> Result<OwnedFd> {
@@ -185,15 +233,9 @@ impl<'a> Files<'a> {
         hold: Hold,
     ) -> Result<Qcow2<FileStore>> {
         let piece = header.layout()?.piece();
-        let data = match (header.has_data_file(), header.data_file()) {
-            (false, _) => None,
-            (true, None) => {
-                return Err(Error::unsupported(
-                    "its data is in another file, and it does not say in which",
-                ));
-            }
-            (true, Some(data)) => {
-                let file = beside(name, data)?;
+        let data = match data_of(name, header)? {
+            None => None,
+            Some(file) => {
                 let opened = self.open(&file, Cache::Writeback, Hold::Shared);
                 let opened = opened.map_err(|e| e.at(file.display()))?;
                 Some(self.in_mode(&file, opened, cache, piece, Hold::Shared)?)

@@ -37,18 +37,7 @@ impl Top {
     /// Opens the top for writing and takes the fence. `Busy` when the predecessor's writes have
     /// not landed within `patience`. Blocks.
     pub fn fenced(dir: impl AsFd, layer: &LayerFile, patience: Duration) -> Result<Self> {
-        let fd = beneath::open_file(dir, Path::new(&layer.name), Access::Write)?;
-        lock::fence(&fd, Instant::now() + patience).map_err(|e| match e.kind() {
-            Kind::Busy => Error::new(
-                Kind::TimedOut,
-                format!(
-                    "{}: the last writes of another process have not landed after {} s ({e})",
-                    layer.display(),
-                    patience.as_secs()
-                ),
-            ),
-            _ => e,
-        })?;
+        let fd = fenced(dir, Path::new(&layer.name), patience)?;
         Ok(Self { fd })
     }
 
@@ -74,6 +63,23 @@ impl Top {
         let stat = rustix::fs::fstat(&self.fd).map_err(io::Error::from)?;
         Ok(stat.st_nlink)
     }
+}
+
+/// Opens a file for writing and takes the fence. As [`Top::fenced`].
+pub fn fenced(dir: impl AsFd, name: &Path, patience: Duration) -> Result<OwnedFd> {
+    let fd = beneath::open_file(dir, name, Access::Write)?;
+    lock::fence(&fd, Instant::now() + patience).map_err(|e| match e.kind() {
+        Kind::Busy => Error::new(
+            Kind::TimedOut,
+            format!(
+                "{}: the last writes of another process have not landed after {} s ({e})",
+                name.display(),
+                patience.as_secs()
+            ),
+        ),
+        _ => e,
+    })?;
+    Ok(fd)
 }
 
 /// The store of a top that nobody serves, for one command; it is to be settled before the locks of its
@@ -104,7 +110,7 @@ pub async fn open_write(
 ) -> Result<Disk<FileStore>> {
     if chain.top().format == Format::Qcow2 {
         let name = Path::new(&chain.top().name);
-        let stack = backing::open_write(dir.as_fd(), name, top, ledger).await?;
+        let stack = backing::open_write(dir.as_fd(), name, top, ledger, patience).await?;
         for layer in stack.layers() {
             refuse_unclosed(layer).map_err(|e| e.at("a backing file"))?;
         }

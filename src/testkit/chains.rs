@@ -107,7 +107,7 @@ impl Subject for Chains {
 
     async fn open(mut chain: Chain) -> Result<Disk<BenchStore>> {
         let top = chain.stores.pop().expect("a disk has a file");
-        let top = Qcow2::open_write(top, chain.ledger).await?;
+        let top = Qcow2::open_write(top, None, chain.ledger).await?;
         let mut layers = Vec::new();
         for (n, store) in chain.stores.into_iter().enumerate() {
             layers.push(Arc::new(if chain.raw_base && n == 0 {

@@ -11,6 +11,9 @@ use tempfile::TempDir;
 /// Random requests on each image.
 const STEPS: u64 = 600;
 
+/// Guest data in a file that is the disk, byte for byte.
+const RAW_DATA: &str = "data_file=data,data_file_raw=on";
+
 /// How an image is made.
 #[derive(Debug, Clone, Copy)]
 struct Made {
@@ -22,6 +25,8 @@ struct Made {
     /// Half of it is compressed.
     packed: bool,
     snapshot: bool,
+    /// Its last writer died, and left it dirty.
+    dead: bool,
 }
 
 const fn made(cluster: u64, options: &'static str) -> Made {
@@ -31,6 +36,7 @@ const fn made(cluster: u64, options: &'static str) -> Made {
         base: None,
         packed: false,
         snapshot: false,
+        dead: false,
     }
 }
 
@@ -55,10 +61,13 @@ fn matrix() -> Vec<Made> {
             snapshot: true,
             ..plain
         });
-        all.push(Made {
-            base: Some("raw"),
-            ..made(1 << log2, "compat=1.1,lazy_refcounts=on")
-        });
+        for dead in [false, true] {
+            all.push(Made {
+                base: Some("raw"),
+                dead,
+                ..made(1 << log2, "compat=1.1,lazy_refcounts=on")
+            });
+        }
     }
     for options in [
         "refcount_bits=1",
@@ -74,13 +83,28 @@ fn matrix() -> Vec<Made> {
         all.push(made(512, options));
         all.push(made(65536, options));
     }
-    for cluster in [16384, 65536, 2 << 20] {
+    for cluster in [512, 65536] {
         for base in [None, Some("raw")] {
             all.push(Made {
                 base,
+                ..made(cluster, "data_file=data")
+            });
+        }
+        all.push(made(cluster, RAW_DATA));
+    }
+    all.push(made(16384, "extended_l2=on,data_file=data"));
+    for cluster in [16384, 65536, 2 << 20] {
+        for base in [None, Some("raw"), Some("qcow2")] {
+            all.push(Made {
+                base,
+                snapshot: base == Some("qcow2"),
                 ..made(cluster, "extended_l2=on")
             });
         }
+        all.push(Made {
+            packed: true,
+            ..made(cluster, "extended_l2=on")
+        });
         all.push(Made {
             packed: true,
             ..made(cluster, "compression_type=zstd")
@@ -119,6 +143,23 @@ impl Bench {
         args.push(path.to_str().unwrap());
         let said = qemu("qemu-io", &args, &self.context);
         assert!(!said.contains("failed"), "{}: {said}", self.context);
+    }
+
+    /// As a writer that dies before it closes the image.
+    fn io_and_die(&self, commands: &[String]) {
+        let mut command = Command::new("qemu-io");
+        for each in commands
+            .iter()
+            .map(String::as_str)
+            .chain(["flush", "abort"])
+        {
+            command.args(["-c", each]);
+        }
+        command.args(["-f", "qcow2"]).arg(self.path("image"));
+        let done = command.output().unwrap();
+        assert!(!done.status.success(), "{}: it closed it", self.context);
+        let head = fs::read(self.path("image")).unwrap();
+        assert_eq!(head.get(79), Some(&1), "{}: it is dirty", self.context);
     }
 
     /// Makes it, with data of many kinds.
@@ -169,6 +210,9 @@ impl Bench {
             "image",
             &[fill(k, k * 2 + 512, 5), zero, fill(k * 13, k * 14, 6)],
         );
+        if made.dead {
+            bench.io_and_die(&[fill(k * 2, k * 3, 8), fill(k * 14, k * 15, 9)]);
+        }
         if made.snapshot {
             bench.img("snapshot -c one image");
             bench.io("qcow2", "image", &[fill(k * 4, k * 6, 7)]);
@@ -197,6 +241,9 @@ impl Bench {
         let check = ["check", "-f", "qcow2", image.to_str().unwrap()];
         try_qemu("qemu-img", &check).unwrap_or_else(|e| panic!("{}: {e}", self.context));
         self.img("compare -q -f qcow2 -F raw image model");
+        if made.options == RAW_DATA {
+            self.img("compare -q -f raw -F raw data model");
+        }
         if let Some(before) = before {
             assert!(
                 self.snapshot("now") == before,

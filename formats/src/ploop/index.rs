@@ -11,7 +11,7 @@ use super::alloc::Alloc;
 use super::header::{HEADER_LEN, Header};
 use crate::ledger::Ledger;
 use crate::limits;
-use crate::pending::Pending;
+use crate::pending::{Pending, To};
 use crate::planted::{self, Bug};
 use crate::units::{HostCluster, VirtCluster};
 use crate::{Error, Result};
@@ -84,7 +84,7 @@ impl Index {
             return Ok(Lookup::Absent);
         }
         if let Some(to) = self.pending.find(n) {
-            return Ok(to.map_or(Lookup::Absent, Lookup::At));
+            return Ok(to.host().map_or(Lookup::Absent, Lookup::At));
         }
         let (page, at) = place(&self.header, n);
         let Some(bytes) = self.pages.get(&page) else {
@@ -212,7 +212,7 @@ impl Index {
 
     /// Drops the mapping of `cluster`, which is at `from`.
     pub(super) fn drop_mapping(&mut self, cluster: VirtCluster, from: HostCluster) -> Result<()> {
-        self.pending.drop_mapping(cluster)?;
+        self.pending.unmap(cluster, To::Nowhere)?;
         if planted::is(Bug::FreeReusableBeforeSync) {
             self.alloc.free(&[from.0]);
         } else {
@@ -246,7 +246,7 @@ impl Index {
         image.copy_from_slice(durable);
         let (first, last) = entries_of(page);
         for (n, to) in self.pending.frozen_in(first..last) {
-            let raw = match to {
+            let raw = match to.host() {
                 None => 0,
                 Some(to) => self
                     .header

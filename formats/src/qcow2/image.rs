@@ -10,10 +10,12 @@ use super::cache::Slices;
 use super::header::{Header, L1};
 use super::open::read_padded;
 use super::packed;
+use super::partial::Bits;
 use super::run::Entries;
-use super::table::{L1Entry, Layout, Mapping, Packed};
-use super::writer::{Fate, NewTable, Reserved, Writer, lock};
+use super::table::{L1Entry, L2Entry, Layout, Mapping, Packed};
+use super::writer::{Fate, NewTable, Part, Reserved, Writer, lock};
 use crate::layer::{Below, Extent, Geometry, Layer, Place};
+use crate::pending::To;
 use crate::store::Store;
 use crate::units::{HostCluster, VirtCluster, floor_to};
 use crate::{Error, Kind, Result};
@@ -266,12 +268,17 @@ impl<S: Store> Qcow2<S> {
 
 /// What is pending of a guest range.
 enum Known {
-    /// Its first cluster is pending, and will be there.
-    At { at: u64, len: u64 },
-    /// Its first cluster is pending, and will be nowhere.
-    Dropped { len: u64 },
+    /// Its first cluster is pending, and this is how it begins.
+    Is(Extent),
     /// So much of it is not pending.
     Not { len: u64 },
+}
+
+/// The cluster that a guest cluster has to itself, when more of it may be filled.
+struct Own {
+    host: u32,
+    /// What is there of it.
+    bits: Bits,
 }
 
 impl<S: Store> Qcow2<S> {
@@ -287,11 +294,17 @@ impl<S: Store> Qcow2<S> {
         let here = size.bytes().saturating_sub(within).min(len);
         let state = lock(&writer.state);
         Ok(match state.pending.find(n) {
-            Some(Some(host)) => Known::At {
-                at: size.start(host.0).saturating_add(within),
-                len: here,
-            },
-            Some(None) => Known::Dropped { len: here },
+            Some(To::At(host)) => Known::Is({
+                let bits = state.partial.find(host.0).unwrap_or(Bits::ALL);
+                let entry = L2Entry::owned(Some(self.data_at(host)), bits, self.layout);
+                let entries = Entries {
+                    layout: self.layout,
+                    bytes: &entry.encode(self.layout),
+                };
+                entries.extent(within, here)?
+            }),
+            Some(To::Nowhere) => Known::Is(Extent::Absent { len: here }),
+            Some(To::Zeros) => Known::Is(Extent::Zero { len: here }),
             None => {
                 let next = state.pending.next_from(n).map(|next| size.start(next));
                 let rest = next.map_or(u64::MAX, |next| next.saturating_sub(guest));
@@ -306,21 +319,70 @@ impl<S: Store> Qcow2<S> {
         let within = layout.cluster.within(guest);
         let entries = Entries { layout, bytes };
         let end = within.saturating_add(len);
+        let here = layout.cluster.bytes().saturating_sub(within).min(len);
         let Some((at, run)) = entries.own(end)?.filter(|_| owned) else {
-            let here = layout.cluster.bytes().saturating_sub(within);
-            return Ok(Place::New { len: len.min(here) });
+            return match owned && self.is_partly(entries.first_entry())? {
+                true => self.place_in(entries.extent(within, here)?),
+                false => Ok(Place::New { len: here }),
+            };
         };
         let last = at.saturating_add(run).saturating_sub(1);
         self.judge_data(at, last)?;
+        if layout.external && at != guest.saturating_sub(within) {
+            return Err(elsewhere(at));
+        }
         Ok(Place::Here {
             at: at.saturating_add(within),
             len: run.saturating_sub(within).min(len),
         })
     }
 
-    /// Refuses bytes of the file that are named as guest data and are not in it, or hold metadata.
+    /// Whether an entry in a table that nobody else has names a cluster that may be there in part, and
+    /// nobody else has that.
+    fn is_partly(&self, entry: L2Entry) -> Result<bool> {
+        let packed = matches!(entry.mapping(self.layout, 0)?, Mapping::Packed(_));
+        let parted = self.layout.extended && !self.layout.external;
+        if !parted || !entry.copied() || packed {
+            return Ok(false);
+        }
+        let host = entry.host(self.layout)?;
+        let host = host.and_then(|at| self.layout.cluster.cluster_of(at));
+        let writer = self.writer()?;
+        Ok(host.is_some_and(|host| lock(&writer.state).partial.has_name(host)))
+    }
+
+    /// Where an extent of a cluster is written that nobody else has.
+    fn place_in(&self, extent: Extent) -> Result<Place> {
+        let Extent::Data { at, len } = extent else {
+            return Ok(Place::New { len: extent.len() });
+        };
+        self.judge_data(at, at.saturating_add(len).saturating_sub(1))?;
+        Ok(Place::Here { at, len })
+    }
+
+    /// What a cluster for `cluster` is called: its number in the file. One of an external data file, where
+    /// every cluster is at its guest offset, is called after the guest's, and one more, because 0 is no
+    /// place.
+    fn data_name(&self, cluster: VirtCluster) -> HostCluster {
+        HostCluster(cluster.0.saturating_add(1))
+    }
+
+    /// File offset of a cluster of data.
+    pub(super) const fn data_at(&self, host: HostCluster) -> u64 {
+        let n = match self.layout.external {
+            true => host.0.saturating_sub(1),
+            false => host.0,
+        };
+        self.layout.cluster.start(n)
+    }
+
+    /// Refuses bytes of the file that are named as guest data and are not in it, or hold metadata. Those of
+    /// an external data file hold nothing else.
     fn judge_data(&self, first: u64, last: u64) -> Result<()> {
         let size = self.layout.cluster;
+        if self.layout.external {
+            return Ok(());
+        }
         let inside = last < self.store.info().len;
         match (size.cluster_of(first), size.cluster_of(last)) {
             (Some(first), Some(last)) if inside => {
@@ -332,16 +394,23 @@ impl<S: Store> Qcow2<S> {
         }
     }
 
-    /// Clusters of the file that a guest cluster has, each once.
+    /// Clusters of the file that a guest cluster has, each once; none of an external data file, which
+    /// counts no users.
     async fn held(&self, cluster: VirtCluster) -> Result<Vec<u32>> {
+        if self.layout.external {
+            return Ok(Vec::new());
+        }
         if let Some(to) = lock(&self.writer()?.state).pending.find(cluster.0) {
-            return Ok(to.map(|host| host.0).into_iter().collect());
+            return Ok(to.host().map(|host| host.0).into_iter().collect());
         }
         self.held_durably(cluster).await
     }
 
     /// Clusters of the file that a guest cluster has as the tables say it, each once.
     pub(super) async fn held_durably(&self, cluster: VirtCluster) -> Result<Vec<u32>> {
+        if self.layout.external {
+            return Ok(Vec::new());
+        }
         let size = self.layout.cluster;
         let guest = size.start(cluster.0);
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
@@ -364,6 +433,169 @@ impl<S: Store> Qcow2<S> {
         self.judge_data(names.start, last).map_err(place)?;
         let number = |at: u64| size.cluster_of(at).unwrap_or(u32::MAX);
         Ok((number(names.start)..=number(last)).collect())
+    }
+
+    /// The cluster of `cluster` when it is nobody else's and more subclusters of it may be filled.
+    async fn own_part(&self, writer: &Writer, cluster: VirtCluster) -> Result<Option<Own>> {
+        if !self.layout.extended || self.layout.external {
+            return Ok(None);
+        }
+        let named = |own: &Own| lock(&writer.state).partial.has_name(own.host);
+        if let Some(to) = lock(&writer.state).pending.find(cluster.0) {
+            let Some(HostCluster(host)) = to.host() else {
+                return Ok(None);
+            };
+            let bits = lock(&writer.state).partial.find(host);
+            return Ok(bits.map(|bits| Own { host, bits }).filter(named));
+        }
+        let (host, entry) = self.own_entry(cluster).await?;
+        let bits = Bits::of(entry.bits);
+        Ok(host.map(|host| Own { host, bits }).filter(named))
+    }
+
+    /// The durable entry of `cluster`, and the file cluster in it when nobody else has that.
+    pub(super) async fn own_entry(&self, cluster: VirtCluster) -> Result<(Option<u32>, L2Entry)> {
+        let size = self.layout.cluster;
+        let guest = size.start(cluster.0);
+        let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
+        let nothing = L2Entry { word: 0, bits: 0 };
+        let Lookup::Entries { bytes, owned, .. } = self.look_up(guest).await.map_err(place)? else {
+            return Ok((None, nothing));
+        };
+        let entries = Entries {
+            layout: self.layout,
+            bytes: &bytes,
+        };
+        let entry = entries.first_entry();
+        let packed = matches!(entries.first().map_err(place)?, Mapping::Packed(_));
+        if !owned || !entry.copied() || packed {
+            return Ok((None, entry));
+        }
+        let host = entry.host(self.layout).map_err(place)?;
+        let Some(at) = host else {
+            return Ok((None, entry));
+        };
+        let last = at.saturating_add(size.bytes()).saturating_sub(1);
+        self.judge_data(at, last).map_err(place)?;
+        Ok((size.cluster_of(at), entry))
+    }
+
+    /// Takes two words of the ledger: a mapping's, and one for the subclusters of its cluster.
+    fn take_slots(&self, writer: &Writer) -> Result<(usize, Option<usize>)> {
+        let mut state = lock(&writer.state);
+        let slot = state.pending.take_slot()?;
+        if !self.layout.extended {
+            return Ok((slot, None));
+        }
+        let second = state.pending.take_slot();
+        let second = second.inspect_err(|_| state.pending.return_slot(slot))?;
+        Ok((slot, Some(second)))
+    }
+
+    /// Takes words for `cluster`, and the cluster that it has, or another one.
+    async fn reserve_one(&self, writer: &Writer, cluster: VirtCluster) -> Result<Reserved> {
+        if self.layout.external {
+            return self.reserve_outside(writer, cluster).await;
+        }
+        let own = self.own_part(writer, cluster).await?;
+        let old = match &own {
+            Some(_) => Vec::new(),
+            None => self.held(cluster).await?,
+        };
+        self.own_table(writer, cluster).await?;
+        let is_new = own.is_none();
+        let strays = |own: &Own| lock(&writer.state).strays.contains(own.host);
+        if own.as_ref().is_some_and(strays) {
+            self.settle_strays(writer).await;
+        }
+        let (slot, second) = self.take_slots(writer)?;
+        let own = match own {
+            Some(own) => own,
+            None => {
+                let nothing = Bits { taken: 0, zero: 0 };
+                let taken = self.take(writer).await;
+                let host = taken.inspect_err(|_| {
+                    let mut state = lock(&writer.state);
+                    let slots = std::iter::once(slot).chain(second);
+                    slots.for_each(|slot| state.pending.return_slot(slot));
+                })?;
+                Own {
+                    host,
+                    bits: nothing,
+                }
+            }
+        };
+        let named = lock(&writer.state).partial.has_name(own.host);
+        Ok(Reserved {
+            cluster: HostCluster(own.host),
+            host: self.layout.cluster.start(own.host),
+            slot,
+            part: second.map(|slot| Part {
+                slot,
+                bits: if named { own.bits } else { Bits::ALL },
+                piece: named.then(|| self.layout.piece()),
+            }),
+            is_new,
+            old,
+            fate: Fate::Untouched,
+            state: Arc::clone(&writer.state),
+        })
+    }
+
+    /// Takes a word for `cluster`, whose place in the external data file is its own always, whatever is
+    /// there.
+    async fn reserve_outside(&self, writer: &Writer, cluster: VirtCluster) -> Result<Reserved> {
+        self.metadata().room()?;
+        let name = self.data_name(cluster);
+        self.own_table(writer, cluster).await?;
+        if lock(&writer.state).strays.contains(name.0) {
+            self.settle_strays(writer).await;
+        }
+        let slot = lock(&writer.state).pending.take_slot()?;
+        Ok(Reserved {
+            cluster: name,
+            host: self.data_at(name),
+            slot,
+            part: None,
+            is_new: false,
+            old: Vec::new(),
+            fate: Fate::Untouched,
+            state: Arc::clone(&writer.state),
+        })
+    }
+
+    /// Writes that were given up to clusters in use land before the next one does.
+    pub(super) async fn settle_strays(&self, writer: &Writer) {
+        let strays = std::mem::take(&mut lock(&writer.state).strays);
+        if !strays.is_empty() {
+            self.store().settle().await;
+        }
+    }
+
+    /// The external data file.
+    pub(super) const fn data_file(&self) -> Option<&S> {
+        self.data.as_ref()
+    }
+
+    /// Takes the mapping of `cluster` away, and frees what it had.
+    async fn unmap(&self, writer: &Writer, cluster: VirtCluster, to: To) -> Result<()> {
+        let old = self.held(cluster).await?;
+        self.own_table(writer, cluster).await?;
+        let mut state = lock(&writer.state);
+        state.pending.unmap(cluster, to)?;
+        for old in old {
+            state.give_up(old);
+        }
+        Ok(())
+    }
+
+    /// Whether all of `cluster` is as `is` says.
+    async fn is_all(&self, cluster: VirtCluster, is: impl Fn(Extent) -> bool) -> Result<bool> {
+        let size = self.layout.cluster;
+        let start = size.start(cluster.0);
+        let len = size.bytes().min(self.size.saturating_sub(start));
+        let extent = self.map(start, len).await?;
+        Ok(is(extent) && extent.len() == len)
     }
 
     /// Sees to it that the table of `cluster` may be written: it is nobody else's, or a new one will
@@ -402,14 +634,7 @@ impl<S: Store> Qcow2<S> {
             }
             let word = self.table_word(index);
             state.pending.put_beyond(slot, word, host);
-            state.metadata.insert(host);
-            let new = NewTable {
-                host,
-                old,
-                slot,
-                tried: false,
-            };
-            state.tables.insert(index, new);
+            state.add_table(index, NewTable::new(host, old, slot));
             return Ok(());
         }
     }
@@ -454,6 +679,11 @@ fn copy(known: &Result<Bytes>) -> Result<Bytes> {
     }
 }
 
+/// Why an entry that names another place of an external data file than its own is not used.
+fn elsewhere(at: u64) -> Error {
+    Error::damaged(format!("is at {at:#x} of the external data file"))
+}
+
 fn read_only() -> Error {
     Error::new(Kind::ReadOnly, "this qcow2 image is open read-only")
 }
@@ -475,8 +705,7 @@ impl<S: Store> Layer for Qcow2<S> {
 
     async fn map(&self, guest: u64, len: u64) -> Result<Extent> {
         let len = match self.pending(guest, len)? {
-            Known::At { at, len } => return Ok(Extent::Data { at, len }),
-            Known::Dropped { len } => return Ok(Extent::Absent { len }),
+            Known::Is(extent) => return Ok(extent),
             Known::Not { len } => len,
         };
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
@@ -496,9 +725,7 @@ impl<S: Store> Layer for Qcow2<S> {
             return Ok(extent);
         };
         if layout.external && at != guest {
-            return Err(place(Error::damaged(format!(
-                "is at {at:#x} of the external data file"
-            ))));
+            return Err(place(elsewhere(at)));
         }
         self.cut_to_file(at, len).map_err(place)
     }
@@ -531,8 +758,8 @@ impl<S: Store> Layer for Qcow2<S> {
 
     async fn place(&self, guest: u64, len: u64) -> Result<Place> {
         let len = match self.pending(guest, len)? {
-            Known::At { at, len } => return Ok(Place::Here { at, len }),
-            Known::Dropped { len } => return Ok(Place::New { len }),
+            Known::Is(Extent::Data { at, len }) => return Ok(Place::Here { at, len }),
+            Known::Is(extent) => return Ok(Place::New { len: extent.len() }),
             Known::Not { len } => len,
         };
         let place = |e: Error| e.at(format!("guest offset {guest:#x}"));
@@ -551,47 +778,43 @@ impl<S: Store> Layer for Qcow2<S> {
     }
 
     async fn reserve(&self, cluster: VirtCluster) -> Result<Reserved> {
-        let writer = self.may_write()?;
-        let old = self.held(cluster).await?;
-        self.own_table(writer, cluster).await?;
-        let slot = lock(&writer.state).pending.take_slot()?;
-        let taken = self.take(writer).await;
-        let taken = taken.inspect_err(|_| lock(&writer.state).pending.return_slot(slot))?;
-        Ok(Reserved {
-            cluster: HostCluster(taken),
-            host: self.layout.cluster.start(taken),
-            slot,
-            old,
-            fate: Fate::Untouched,
-            state: Arc::clone(&writer.state),
-        })
+        self.reserve_one(self.may_write()?, cluster).await
     }
 
     fn publish(&self, cluster: VirtCluster, mut reserved: Reserved, below: Below) {
-        let fresh = below == Below::Zeros && self.store.info().fresh_zero;
+        let clean = reserved.is_new && self.store.info().fresh_zero;
         reserved.fate = Fate::Published;
         let mut state = lock(&reserved.state);
+        let state = &mut *state;
         let (to, slot) = (reserved.cluster, reserved.slot);
+        // Before the mapping: without them it is of a whole cluster.
+        reserved.put_bits(state);
+        let fresh = clean && below == Below::Zeros;
         state.pending.publish(cluster, to, slot, fresh);
         for old in &reserved.old {
-            state.pending.free_later(*old);
+            state.give_up(*old);
         }
     }
 
     async fn release(&self, cluster: VirtCluster) -> Result<()> {
         let writer = self.may_write()?;
-        let start = self.layout.cluster.start(cluster.0);
-        if let Extent::Absent { .. } = self.map(start, 1).await? {
-            return Ok(());
+        let absent = |extent| matches!(extent, Extent::Absent { .. });
+        match self.is_all(cluster, absent).await? {
+            true => Ok(()),
+            false => self.unmap(writer, cluster, To::Nowhere).await,
         }
-        let old = self.held(cluster).await?;
-        self.own_table(writer, cluster).await?;
-        let mut state = lock(&writer.state);
-        state.pending.drop_mapping(cluster)?;
-        for old in old {
-            state.pending.free_later(old);
+    }
+
+    async fn zero(&self, cluster: VirtCluster) -> Result<bool> {
+        let writer = self.may_write()?;
+        if !self.layout.zero_flag {
+            return Ok(false);
         }
-        Ok(())
+        let zero = |extent| matches!(extent, Extent::Zero { .. });
+        if !self.is_all(cluster, zero).await? {
+            self.unmap(writer, cluster, To::Zeros).await?;
+        }
+        Ok(true)
     }
 
     async fn sync(&self) -> Result<()> {

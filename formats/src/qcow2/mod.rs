@@ -3,7 +3,7 @@
 //! `header`, `extension`, `table`, `run`, `refcount`, `snapshot` and `bitmap` are bytes; `packed`
 //! inflates; `cache` keeps table pages. `open` and `image` read a store for a guest. What writes for it is
 //! split by what happens to an image: `start` (opened for writing, recovery), `writer` (what is known in
-//! memory), `alloc` (what is free), `blocks` (refcounts), `supply` (where clusters come from), `sync`
+//! memory), `partial` (which subclusters of a cluster are there), `alloc` (what is free), `blocks` (refcounts), `supply` (where clusters come from), `sync`
 //! (what is durable, and in which order). `create`, `check` with its repair, and `snapshots` work on an
 //! image that nobody uses, and `words` writes for them. No name that an image holds is ever opened here:
 //! the caller opens backing and data files by a policy of its own.
@@ -20,6 +20,7 @@ pub mod header;
 mod image;
 mod open;
 mod packed;
+mod partial;
 pub mod refcount;
 mod run;
 pub mod snapshot;

@@ -1,8 +1,10 @@
 //! Opening for writing. The ordering:
 //!
-//! 1. The header is judged: one that is dirty or corrupt is refused, and nothing is changed. So are
-//!    first-level and refcount tables that name what is no cluster of the file, or metadata twice.
-//! 2. The file is lengthened to whole clusters; the header loses autoclear bits that are not known here,
+//! 1. The header is judged: one that is corrupt is refused, and nothing is changed. One that is dirty was
+//!    left by a writer that counts later, and died: it is repaired as `check --repair` does, in the
+//!    order that this has, and refused when it is dirty still. First-level and refcount tables that name
+//!    what is no cluster of the file, or metadata twice, are refused, too.
+//! 2. The file is lengthened to whole clusters, and an external data file to the disk's size; the header loses autoclear bits that are not known here,
 //!    and bitmaps are marked as in use, since nobody records what is written; barrier.
 //! 3. A predecessor that died left its answered mappings in the ledger: they are made durable by an
 //!    ordinary pass. The caller holds the fence: nothing of the predecessor can land any more.
@@ -11,13 +13,15 @@ use super::alloc::Alloc;
 use super::be::u64_at;
 use super::bitmap;
 use super::blocks::{Blocks, Images, frozen, put};
+use super::check::{Repair, repair};
 use super::header::{BITMAPS_VALID, CORRUPT, DIRTY, EXTERNAL_DATA, Header, L1};
 use super::image::Qcow2;
 use super::open::{list_bitmaps, list_snapshots, read_header, read_padded, snapshot_l1};
+use super::partial::{Bits, Partials};
 use super::table::L1Entry;
 use super::writer::{NewTable, State, Writer, lock};
 use crate::ledger::Ledger;
-use crate::pending::Pending;
+use crate::pending::{Pending, To};
 use crate::store::Store;
 use crate::units::{ClusterSize, HostCluster, VirtCluster};
 use crate::update::Update;
@@ -34,11 +38,24 @@ impl<S: Store> Qcow2<S> {
     /// Opens an image for writing, alone: the caller holds its locks and, when `ledger` comes from a
     /// dead predecessor, the fence. A poisoned ledger opens for reading what was answered.
     ///
-    /// `Damaged` for an image that must be repaired first, `Unsupported` with an external data file
-    /// and for one with more than 2^32 clusters.
-    pub async fn open_write(store: S, ledger: Ledger) -> Result<Self> {
-        judge(&read_header(&store).await?)?;
-        let mut image = Self::open_read(store, None).await?;
+    /// `data` is its external data file, as for [`Qcow2::open_read`]; one that is shorter than the disk is
+    /// lengthened.
+    ///
+    /// `Damaged` for an image that must be repaired first, `Unsupported` for one with more than 2^32
+    /// clusters.
+    pub async fn open_write(store: S, data: Option<S>, ledger: Ledger) -> Result<Self> {
+        let mut header = read_header(&store).await?;
+        judge(&header)?;
+        let is_dirty = |header: &Header| header.features.incompatible & DIRTY != 0;
+        if is_dirty(&header) && !ledger.is_poisoned() {
+            header = recounted(&store).await?;
+        }
+        if is_dirty(&header) {
+            return Err(refuse(
+                "the image was not closed, and not all of it could be repaired".into(),
+            ));
+        }
+        let mut image = Self::open_read(store, data).await?;
         let size = image.header().cluster;
         let len = image.metadata().info().len;
         let end = u32::try_from(size.count(len))
@@ -52,6 +69,8 @@ impl<S: Store> Qcow2<S> {
             alloc: Alloc::new(end),
             metadata,
             tables: BTreeMap::new(),
+            partial: Partials::new(image.table_word(image.l1().entries)),
+            strays: RoaringBitmap::new(),
         };
         let poisoned = ledger.is_poisoned();
         image.write_with(Writer {
@@ -73,6 +92,12 @@ impl<S: Store> Qcow2<S> {
         let len = header.cluster.start(end);
         if len != self.metadata().info().len {
             self.metadata().set_len(len).await?;
+        }
+        if let Some(data) = self.data_file() {
+            if data.info().len < header.size {
+                data.set_len(header.size).await?;
+                data.flush().await?;
+            }
         }
         let mut update = Update::new();
         for (at, bytes) in self.bitmaps_in_use().await? {
@@ -105,7 +130,8 @@ impl<S: Store> Qcow2<S> {
     /// Step 3.
     async fn recover(&self) -> Result<()> {
         let writer = self.writer()?;
-        let (tables, left) = {
+        let parts_from = self.table_word(self.l1().entries);
+        let (mut tables, left) = {
             let mut state = lock(&writer.state);
             let tables = state.pending.take_beyond(self.guest_clusters());
             let left: Vec<u32> = state.pending.clusters().collect();
@@ -114,7 +140,10 @@ impl<S: Store> Qcow2<S> {
         if tables.is_empty() && left.is_empty() {
             return Ok(());
         }
+        let parts = tables.extract_if(.., |(word, ..)| *word >= parts_from);
+        let parts: Vec<_> = parts.collect();
         let recover = async {
+            self.inherit_parts(writer, &left, parts).await?;
             for (word, host, slot) in tables {
                 self.inherit_table(writer, word, host, slot).await?;
             }
@@ -128,29 +157,51 @@ impl<S: Store> Qcow2<S> {
         done.map_err(|e| e.at("recovering what the last worker had answered"))
     }
 
+    /// Which subclusters a dead predecessor had of the clusters in `left`, which are pending. What it said
+    /// of others says nothing.
+    async fn inherit_parts(
+        &self,
+        writer: &Writer,
+        left: &[u32],
+        parts: Vec<(u32, u32, usize)>,
+    ) -> Result<()> {
+        let mut zeros = BTreeMap::new();
+        for cluster in left {
+            let to = lock(&writer.state).pending.find(*cluster);
+            if let Some(HostCluster(host)) = to.and_then(To::host) {
+                let (durable, entry) = self.own_entry(VirtCluster(*cluster)).await?;
+                let same = durable == Some(host);
+                zeros.insert(host, if same { Bits::of(entry.bits).zero } else { 0 });
+            }
+        }
+        let mut state = lock(&writer.state);
+        for (word, taken, slot) in parts {
+            let host = state.partial.host(word);
+            match zeros.get(&host) {
+                Some(zero) => state
+                    .partial
+                    .inherit(host, Bits { taken, zero: *zero }, slot),
+                None => state.pending.clear_beyond(slot),
+            }
+        }
+        Ok(())
+    }
+
     /// Goes on with a new second-level table of a dead predecessor, unless it is named already.
     async fn inherit_table(
         &self,
         writer: &Writer,
         word: u32,
-        host: Option<HostCluster>,
+        host: u32,
         slot: usize,
     ) -> Result<()> {
         let index = word.saturating_sub(self.guest_clusters());
         let old = self.l1_entry(index).await?.table(self.header().cluster)?;
         let mut state = lock(&writer.state);
-        match host.filter(|host| old != Some(self.header().cluster.start(host.0))) {
+        let host = Some(host).filter(|host| *host != 0);
+        match host.filter(|host| old != Some(self.header().cluster.start(*host))) {
             None => state.pending.clear_beyond(slot),
-            Some(HostCluster(host)) => {
-                state.metadata.insert(host);
-                let new = NewTable {
-                    host,
-                    old,
-                    slot,
-                    tried: false,
-                };
-                state.tables.insert(index, new);
-            }
+            Some(host) => state.add_table(index, NewTable::new(host, old, slot)),
         }
         Ok(())
     }
@@ -158,7 +209,7 @@ impl<S: Store> Qcow2<S> {
     /// What a guest cluster has durably, and not by the word of a dead predecessor, has a user less
     /// once that is durable.
     async fn replaced(&self, writer: &Writer, cluster: u32) -> Result<()> {
-        let to = lock(&writer.state).pending.find(cluster).flatten();
+        let to = lock(&writer.state).pending.find(cluster).and_then(To::host);
         let had = self.held_durably(VirtCluster(cluster)).await?;
         let mut state = lock(&writer.state);
         for old in had {
@@ -267,20 +318,27 @@ impl<S: Store> Qcow2<S> {
     }
 }
 
+/// Counts anew who names what; the header as it is then.
+async fn recounted<S: Store>(store: &S) -> Result<Header> {
+    let allowed = Repair {
+        errors: true,
+        ..Repair::default()
+    };
+    repair(store, &allowed).await?;
+    read_header(store).await
+}
+
 /// Refuses what is not written before it was repaired, or cannot be written here.
 fn judge(header: &Header) -> Result<()> {
     let features = header.features.incompatible;
     if features & CORRUPT != 0 {
         return Err(refuse("the image is marked corrupt".into()));
     }
-    if features & DIRTY != 0 {
+    if features & EXTERNAL_DATA != 0 && header.snapshots.count > 0 {
         return Err(refuse(
-            "the image was not closed, and its refcounts may be stale".into(),
+            "snapshots in an image with an external data file, whose bytes have one state only"
+                .into(),
         ));
-    }
-    if features & EXTERNAL_DATA != 0 {
-        let what = "an image with an external data file is opened for reading only";
-        return Err(Error::unsupported(what));
     }
     let clusters = header.cluster.count(header.size);
     match clusters.saturating_add(u64::from(header.l1.entries)) >= u64::from(u32::MAX) {

@@ -4,7 +4,7 @@
 //! 1. Freeze: the entries and frees that are pending now are what this pass covers.
 //! 2. New second-level tables are written where nobody names them yet. One that takes the place of a
 //!    shared table is a copy of it.
-//! 3. Data barrier, which covers them, too. Left out only when every frozen entry is fresh, its cluster
+//! 3. Data barrier, which covers them, too, and one of an external data file, always. Left out only when every frozen entry is fresh, its cluster
 //!    durably read as zeros, which the guest read there before, and so does what is new of a table.
 //! 4. Entries of tables that are there, and first-level entries that name the new ones. Refcounts of
 //!    what they name have been durable since it was handed out (`supply`).
@@ -20,11 +20,13 @@
 
 use super::blocks::{Change, Images, frozen, put};
 use super::image::Qcow2;
+use super::partial::Bits;
 use super::table::{L1Entry, L2Entry};
-use super::writer::{NewTable, Writer, lock};
+use super::writer::{NewTable, State, Writer, lock};
+use crate::pending::To;
 use crate::planted::{self, Bug};
 use crate::store::Store;
-use crate::units::{HostCluster, floor_to};
+use crate::units::floor_to;
 use crate::update::Update;
 use crate::{Error, Kind, Result};
 use bytes::Bytes;
@@ -46,10 +48,16 @@ struct Plan {
 impl<S: Store> Qcow2<S> {
     /// Runs one pass. The caller runs one at a time.
     pub(super) async fn pass(&self, writer: &Writer) -> Result<()> {
-        if lock(&writer.state).pending.freeze() {
+        let given_up = {
+            let mut state = lock(&writer.state);
+            state.partial.freeze();
+            state.pending.freeze()
+        };
+        if given_up {
             // Tables of a pass that was given up may still be on their way.
             self.metadata().settle().await;
         }
+        self.settle_strays(writer).await;
         self.new_epoch();
         if planted::is(Bug::LowerBeforeDrop) {
             let freed = lock(&writer.state).pending.take_freed();
@@ -81,6 +89,12 @@ impl<S: Store> Qcow2<S> {
         let then = write_all(Update::new(), &after).barrier();
         let written = async {
             first.apply(self.metadata()).await?;
+            if let Some(data) = self
+                .data_file()
+                .filter(|_| !planted::is(Bug::IndexBeforeData))
+            {
+                data.flush().await?;
+            }
             tried(writer, &plan.links);
             then.apply(self.metadata()).await
         };
@@ -119,7 +133,7 @@ impl<S: Store> Qcow2<S> {
                 let range = first..first.saturating_add(per);
                 let entries = state.pending.frozen_in(range);
                 let entries: Vec<_> = entries
-                    .map(|(n, to)| (n.saturating_sub(first), to))
+                    .map(|(n, to)| (n.saturating_sub(first), self.entry(&state, to)))
                     .collect();
                 (entries, state.tables.get(&index).copied())
             };
@@ -135,7 +149,7 @@ impl<S: Store> Qcow2<S> {
     async fn change_table(
         &self,
         index: u32,
-        entries: &[(u32, Option<HostCluster>)],
+        entries: &[(u32, L2Entry)],
         plan: &mut Plan,
     ) -> Result<()> {
         let table = self.l1_entry(index).await?.table(self.layout().cluster)?;
@@ -146,7 +160,7 @@ impl<S: Store> Qcow2<S> {
     async fn change_entries(
         &self,
         table: u64,
-        entries: &[(u32, Option<HostCluster>)],
+        entries: &[(u32, L2Entry)],
         plan: &mut Plan,
     ) -> Result<()> {
         for (n, _) in entries {
@@ -162,7 +176,7 @@ impl<S: Store> Qcow2<S> {
         &self,
         index: u32,
         new: NewTable,
-        entries: &[(u32, Option<HostCluster>)],
+        entries: &[(u32, L2Entry)],
         plan: &mut Plan,
     ) -> Result<()> {
         let size = self.layout().cluster;
@@ -201,17 +215,28 @@ impl<S: Store> Qcow2<S> {
         Ok(())
     }
 
+    /// What the running pass writes of a mapping.
+    fn entry(&self, state: &State, to: To) -> L2Entry {
+        let layout = self.layout();
+        match to {
+            To::Zeros => L2Entry::zeros(layout),
+            To::Nowhere => L2Entry::owned(None, Bits::ALL, layout),
+            To::At(host) => {
+                let bits = state.partial.frozen(host.0);
+                L2Entry::owned(Some(self.data_at(host)), bits, layout)
+            }
+        }
+    }
+
     /// File offset of entry `n` of the table at `table`.
     fn entry_at(&self, table: u64, n: u32) -> u64 {
         table.saturating_add(u64::from(n).saturating_mul(self.layout().entry_len()))
     }
 
     /// Puts entries of the table at `table` into images of its slices.
-    fn put_entries(&self, table: u64, entries: &[(u32, Option<HostCluster>)], images: &mut Images) {
-        let layout = self.layout();
-        for (n, to) in entries {
-            let host = to.map(|to| layout.cluster.start(to.0));
-            let bytes = L2Entry::owned(host, layout).encode(layout);
+    fn put_entries(&self, table: u64, entries: &[(u32, L2Entry)], images: &mut Images) {
+        for (n, entry) in entries {
+            let bytes = entry.encode(self.layout());
             put(images, self.slice_len(), self.entry_at(table, *n), &bytes);
         }
     }
@@ -225,7 +250,12 @@ impl<S: Store> Qcow2<S> {
                 state.tables.remove(index);
                 state.pending.clear_beyond(new.slot);
             }
-            state.pending.pass_done()
+            let freed = state.pending.pass_done();
+            let State {
+                pending, partial, ..
+            } = &mut *state;
+            partial.pass_done(pending);
+            freed
         };
         let old = links.iter().filter_map(|(_, new)| new.old);
         freed.extend(old.filter_map(|at| size.cluster_of(at)));

@@ -3,6 +3,7 @@
 //! Pure values: an entry is decoded, or it breaks a rule of the format and says which. Source:
 //! QEMU `docs/interop/qcow2.rst`, "Cluster mapping" and "Extended L2 Entries".
 
+use super::partial::Bits;
 use crate::planted::{self, Bug};
 use crate::units::ClusterSize;
 use crate::{Error, Result};
@@ -169,14 +170,29 @@ impl L2Entry {
         }
     }
 
-    /// The entry of a cluster that is there as a whole, and nobody else has; that of none.
-    pub(super) const fn owned(host: Option<u64>, layout: Layout) -> Self {
+    /// The entry of a cluster that nobody else has, of which so much is there; that of none.
+    pub(super) const fn owned(host: Option<u64>, bits: Bits, layout: Layout) -> Self {
         match host {
             None => Self { word: 0, bits: 0 },
             Some(at) => Self {
                 word: at | COPIED,
-                bits: if layout.extended { u32::MAX as u64 } else { 0 },
+                bits: if layout.extended { bits.word() } else { 0 },
             },
+        }
+    }
+
+    /// The entry of a cluster that reads as zeros.
+    pub(super) const fn zeros(layout: Layout) -> Self {
+        if layout.extended {
+            Self {
+                word: 0,
+                bits: (u32::MAX as u64).wrapping_shl(32),
+            }
+        } else {
+            Self {
+                word: ZERO,
+                bits: 0,
+            }
         }
     }
 

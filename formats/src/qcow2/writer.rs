@@ -3,6 +3,8 @@
 
 use super::alloc::Alloc;
 use super::blocks::Blocks;
+use super::partial::{Bits, Partials};
+use super::table::SUBCLUSTERS;
 use crate::layer::Reservation;
 use crate::ledger::Ledger;
 use crate::pending::Pending;
@@ -29,6 +31,18 @@ pub(super) struct NewTable {
     pub(super) tried: bool,
 }
 
+impl NewTable {
+    /// One of which nothing was written.
+    pub(super) const fn new(host: u32, old: Option<u64>, slot: usize) -> Self {
+        Self {
+            host,
+            old,
+            slot,
+            tried: false,
+        }
+    }
+}
+
 /// The part that requests share.
 #[derive(Debug)]
 pub(super) struct State {
@@ -38,6 +52,10 @@ pub(super) struct State {
     pub(super) metadata: RoaringBitmap,
     /// New second-level tables, by their numbers.
     pub(super) tables: BTreeMap<u32, NewTable>,
+    /// Clusters that are there in part.
+    pub(super) partial: Partials,
+    /// Clusters in use to which a write was given up.
+    pub(super) strays: RoaringBitmap,
 }
 
 /// The state, shared with outstanding reservations.
@@ -49,6 +67,18 @@ pub(super) fn lock(shared: &Shared) -> MutexGuard<'_, State> {
 }
 
 impl State {
+    /// Table `index` will be at a new place.
+    pub(super) fn add_table(&mut self, index: u32, new: NewTable) {
+        self.metadata.insert(new.host);
+        self.tables.insert(index, new);
+    }
+
+    /// A file cluster has no mapping any more, and is free once that is durable.
+    pub(super) fn give_up(&mut self, cluster: u32) {
+        self.partial.drop_host(cluster);
+        self.pending.free_later(cluster);
+    }
+
     /// Refuses clusters that hold metadata: what names them as data is wrong.
     pub(super) fn refuse_metadata(&self, clusters: RangeInclusive<u32>) -> Result<()> {
         let (first, last) = (*clusters.start(), *clusters.end());
@@ -79,10 +109,39 @@ pub struct Reserved {
     pub(super) cluster: HostCluster,
     pub(super) host: u64,
     pub(super) slot: usize,
+    /// What of it is there, where that may be a part.
+    pub(super) part: Option<Part>,
+    /// Whether it is another one than the guest cluster has.
+    pub(super) is_new: bool,
     /// Clusters of the file that the guest cluster had.
     pub(super) old: Vec<u32>,
     pub(super) fate: Fate,
     pub(super) state: Shared,
+}
+
+/// The subclusters of a reserved cluster.
+#[derive(Debug)]
+pub(super) struct Part {
+    /// A word of the ledger for them.
+    pub(super) slot: usize,
+    pub(super) bits: Bits,
+    /// Bytes of one; none when the cluster is filled as a whole.
+    pub(super) piece: Option<u64>,
+}
+
+impl Reserved {
+    /// Says which subclusters are there, unless all of a new cluster are.
+    pub(super) fn put_bits(&self, state: &mut State) {
+        let Some(part) = &self.part else { return };
+        let State {
+            pending, partial, ..
+        } = state;
+        if self.is_new && part.bits == Bits::ALL {
+            pending.return_slot(part.slot);
+        } else {
+            partial.put(pending, self.cluster.0, part.bits, part.slot);
+        }
+    }
 }
 
 /// What became of a reservation.
@@ -101,6 +160,26 @@ impl Reservation for Reserved {
     fn submitted(&mut self) {
         self.fate = Fate::Submitted;
     }
+
+    fn piece(&self) -> Option<u64> {
+        self.part.as_ref().and_then(|part| part.piece)
+    }
+
+    fn is_new(&self) -> bool {
+        self.is_new
+    }
+
+    fn filled(&mut self, from: u64, to: u64) {
+        let Some((part, piece)) = self.part.as_mut().and_then(|p| p.piece.map(|n| (p, n))) else {
+            return;
+        };
+        for n in 0..SUBCLUSTERS {
+            let at = piece.saturating_mul(u64::from(n));
+            if (from..to).contains(&at) {
+                part.bits.taken |= 1u32.wrapping_shl(n);
+            }
+        }
+    }
 }
 
 impl Drop for Reserved {
@@ -110,7 +189,14 @@ impl Drop for Reserved {
         }
         let mut state = lock(&self.state);
         state.pending.return_slot(self.slot);
+        if let Some(part) = &self.part {
+            state.pending.return_slot(part.slot);
+        }
         match self.fate {
+            Fate::Submitted if !self.is_new => {
+                state.strays.insert(self.cluster.0);
+            }
+            _ if !self.is_new => {}
             _ if planted::is(Bug::ReuseQuarantined) => state.alloc.give_back(self.cluster.0),
             Fate::Untouched => state.alloc.give_back(self.cluster.0),
             _ => state

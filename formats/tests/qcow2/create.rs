@@ -18,7 +18,7 @@ use ploop_formats::units::ClusterSize;
 const G: u64 = 1 << 30;
 const T: u64 = 1 << 40;
 
-fn plain(log2: u32, size: u64) -> Create {
+pub fn plain(log2: u32, size: u64) -> Create {
     Create {
         version: Version::V3,
         size,

@@ -8,6 +8,7 @@ mod header;
 mod image;
 mod made;
 mod matrix;
+mod parts;
 mod qemu;
 mod repair;
 mod snapshots;
