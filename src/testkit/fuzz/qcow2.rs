@@ -100,7 +100,7 @@ fn is_sound(store: &MemStore) -> bool {
 /// Carries out requests on an image, and closes it.
 fn serve(store: &MemStore, requests: &[u8]) {
     let sound = is_sound(store);
-    let Ok(top) = now(Qcow2::open_write(store.clone(), Ledger::local())) else {
+    let Ok(top) = now(Qcow2::open_write(store.clone(), None, Ledger::local())) else {
         return;
     };
     if top.geometry().size == 0 {
