@@ -30,6 +30,7 @@ mod harness;
 mod merge;
 mod mount;
 mod nbd;
+mod qcow2;
 mod space;
 
 use harness::Options;
@@ -38,13 +39,14 @@ use harness::Options;
 type Table = (&'static str, fn(&Options));
 
 /// In the order in which they run.
-const TABLES: [Table; 12] = [
+const TABLES: [Table; 13] = [
     ("nbd", nbd::run),
     ("bulk", bulk::run),
     ("depth", depth::run),
     ("first", first::run),
     ("copy-up", copy_up::run),
     ("cold", cold::run),
+    ("qcow2", qcow2::run),
     ("mount", mount::run),
     ("barriers", barriers::run),
     ("clone", clone::run),

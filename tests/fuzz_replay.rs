@@ -121,6 +121,16 @@ fn a_planted_bug_is_caught_by_the_replay_of_requests() {
 }
 
 #[test]
+fn any_bytes_as_a_qcow2_image_are_refused_or_served() {
+    replay(6);
+}
+
+#[test]
+fn any_requests_to_a_qcow2_image_leave_a_sound_one_sound_and_no_other_breaks_them() {
+    replay(7);
+}
+
+#[test]
 fn every_target_has_its_file_and_its_replay() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/fuzz_targets");
     let mut files: Vec<String> = std::fs::read_dir(folder)

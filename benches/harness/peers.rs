@@ -78,6 +78,11 @@ pub fn ours_read_only(disk: Disk, cache: Cache) -> Target {
     serve(disk, &["--read-only", "--cache", cache.name()])
 }
 
+/// The same on a qcow2 image, of which the disk is the name.
+pub fn ours_qcow2(disk: Disk, cache: Cache) -> Target {
+    serve(disk, &["--format", "qcow2", "--cache", cache.name()])
+}
+
 fn serve(disk: Disk, args: &[&str]) -> Target {
     let server = disk.serve(args);
     Target {
@@ -101,11 +106,15 @@ pub fn nbdkit(folder: &Path, raw: &Path) -> Option<Contender> {
     if !have("nbdkit file", &["nbdkit"]) {
         return None;
     }
-    let socket = folder.join("nbdkit.sock");
-    let mut command = tool("nbdkit");
-    command.args(["-f", "-U"]).arg(&socket).arg("file").arg(raw);
-    let target = listening(&mut command, socket, ());
+    let target = nbdkit_on(&folder.join("nbdkit.sock"), raw, ());
     Some(Contender::lasting("nbdkit file (raw)", target))
+}
+
+/// `nbdkit file`, which is there, on a raw file that `held` keeps.
+pub fn nbdkit_on(socket: &Path, raw: &Path, held: impl Any) -> Target {
+    let mut command = tool("nbdkit");
+    command.args(["-f", "-U"]).arg(socket).arg("file").arg(raw);
+    listening(&mut command, socket.to_owned(), held)
 }
 
 /// `qemu-nbd` on an image, which `held` keeps.

@@ -44,14 +44,16 @@ pub struct Table<'a> {
 type Row = Vec<Vec<Run>>;
 
 impl Table<'_> {
-    /// Measures and prints.
-    pub fn run(&self, options: &Options) {
+    /// Measures and prints; our requests a second of each work.
+    pub fn run(&self, options: &Options) -> Vec<f64> {
         if self.peers.is_empty() {
             println!("\nSKIP: {}: no peer to compare with", self.title);
-            return;
+            return Vec::new();
         }
         let rows = self.measure(options);
         self.print(options, &rows);
+        let ours = rows.iter().map(|row| middle(&row[0]));
+        ours.collect()
     }
 
     fn contender(&self, n: usize) -> &Contender {
@@ -107,7 +109,6 @@ impl Table<'_> {
 }
 
 fn line(work: &str, peer: &str, ours: &[Run], theirs: &[Run], bar: Option<Bar>) -> String {
-    let iops = |runs: &[Run]| Spread::of(runs.iter().map(|r| r.iops)).middle;
     let cpu = |runs: &[Run]| Spread::of(runs.iter().map(|r| r.cpu)).middle;
     let pairs = || ours.iter().zip(theirs);
     let more = Spread::of(pairs().map(|(a, b)| a.iops / b.iops));
@@ -115,13 +116,18 @@ fn line(work: &str, peer: &str, ours: &[Run], theirs: &[Run], bar: Option<Bar>) 
     let (wanted, verdict) = bar.map_or((String::new(), ""), |bar| judge(bar, more, less));
     format!(
         "| {work} | {peer} | {:.0} | {:.0} | {} | {:.1} | {:.1} | {} | {wanted} | {verdict} |",
-        iops(ours),
-        iops(theirs),
+        middle(ours),
+        middle(theirs),
         more.text(),
         cpu(ours),
         cpu(theirs),
         less.text(),
     )
+}
+
+/// The median of requests a second.
+fn middle(runs: &[Run]) -> f64 {
+    Spread::of(runs.iter().map(|run| run.iops)).middle
 }
 
 fn judge(bar: Bar, more: Spread, less: Spread) -> (String, &'static str) {

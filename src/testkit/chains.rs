@@ -22,6 +22,13 @@ const SECTORS: u64 = 150;
 #[derive(Debug)]
 pub struct Chains;
 
+/// The same over images of rarer kinds ([`Image::odd_of_dice`]).
+#[derive(Debug)]
+pub struct OddChains;
+
+/// How an image is chosen.
+type Dice = fn(&mut Rng, u64, &mut Value) -> Image;
+
 /// A flat file of `sectors` sectors, and what a guest reads from it.
 fn flat(rng: &mut Rng, sectors: u64, value: &mut Value) -> (Pages, Vec<Value>) {
     let mut values = Vec::new();
@@ -36,14 +43,58 @@ fn flat(rng: &mut Rng, sectors: u64, value: &mut Value) -> (Pages, Vec<Value>) {
     (pages, values)
 }
 
-impl Chains {
-    /// Adds a lower image; what is behind its end reads as zeros from then on.
-    fn lower(rng: &mut Rng, values: &mut Vec<Value>, value: &mut Value) -> Pages {
-        let image = Image::of_dice(rng, SECTORS, value);
-        let sectors = (image.size() / SECTOR) as usize;
-        values.resize(sectors, ZERO);
-        image.overlay(values);
-        image.make(rng)
+/// Adds a lower image; what is behind its end reads as zeros from then on.
+fn lower(rng: &mut Rng, dice: Dice, values: &mut Vec<Value>, value: &mut Value) -> Pages {
+    let image = dice(rng, SECTORS, value);
+    let sectors = (image.size() / SECTOR) as usize;
+    values.resize(sectors, ZERO);
+    image.overlay(values);
+    image.make(rng)
+}
+
+/// Files that dice choose.
+fn setup(rng: &mut Rng, wish: &Wish, dice: Dice) -> Setup {
+    let layers = rng.range(wish.min_layers, wish.max_layers.min(3));
+    let raw_base = layers > 1 && rng.one_in(2);
+    let align = *rng.pick(&[1, 512]);
+    let read = Rules {
+        align,
+        sealed: true,
+        ..Rules::default()
+    };
+    let (mut value, mut values, mut files) = (0, Vec::new(), Vec::new());
+    for n in 1..layers {
+        let pages = if raw_base && n == 1 {
+            let sectors = rng.range(1, SECTORS);
+            let (pages, flat) = flat(rng, sectors, &mut value);
+            values = flat;
+            pages
+        } else {
+            lower(rng, dice, &mut values, &mut value)
+        };
+        files.push((pages, read));
+    }
+    let image = dice(rng, SECTORS, &mut value);
+    let sectors = (image.size() / SECTOR) as usize;
+    values.resize(sectors, ZERO);
+    image.overlay(&mut values);
+    let top = image.make(rng);
+    let tight = top.len() + (rng.below(64) << image.log2);
+    let rules = Rules {
+        align,
+        // Tables may be anywhere: sectors are whole or not there.
+        metadata_end: u64::MAX,
+        fresh_zero: !rng.one_in(4),
+        max_len: if rng.one_in(3) { tight } else { u64::MAX },
+        sealed: false,
+    };
+    files.push((top, rules));
+    Setup {
+        files,
+        raw_base,
+        values,
+        cluster: ((1u64 << image.log2) / SECTOR) as usize,
+        slots: *rng.pick(&[4, 16, 64]),
     }
 }
 
@@ -51,48 +102,7 @@ impl Subject for Chains {
     type Device = Disk<BenchStore>;
 
     fn setup(rng: &mut Rng, wish: &Wish) -> Setup {
-        let layers = rng.range(wish.min_layers, wish.max_layers.min(3));
-        let raw_base = layers > 1 && rng.one_in(2);
-        let align = *rng.pick(&[1, 512]);
-        let read = Rules {
-            align,
-            sealed: true,
-            ..Rules::default()
-        };
-        let (mut value, mut values, mut files) = (0, Vec::new(), Vec::new());
-        for n in 1..layers {
-            let pages = if raw_base && n == 1 {
-                let sectors = rng.range(1, SECTORS);
-                let (pages, flat) = flat(rng, sectors, &mut value);
-                values = flat;
-                pages
-            } else {
-                Self::lower(rng, &mut values, &mut value)
-            };
-            files.push((pages, read));
-        }
-        let image = Image::of_dice(rng, SECTORS, &mut value);
-        let sectors = (image.size() / SECTOR) as usize;
-        values.resize(sectors, ZERO);
-        image.overlay(&mut values);
-        let top = image.make(rng);
-        let tight = top.len() + (rng.below(64) << image.log2);
-        let rules = Rules {
-            align,
-            // Tables may be anywhere: sectors are whole or not there.
-            metadata_end: u64::MAX,
-            fresh_zero: !rng.one_in(4),
-            max_len: if rng.one_in(3) { tight } else { u64::MAX },
-            sealed: false,
-        };
-        files.push((top, rules));
-        Setup {
-            files,
-            raw_base,
-            values,
-            cluster: ((1u64 << image.log2) / SECTOR) as usize,
-            slots: *rng.pick(&[4, 16, 64]),
-        }
+        setup(rng, wish, Image::of_dice)
     }
 
     async fn open(mut chain: Chain) -> Result<Disk<BenchStore>> {
@@ -124,5 +134,33 @@ impl Subject for Chains {
 
     fn audit_closed(top: &Pages) -> std::result::Result<(), String> {
         Self::audit(top)
+    }
+}
+
+impl Subject for OddChains {
+    type Device = Disk<BenchStore>;
+
+    fn setup(rng: &mut Rng, wish: &Wish) -> Setup {
+        setup(rng, wish, Image::odd_of_dice)
+    }
+
+    async fn open(chain: Chain) -> Result<Disk<BenchStore>> {
+        Chains::open(chain).await
+    }
+
+    async fn close(device: &Disk<BenchStore>) -> Result<()> {
+        device.close().await
+    }
+
+    fn audit(top: &Pages) -> std::result::Result<(), String> {
+        Chains::audit(top)
+    }
+
+    fn audit_open(top: &Pages) -> std::result::Result<(), String> {
+        Chains::audit(top)
+    }
+
+    fn audit_closed(top: &Pages) -> std::result::Result<(), String> {
+        Chains::audit(top)
     }
 }

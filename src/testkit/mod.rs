@@ -24,6 +24,7 @@ pub mod grows;
 pub mod judge;
 pub mod models;
 pub mod mutate;
+pub mod orders;
 pub mod report;
 pub mod session;
 pub mod subject;
@@ -31,7 +32,7 @@ pub mod switches;
 pub mod toy;
 pub mod trees;
 
-pub use chains::Chains;
+pub use chains::{Chains, OddChains};
 pub use engine::Engine;
 pub use report::{Failure, Report};
 pub use subject::Subject;

@@ -2,7 +2,7 @@
 
 use super::report::Tally;
 use super::subject::{Bench, Subject};
-use super::{Chains, Stacked, compacts, crash, death, faults, grows, models, switches};
+use super::{Chains, OddChains, Stacked, compacts, crash, death, faults, grows, models, switches};
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::mutate::{Break, Covers, Mutation};
 use std::fmt;
@@ -151,17 +151,18 @@ fn hunt(
 
 /// Plants `bug` and looks for it with the campaign that is there for it, up to `states` checks.
 pub fn bug<S: Stacked>(bug: Bug, seed: u64, states: u64) -> Catch {
-    planted(bug, seed, states, Campaign::run::<S>)
+    planted(bug, seed, states, &[Campaign::run::<S>])
 }
 
-/// The same, in chains of qcow2 images.
+/// The same, in chains of qcow2 images, and in those of odd ones.
 pub fn bug_in_chains(bug: Bug, seed: u64, states: u64) -> Catch {
-    planted(bug, seed, states, Campaign::run_any::<Chains>)
+    let runs: [Run; 2] = [Campaign::run_any::<Chains>, Campaign::run_any::<OddChains>];
+    planted(bug, seed, states, &runs)
 }
 
-fn planted(bug: Bug, seed: u64, states: u64, run: Run) -> Catch {
+fn planted(bug: Bug, seed: u64, states: u64, runs: &[Run]) -> Catch {
     let _planted = planted::plant(bug);
-    let campaigns = [(Campaign::of(bug), run)];
+    let campaigns: Vec<_> = runs.iter().map(|run| (Campaign::of(bug), *run)).collect();
     hunt(
         format!("bug {bug:?}"),
         seed,

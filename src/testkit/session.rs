@@ -13,6 +13,7 @@ use ploop_formats::store::pages::Pages;
 use ploop_formats::store::sim::{Fate, Rules, Sim};
 use ploop_formats::testkit::exec::{Exec, Slot, Step, now};
 use ploop_formats::testkit::model::{Asked, Model, Outcome};
+use ploop_formats::testkit::order::Order;
 use ploop_formats::testkit::stamp::{self, Value, ZERO};
 use ploop_formats::testkit::workload::{Op, ZeroSpace};
 use ploop_formats::units::SECTOR;
@@ -595,6 +596,11 @@ impl<S: Subject> Session<S> {
         let bytes = self.read_all()?;
         let guest = self.guest();
         guest.model.is_read(0..guest.model.len(), &bytes)
+    }
+
+    /// From now on operations land as `order` says, or as dice say again.
+    pub fn follow(&mut self, order: Option<Rc<RefCell<Order>>>) {
+        self.exec.follow(order);
     }
 
     /// Lets everything land that nobody waits for.

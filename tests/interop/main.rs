@@ -6,12 +6,14 @@
 //! and checks them. Without qemu-img and qemu-io the tests say that they are skipped.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+mod gate;
+mod poison;
 mod qcow2;
 
 use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
 use ploop::image::chain::Chain;
-use ploop::image::open::open_write;
+use ploop::image::open::{Top, open_write};
 use ploop::image::target::{Format, Source};
 use ploop::io::exec;
 use ploop::io::file::{Cache, FileStore};
@@ -20,7 +22,6 @@ use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::check::check;
 use ploop_formats::ploop::create::{create, create_preallocated};
 use ploop_formats::ploop::{Header, Version};
-use ploop_formats::qcow2::header as qcow2_header;
 use ploop_formats::store::pages::Pages;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::units::ClusterSize;
@@ -30,6 +31,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
+
+/// Whatever a test reads that nobody wrote is not zeros.
+#[global_allocator]
+static ALLOCATOR: poison::Poison = poison::Poison;
 
 /// All cluster sizes of the format: 32 KiB to 64 MiB.
 fn cluster_sizes() -> impl Iterator<Item = u64> {
@@ -189,12 +194,9 @@ async fn open(image: &Path, format: Format, cache: Cache) -> Disk<FileStore> {
     let dir = File::open(image.parent().unwrap()).unwrap();
     let name = image.file_name().unwrap().to_owned();
     let chain = Chain::read(&dir, &Source::Bare { name, format }).unwrap();
-    let mut head = [0; qcow2_header::FIXED];
-    let read = File::open(image).unwrap().read_at(&mut head, 0).unwrap();
-    let small = qcow2_header::peek_piece(&head[..read]).is_ok_and(|piece| piece < 4096);
-    let cache = if small { Cache::Writeback } else { cache };
-    let store = FileStore::open(image, true, cache).unwrap();
     let patience = Duration::from_secs(10);
+    let top = Top::fenced(&dir, chain.top(), patience).unwrap();
+    let store = top.store(chain.top(), cache).unwrap();
     let opened = open_write(&dir, &chain, store, Ledger::local(), patience);
     opened.await.unwrap()
 }

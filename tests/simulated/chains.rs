@@ -11,7 +11,7 @@ use ploop::disk::Disk;
 use ploop::stack::{AnyLayer, Stack};
 use ploop::testkit::session::{Session, blind};
 use ploop::testkit::subject::{Bench, Subject, Wish};
-use ploop::testkit::{Chains, crash, death, faults, models, mutate};
+use ploop::testkit::{Chains, OddChains, crash, death, faults, models, mutate, orders};
 use ploop_formats::Kind;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
@@ -24,33 +24,62 @@ use ploop_formats::testkit::qcow2::Image;
 use ploop_formats::testkit::rng::Rng;
 use std::sync::Arc;
 
+/// Disks whose requests are tried in pairs.
+const SETUPS: u64 = 4;
+
 #[test]
 fn long_sequences_read_as_the_model_says() {
     let sequences = count("PLOOP_MODEL_SEQUENCES", 200);
-    holds(models::campaign::<Chains>(SEED, sequences));
+    holds(models::campaign::<Chains>(SEED, sequences / 2));
+    holds(models::campaign::<OddChains>(SEED, sequences / 2));
+}
+
+#[test]
+fn two_requests_give_what_they_may_in_every_order_of_completion() {
+    for tried in [
+        orders::campaign::<Chains>(0..SETUPS),
+        orders::campaign::<OddChains>(0..SETUPS),
+    ] {
+        let tried = tried.unwrap();
+        println!("COUNT: {tried:?}");
+        assert_eq!(tried.whole, tried.pairs);
+    }
+    let _planted = plant(Bug::CopyUpUnderShared);
+    let missed = orders::campaign::<Chains>(0..SETUPS);
+    assert!(
+        missed.is_err(),
+        "requests that are beside each other are not noticed"
+    );
 }
 
 #[test]
 fn after_any_power_cut_the_disk_opens_and_holds_what_was_flushed() {
     let states = count("PLOOP_CRASH_STATES", 20_000);
-    holds(crash::campaign::<Chains>(SEED, states));
+    holds(crash::campaign::<Chains>(SEED, states / 2));
+    holds(crash::campaign::<OddChains>(SEED, states / 2));
 }
 
 #[test]
 fn after_any_death_every_answered_request_is_visible_to_the_successor() {
     let states = count("PLOOP_DEATH_STATES", 5_000);
-    holds(death::campaign::<Chains>(SEED, states));
+    holds(death::campaign::<Chains>(SEED, states / 2));
+    holds(death::campaign::<OddChains>(SEED, states / 2));
 }
 
 #[test]
 fn errors_of_the_storage_lose_nothing_that_was_answered() {
     let runs = count("PLOOP_CHAIN_FAULT_RUNS", 2_000);
-    holds(faults::campaign::<Chains>(SEED, runs));
+    holds(faults::campaign::<Chains>(SEED, runs / 2));
+    holds(faults::campaign::<OddChains>(SEED, runs / 2));
 }
 
 #[test]
 fn a_table_that_may_be_named_is_not_written_before_its_data() {
-    let catch = mutate::bug_in_chains(Bug::RewriteNamedTable, 211, 2_000);
+    let catch = mutate::bug_in_chains(
+        Bug::RewriteNamedTable,
+        count("HUNT_SEED", 1),
+        count("HUNT", 2_000),
+    );
     println!("{catch}");
     assert!(catch.by.is_some(), "{catch}");
 }
@@ -83,7 +112,7 @@ fn snapshot(pages: &Pages) -> Option<Vec<u8>> {
 }
 
 /// Works on disks whose tops have snapshots; how many of them held what they had.
-fn snapshots_that_hold(runs: u64) -> (u64, u64) {
+fn snapshots_that_hold<S: Subject>(runs: u64) -> (u64, u64) {
     let wish = Wish {
         min_layers: 1,
         max_layers: 3,
@@ -92,11 +121,11 @@ fn snapshots_that_hold(runs: u64) -> (u64, u64) {
     let (mut held, mut all) = (0, 0);
     for seed in 0..runs {
         let mut rng = Rng::new(seed);
-        let setup = Chains::setup(&mut rng, &wish);
+        let setup = S::setup(&mut rng, &wish);
         let Some(before) = snapshot(&setup.files.last().unwrap().0) else {
             continue;
         };
-        let mut session = Session::<Chains>::with_bench(&setup, &Bench::default(), seed);
+        let mut session = Session::<S>::with_bench(&setup, &Bench::default(), seed);
         let ops = setup.shape(60, 8).make(&mut rng);
         session.live(ops, 4, &mut blind).unwrap();
         let after = snapshot(&session.sim().stores()[session.top()].pages());
@@ -108,11 +137,15 @@ fn snapshots_that_hold(runs: u64) -> (u64, u64) {
 
 #[test]
 fn what_a_snapshot_holds_is_not_written_to() {
-    let (held, all) = snapshots_that_hold(400);
-    println!("COUNT: {all} snapshots");
-    assert!(all > 50 && held == all, "{held} of {all}");
+    for (held, all) in [
+        snapshots_that_hold::<Chains>(400),
+        snapshots_that_hold::<OddChains>(400),
+    ] {
+        println!("COUNT: {all} snapshots");
+        assert!(all > 50 && held == all, "{held} of {all}");
+    }
     let _planted = plant(Bug::WriteToShared);
-    let (held, all) = snapshots_that_hold(400);
+    let (held, all) = snapshots_that_hold::<Chains>(400);
     assert!(held < all, "a write to what is shared is not noticed");
 }
 

@@ -4,13 +4,20 @@
 
 use crate::campaign::{self, SEED, caught_in_engine, count, holds};
 use ploop::testkit::toy::ToySubject;
-use ploop::testkit::{Engine, models};
+use ploop::testkit::{Engine, models, orders};
 use ploop_formats::planted::Bug;
 
 #[test]
 fn every_read_holds_what_some_order_of_the_requests_would_give() {
     let sequences = count("PLOOP_MODEL_SEQUENCES", 200);
     holds(models::campaign::<Engine>(SEED, sequences));
+}
+
+#[test]
+fn two_requests_give_what_they_may_in_every_order_of_completion() {
+    let tried = orders::campaign::<Engine>(0..6).unwrap();
+    println!("COUNT: {tried:?}");
+    assert_eq!(tried.whole, tried.pairs);
 }
 
 #[test]

@@ -180,6 +180,15 @@ fn grow_under(disk: &mut Disk, op: u64, done: u64, change: &Change, orphan: bool
     admit(*at, data.len() as u64, 1, Some(disk.now().len()))
 }
 
+/// Lands one operation, and then wakes who waits for it.
+fn land_in(mut world: MutexGuard<'_, World>, index: usize) {
+    let waker = world.land(index);
+    drop(world);
+    if let Some(waker) = waker {
+        waker.wake();
+    }
+}
+
 impl Sim {
     /// A world whose own dice (for what nobody waits for) start from `seed`.
     pub fn new(seed: u64) -> Self {
@@ -237,7 +246,7 @@ impl Sim {
     /// Lands one operation that dice choose; false when none is in flight. Orphans are late: dice
     /// that fall on one mostly choose somebody who waits, or nothing.
     pub fn land(&self, rng: &mut Rng) -> bool {
-        let mut world = self.lock();
+        let world = self.lock();
         if world.flights.is_empty() {
             return false;
         }
@@ -249,11 +258,19 @@ impl Sim {
                 None => return true,
             }
         }
-        let waker = world.land(index);
-        drop(world);
-        if let Some(waker) = waker {
-            waker.wake();
+        land_in(world, index);
+        true
+    }
+
+    /// Lands one operation that `choose` picks of so many that are in flight, orphans too; false when
+    /// none is.
+    pub fn land_chosen(&self, choose: impl FnOnce(usize) -> usize) -> bool {
+        let world = self.lock();
+        if world.flights.is_empty() {
+            return false;
         }
+        let index = choose(world.flights.len());
+        land_in(world, index);
         true
     }
 

@@ -3,6 +3,7 @@
 //!
 //! It owns tasks and nothing else; what they wait for is in a [`Sim`].
 
+use super::order::Order;
 use super::rng::Rng;
 use crate::store::sim::Sim;
 use std::cell::RefCell;
@@ -62,6 +63,8 @@ pub enum Step {
 pub struct Exec {
     sim: Sim,
     rng: Rng,
+    /// Tasks run as soon as they can, and this says what lands: no dice.
+    order: Option<Rc<RefCell<Order>>>,
     tasks: Vec<Option<(Task, Waker)>>,
     left: usize,
     ready: Ready,
@@ -73,6 +76,7 @@ impl Exec {
         Self {
             sim,
             rng: Rng::new(seed),
+            order: None,
             tasks: Vec::new(),
             left: 0,
             ready: Ready::default(),
@@ -82,6 +86,11 @@ impl Exec {
     /// The world it lands operations of.
     pub fn sim(&self) -> &Sim {
         &self.sim
+    }
+
+    /// From now on operations land as `order` says, or as dice say again.
+    pub fn follow(&mut self, order: Option<Rc<RefCell<Order>>>) {
+        self.order = order;
     }
 
     /// Adds a task.
@@ -106,6 +115,9 @@ impl Exec {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .len();
+        if let Some(order) = self.order.clone() {
+            return self.ordered(ready, &mut order.borrow_mut());
+        }
         if ready > 0 && (self.rng.one_in(2) || !self.sim.land(&mut self.rng)) {
             self.run_one(ready);
         } else if ready == 0 && !self.sim.land(&mut self.rng) {
@@ -114,8 +126,22 @@ impl Exec {
         Step::Moved
     }
 
+    /// A step without dice.
+    fn ordered(&mut self, ready: usize, order: &mut Order) -> Step {
+        if ready > 0 {
+            self.run_chosen(0);
+        } else if !self.sim.land_chosen(|of| order.choose(of)) {
+            return Step::Stuck;
+        }
+        Step::Moved
+    }
+
     fn run_one(&mut self, ready: usize) {
         let chosen = self.rng.below(ready as u64) as usize;
+        self.run_chosen(chosen);
+    }
+
+    fn run_chosen(&mut self, chosen: usize) {
         let id = self
             .ready
             .lock()

@@ -5,6 +5,7 @@
 pub mod exec;
 pub mod image;
 pub mod model;
+pub mod order;
 pub mod qcow2;
 pub mod rng;
 pub mod stamp;

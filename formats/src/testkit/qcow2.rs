@@ -29,11 +29,19 @@ pub enum Held {
     Data(Vec<Value>),
     /// The same, compressed (in a block that is not).
     Packed(Vec<Value>),
+    /// With extended entries: each sector by itself is nothing, zeros, or data.
+    Parts(Vec<Option<Value>>),
 }
 
 /// What to make.
 #[derive(Debug, Clone)]
 pub struct Image {
+    /// Version of the header: 2 or 3.
+    pub version: u32,
+    /// Whether entries of second-level tables tell of subclusters, which are sectors.
+    pub extended: bool,
+    /// Sectors of the last cluster that are behind the end of the disk.
+    pub behind: u64,
     /// Bytes of a cluster, as a power of two.
     pub log2: u32,
     /// Bits of a refcount, as a power of two.
@@ -103,7 +111,12 @@ impl Image {
 
     /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
-        (self.clusters.len() as u64) << self.log2
+        ((self.clusters.len() as u64) << self.log2) - self.behind * SECTOR
+    }
+
+    /// Bytes of a second-level entry.
+    const fn entry(&self) -> u64 {
+        if self.extended { 16 } else { 8 }
     }
 
     /// The file, its clusters in an order that dice choose.
@@ -113,7 +126,7 @@ impl Image {
             log2: self.log2,
             counts: Vec::new(),
         };
-        let per_table = draft.bytes() / 8;
+        let per_table = draft.bytes() / self.entry();
         let entries = (self.clusters.len() as u64).div_ceil(per_table).max(1);
         let l1_clusters = (entries * 8).div_ceil(draft.bytes());
         draft.take(1, 1);
@@ -139,7 +152,7 @@ impl Image {
             if let Some((_, l1)) = snapshots {
                 let mine = match all_shared {
                     true => table,
-                    false => Self::snapshot_table(&mut draft, table, group),
+                    false => self.snapshot_table(&mut draft, table, group),
                 };
                 draft.word(draft.at(l1) + index * 8, draft.at(mine));
             }
@@ -187,22 +200,32 @@ impl Image {
             let shared = self.snapshot && *shared;
             let (count, flag) = if shared { (2, 0) } else { (1, COPIED) };
             let sector = (first + n as u64) * self.sectors();
-            let entry = match held {
-                Held::Nothing => 0,
-                Held::Zero { place: false } => 1,
-                Held::Zero { place: true } => {
-                    let host = draft.take(1, count);
-                    draft.pages.fill(draft.at(host), draft.bytes(), POISON);
-                    draft.at(host) | flag | 1
-                }
+            let all = u64::from(u32::MAX);
+            let zero = if self.extended {
+                (0, all << 32)
+            } else {
+                (1, 0)
+            };
+            let (entry, bits) = match held {
+                Held::Nothing => (0, 0),
+                Held::Zero { place: false } => zero,
+                Held::Zero { place: true } => (poisoned(draft, count) | flag | zero.0, zero.1),
                 Held::Data(values) => {
                     let host = draft.take(1, count);
                     draft.pages.write(draft.at(host), &data(values, sector));
-                    draft.at(host) | flag
+                    (draft.at(host) | flag, all)
                 }
-                Held::Packed(values) => self.pack(draft, rng, &data(values, sector), count),
+                Held::Packed(values) => (self.pack(draft, rng, &data(values, sector), count), 0),
+                Held::Parts(parts) => {
+                    let host = poisoned(draft, count);
+                    (host | flag, lay(draft, host, parts, sector))
+                }
             };
-            draft.word(draft.at(table) + n as u64 * 8, entry);
+            let at = draft.at(table) + n as u64 * self.entry();
+            draft.word(at, entry);
+            if self.extended {
+                draft.word(at + 8, bits);
+            }
         }
     }
 
@@ -222,12 +245,13 @@ impl Image {
     }
 
     /// A snapshot's own table, of the clusters that it shares.
-    fn snapshot_table(draft: &mut Draft, table: u64, group: &[(Held, bool)]) -> u64 {
+    fn snapshot_table(&self, draft: &mut Draft, table: u64, group: &[(Held, bool)]) -> u64 {
         let mine = draft.take(1, 1);
         for (n, _) in group.iter().enumerate().filter(|(_, (_, shared))| *shared) {
-            let mut entry = [0; 8];
-            draft.pages.read(draft.at(table) + n as u64 * 8, &mut entry);
-            let to = draft.at(mine) + n as u64 * 8;
+            let mut entry = vec![0; self.entry() as usize];
+            let within = n as u64 * self.entry();
+            draft.pages.read(draft.at(table) + within, &mut entry);
+            let to = draft.at(mine) + within;
             draft.pages.write(to, &entry);
         }
         mine
@@ -286,7 +310,7 @@ impl Image {
     fn head(&self, draft: &mut Draft, reftable: u64, l1: u64, entries: u64, list: Option<u64>) {
         let mut head = Vec::new();
         head.extend(0x5146_49FBu32.to_be_bytes());
-        head.extend(3u32.to_be_bytes());
+        head.extend(self.version.to_be_bytes());
         head.extend([0; 12]);
         head.extend(self.log2.to_be_bytes());
         head.extend(self.size().to_be_bytes());
@@ -297,12 +321,38 @@ impl Image {
         head.extend(1u32.to_be_bytes());
         head.extend(u32::from(list.is_some()).to_be_bytes());
         head.extend(list.map_or(0, |n| draft.at(n)).to_be_bytes());
-        head.extend([0; 24]);
-        head.extend(self.order.to_be_bytes());
-        head.extend(104u32.to_be_bytes());
-        head.extend([0; 8]);
+        if self.version == 3 {
+            head.extend((u64::from(self.extended) << 4).to_be_bytes());
+            head.extend([0; 16]);
+            head.extend(self.order.to_be_bytes());
+            head.extend(104u32.to_be_bytes());
+            head.extend([0; 8]);
+        }
         draft.pages.write(0, &head);
     }
+}
+
+/// Takes a cluster for somebody, full of poison; where it is.
+fn poisoned(draft: &mut Draft, count: u64) -> u64 {
+    let host = draft.take(1, count);
+    draft.pages.fill(draft.at(host), draft.bytes(), POISON);
+    draft.at(host)
+}
+
+/// Puts what is data of `parts` into the cluster at `host`; the second half of their entry.
+fn lay(draft: &mut Draft, host: u64, parts: &[Option<Value>], first: u64) -> u64 {
+    let mut bits = 0;
+    for (n, value) in parts.iter().enumerate() {
+        let Some(value) = value else { continue };
+        if *value == stamp::ZERO {
+            bits |= 1 << (32 + n);
+            continue;
+        }
+        bits |= 1 << n;
+        let at = host + n as u64 * SECTOR;
+        draft.pages.write(at, &data(&[*value], first + n as u64));
+    }
+    bits
 }
 
 /// Sets refcount `n`.
@@ -327,42 +377,84 @@ pub fn audit(pages: &Pages) -> Result<u64, String> {
     }
 }
 
+/// What dice decide of a whole image before its clusters.
+struct Kind {
+    version: u32,
+    extended: bool,
+    packed: bool,
+}
+
+impl Kind {
+    /// What a guest cluster of `sectors` sectors is.
+    fn cluster(&self, rng: &mut Rng, sectors: u64, value: &mut Value) -> Held {
+        let mut one = |_| {
+            *value += 1;
+            *value
+        };
+        match rng.below(10) {
+            0..=3 => Held::Nothing,
+            4 if self.version == 3 => Held::Zero {
+                place: rng.one_in(2),
+            },
+            5 if self.packed => Held::Packed((0..sectors).map(one).collect()),
+            6..=7 if self.extended => {
+                let part = |n| match rng.below(3) {
+                    0 => None,
+                    1 => Some(stamp::ZERO),
+                    _ => Some(one(n)),
+                };
+                Held::Parts((0..sectors).map(part).collect())
+            }
+            _ => Held::Data((0..sectors).map(one).collect()),
+        }
+    }
+}
+
 impl Image {
     /// An image that dice choose, of at most `sectors` sectors; its values count on from `value`.
     pub fn of_dice(rng: &mut Rng, sectors: u64, value: &mut Value) -> Self {
-        // Also clusters of more than one slice.
-        let log2 = *rng.pick(&[9, 9, 9, 10, 12, 13]);
+        Self::dice(rng, sectors, value, false)
+    }
+
+    /// The same of a rarer kind: of version 2, with extended entries, of a size that no cluster divides.
+    pub fn odd_of_dice(rng: &mut Rng, sectors: u64, value: &mut Value) -> Self {
+        Self::dice(rng, sectors, value, true)
+    }
+
+    fn dice(rng: &mut Rng, sectors: u64, value: &mut Value, odd: bool) -> Self {
+        let (version, extended) = match odd {
+            true => *rng.pick(&[(2, false), (3, true), (3, false)]),
+            false => (3, false),
+        };
+        // Also clusters of more than one slice. Of 16 KiB sectors are subclusters.
+        let log2 = match extended {
+            true => 14,
+            false => *rng.pick(&[9, 9, 9, 10, 12, 13]),
+        };
         let per = (1u64 << log2) / SECTOR;
         let count = rng.range(1, (sectors / per).max(1));
-        let rich = rng.one_in(2);
-        let (snapshot, order) = match rich {
+        let packed = rng.one_in(2);
+        let (snapshot, order) = match packed {
             true => (rng.one_in(2), *rng.pick(&[2, 3, 4, 4, 6])),
             false => (false, rng.below(7) as u32),
         };
+        let order = if version == 2 { 4 } else { order };
         let shared_in = *rng.pick(&[1, 2, 4]);
-        let mut clusters = Vec::new();
-        for _ in 0..count {
-            let mut values = || {
-                let one = |_| {
-                    *value += 1;
-                    *value
-                };
-                (0..per).map(one).collect()
-            };
-            let held = match rng.below(10) {
-                0..=3 => Held::Nothing,
-                4 => Held::Zero {
-                    place: rng.one_in(2),
-                },
-                5 if rich => Held::Packed(values()),
-                _ => Held::Data(values()),
-            };
-            clusters.push((held, rng.one_in(shared_in)));
-        }
+        let kind = Kind {
+            version,
+            extended,
+            packed,
+        };
+        let clusters = (0..count)
+            .map(|_| (kind.cluster(rng, per, value), rng.one_in(shared_in)))
+            .collect();
         // The table of refcounts is one cluster: now and then it is nearly used up.
         let most = (1u64 << log2) / 8 * ((8 << log2) >> order);
         let near = log2 == 9 && order == 6 && rng.one_in(2);
         Self {
+            version,
+            extended,
+            behind: if odd { rng.below(per) } else { 0 },
             log2,
             order,
             clusters,
@@ -380,7 +472,14 @@ impl Image {
             match held {
                 Held::Nothing => {}
                 Held::Zero { .. } => to.fill(stamp::ZERO),
-                Held::Data(values) | Held::Packed(values) => to.copy_from_slice(values),
+                Held::Data(values) | Held::Packed(values) => {
+                    to.copy_from_slice(&values[..to.len()]);
+                }
+                Held::Parts(parts) => {
+                    for (to, part) in to.iter_mut().zip(parts) {
+                        *to = part.unwrap_or(*to);
+                    }
+                }
             }
         }
     }
@@ -392,9 +491,9 @@ mod tests {
 
     #[test]
     fn a_made_image_is_healthy_and_its_leaks_are_counted() {
-        for seed in 0..200 {
+        for seed in 0..400 {
             let mut rng = Rng::new(seed);
-            let image = Image::of_dice(&mut rng, 90, &mut 0);
+            let image = Image::dice(&mut rng, 90, &mut 0, seed % 2 == 1);
             let leaks = audit(&image.make(&mut rng));
             assert_eq!(leaks, Ok(u64::from(image.leaks)), "seed {seed}");
         }

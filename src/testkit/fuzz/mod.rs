@@ -7,6 +7,7 @@ mod control;
 mod image;
 mod nbd;
 mod ops;
+mod qcow2;
 mod text;
 
 use ploop_formats::testkit::rng::Rng;
@@ -23,7 +24,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 8] = [
     Target {
         name: "ploop_open",
         run: image::run,
@@ -53,6 +54,16 @@ pub const TARGETS: [Target; 6] = [
         name: "control_socket",
         run: control::run,
         seeds: control::seeds,
+    },
+    Target {
+        name: "qcow2_open",
+        run: qcow2::open,
+        seeds: qcow2::images,
+    },
+    Target {
+        name: "qcow2_ops",
+        run: qcow2::requests,
+        seeds: qcow2::seeds,
     },
 ];
 
