@@ -130,7 +130,7 @@ impl Verb {
                 return verb.is_legal(disk, folder).then_some(verb);
             }
             "flatten" => {
-                let forms = [Form::Expanded, Form::Preallocated, Form::Raw, Form::Qcow2];
+                let forms = [Form::Expanded, Form::Preallocated, Form::Raw];
                 let verb = Self::Flatten(*rng.pick(&forms));
                 return verb.is_legal(disk, folder).then_some(verb);
             }
