@@ -182,6 +182,9 @@ impl Maker<'_> {
             all.push((held, self.rng.one_in(2)));
         }
         let image = Image {
+            version: 3,
+            extended: false,
+            behind: 0,
             log2: CLUSTER.trailing_zeros(),
             order: *self.rng.pick(&[3, 4, 6]),
             clusters: all,

@@ -4,7 +4,7 @@
 //! `PLOOP_CRASH_STATES`, `PLOOP_DEATH_STATES`, `PLOOP_CHAIN_FAULT_RUNS` and `PLOOP_MODEL_SEQUENCES` say how
 //! much is tried.
 
-use crate::campaign::{self, SEED, count, holds};
+use crate::campaign::{SEED, count, holds};
 use bytes::BytesMut;
 use ploop::device::Device;
 use ploop::disk::Disk;

@@ -2,7 +2,7 @@
 //!
 //! `PLOOP_CRASH_STATES` says how many crash states are tried.
 
-use crate::campaign::{self, SEED, caught, caught_in_engine, count, holds};
+use crate::campaign::{SEED, caught, caught_in_engine, count, holds};
 use ploop::testkit::report::Tally;
 use ploop::testkit::subject::Bench;
 use ploop::testkit::toy::ToySubject;

@@ -2,7 +2,7 @@
 //!
 //! `PLOOP_FAULT_RUNS` says how many faulty runs are tried.
 
-use crate::campaign::{self, SEED, caught_in_engine, count, holds};
+use crate::campaign::{SEED, caught_in_engine, count, holds};
 use ploop::testkit::toy::ToySubject;
 use ploop::testkit::{Engine, faults};
 use ploop_formats::planted::Bug;

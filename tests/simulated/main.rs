@@ -10,6 +10,7 @@ mod compact;
 mod conversions;
 mod crash;
 mod engine;
+mod exports;
 mod faults;
 mod forest;
 mod grow;

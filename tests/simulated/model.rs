@@ -2,7 +2,7 @@
 //!
 //! `PLOOP_MODEL_SEQUENCES` says how many sequences of 200 requests are tried.
 
-use crate::campaign::{self, SEED, caught_in_engine, count, holds};
+use crate::campaign::{SEED, caught_in_engine, count, holds};
 use ploop::testkit::toy::ToySubject;
 use ploop::testkit::{Engine, models, orders};
 use ploop_formats::planted::Bug;

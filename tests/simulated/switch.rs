@@ -2,7 +2,7 @@
 //!
 //! `PLOOP_SWITCH_STATES` says how many power cuts and deaths are tried.
 
-use crate::campaign::{self, SEED, caught_in_engine, count, holds};
+use crate::campaign::{SEED, caught_in_engine, count, holds};
 use bytes::{Bytes, BytesMut};
 use ploop::device::Device;
 use ploop::disk::Disk;

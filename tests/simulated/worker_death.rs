@@ -2,7 +2,7 @@
 //!
 //! `PLOOP_DEATH_STATES` says how many deaths are tried.
 
-use crate::campaign::{self, SEED, caught, caught_in_engine, count, holds};
+use crate::campaign::{SEED, caught, caught_in_engine, count, holds};
 use ploop::testkit::subject::Bench;
 use ploop::testkit::toy::ToySubject;
 use ploop::testkit::{Engine, death};

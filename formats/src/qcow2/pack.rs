@@ -13,6 +13,7 @@
 
 use super::create::Create;
 use super::header::{Header, L1, Refcounts};
+use super::partial::Bits;
 use super::table::{L1Entry, L2Entry, Layout, Packed};
 use crate::store::{Reach, Space, Store};
 use crate::units::ClusterSize;
@@ -181,7 +182,10 @@ impl<'a, S: Store> Packer<'a, S> {
         for n in 0..count {
             let host = self.count_next()?.saturating_mul(cluster.bytes());
             let guest = guest.saturating_add(n.saturating_mul(cluster.bytes()));
-            self.set_entry(guest, L2Entry::owned(Some(host), self.layout).word)?;
+            self.set_entry(
+                guest,
+                L2Entry::owned(Some(host), Bits::ALL, self.layout).word,
+            )?;
         }
         Ok((at, count.saturating_mul(cluster.bytes())))
     }

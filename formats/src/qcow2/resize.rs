@@ -108,6 +108,7 @@ impl<S: Store> Qcow2<S> {
     /// The size in bytes that the disk would get, [`rounded`]. `Invalid` also for one that is the other
     /// way.
     pub fn resized(&self, size: u64, larger: bool) -> Result<u64> {
+        refuse_data_file(self.header())?;
         let (old, to) = (self.geometry().size, rounded(self.header(), size)?);
         if larger && to < old {
             return Err(Error::invalid(format!(
@@ -132,7 +133,7 @@ impl<S: Store> Qcow2<S> {
         let (store, ledger) = (self.metadata().clone(), self.writer()?.ledger.clone());
         self.close().await?;
         resize(&store, size, &mut ()).await?;
-        *self = Self::open_write(store, ledger).await?;
+        *self = Self::open_write(store, None, ledger).await?;
         Ok(())
     }
 }
@@ -145,11 +146,7 @@ async fn judge<S: Store>(store: &S, header: &Header) -> Result<()> {
             "the image was not closed, or is marked corrupt: it must be repaired first",
         ));
     }
-    if header.has_data_file() {
-        return Err(Error::unsupported(
-            "another size of an image with an external data file",
-        ));
-    }
+    refuse_data_file(header)?;
     let (snapshots, _) = list_snapshots(store, header).await?;
     match snapshots.iter().find(|snapshot| snapshot.size.is_none()) {
         Some(snapshot) => Err(Error::unsupported(format!(
@@ -157,6 +154,15 @@ async fn judge<S: Store>(store: &S, header: &Header) -> Result<()> {
             snapshot.printable()
         ))),
         None => Ok(()),
+    }
+}
+
+fn refuse_data_file(header: &Header) -> Result<()> {
+    match header.has_data_file() {
+        false => Ok(()),
+        true => Err(Error::unsupported(
+            "another size of an image with an external data file",
+        )),
     }
 }
 

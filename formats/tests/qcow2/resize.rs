@@ -163,6 +163,9 @@ impl Case {
             _ => Held::Data(vec![n + 1]),
         };
         let image = Image {
+            version: 3,
+            extended: false,
+            behind: 0,
             log2: 9,
             order,
             clusters: (0..from)

@@ -3,9 +3,7 @@
 //!
 //! `PLOOP_CHANGE_STATES` says how many states are tried.
 
-mod campaign;
-
-use campaign::{SEED, caught, count, holds};
+use crate::campaign::{SEED, caught, count, holds};
 use ploop::image::convert::content::{self, Form, Source, Wanted};
 use ploop::image::snapshot::copy::{Window, Work};
 use ploop::stack::{AnyLayer, Stack};
