@@ -123,8 +123,11 @@ impl Partials {
         if !planted::is(Bug::BitsUnsaid) {
             pending.put_beyond(slot, self.base.saturating_add(host), bits.taken);
         }
-        let frozen = known.map_or(0, |known| known.frozen);
-        self.known.insert(host, Partial::new(slot, bits, frozen));
+        // What a running pass writes goes by what the durable entry says, whatever was taken since.
+        let (frozen, was_zero) = known.map_or((0, 0), |known| (known.frozen, known.zero));
+        let zero = bits.zero | was_zero;
+        self.known
+            .insert(host, Partial::new(slot, Bits { zero, ..bits }, frozen));
     }
 
     /// What a dead predecessor said of a file cluster.

@@ -135,7 +135,7 @@ pub enum FormatArg {
     Ploop,
     /// A flat file
     Raw,
-    /// A qcow2 image, which is only read
+    /// A qcow2 image
     Qcow2,
 }
 
