@@ -72,7 +72,8 @@ impl Campaign {
             | Bug::LedgerAfterAnswer
             | Bug::NoFence
             | Bug::CleanMarkBeforeSync
-            | Bug::CutBeforeOverlay => Self::WorkerDeath,
+            | Bug::CutBeforeOverlay
+            | Bug::BitsUnsaid => Self::WorkerDeath,
             Bug::ReuseQuarantined | Bug::RewriteNamedTable => Self::Faults,
             Bug::SwitchWithoutSeal | Bug::HoldWithoutFlushes | Bug::StackBeforeAdmission => {
                 Self::Switch

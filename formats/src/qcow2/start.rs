@@ -93,11 +93,11 @@ impl<S: Store> Qcow2<S> {
         if len != self.metadata().info().len {
             self.metadata().set_len(len).await?;
         }
-        if let Some(data) = self.data_file() {
-            if data.info().len < header.size {
-                data.set_len(header.size).await?;
-                data.flush().await?;
-            }
+        if let Some(data) = self.data_file()
+            && data.info().len < header.size
+        {
+            data.set_len(header.size).await?;
+            data.flush().await?;
         }
         let mut update = Update::new();
         for (at, bytes) in self.bitmaps_in_use().await? {
