@@ -107,9 +107,8 @@ impl Partials {
 
     /// What the pass that runs now writes of a file cluster.
     pub(super) fn frozen(&self, host: u32) -> Bits {
-        let later = planted::is(Bug::LaterBitsInEntry);
-        let bits = |p: &Partial| p.bits(if later { p.taken } else { p.frozen });
-        self.known.get(&host).map_or(Bits::ALL, bits)
+        let known = self.known.get(&host);
+        known.map_or(Bits::ALL, |partial| partial.bits(partial.frozen))
     }
 
     /// Says what is there of a file cluster, before a mapping says that it is the guest's; `spare` is a
