@@ -2,15 +2,20 @@
 //! moment of a worker's death.
 
 use crate::create::plain;
+use bytes::{Bytes, BytesMut};
+use ploop_formats::Result;
 use ploop_formats::layer::{Below, Extent, Layer, Place, Reservation};
 use ploop_formats::ledger::{Ledger, LocalWords, Words};
 use ploop_formats::qcow2::Qcow2;
 use ploop_formats::qcow2::check::check;
 use ploop_formats::qcow2::create::{Create, create};
+use ploop_formats::qcow2::snapshots::{self, Wanted};
 use ploop_formats::store::mem::MemStore;
-use ploop_formats::store::{Reach, Store};
+use ploop_formats::store::{Reach, Space, Store, StoreInfo};
 use ploop_formats::testkit::exec::now;
 use ploop_formats::units::VirtCluster;
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
 const CLUSTER: u64 = 16 << 10;
@@ -32,7 +37,7 @@ fn open(store: &MemStore, ledger: Ledger) -> Qcow2<MemStore> {
 }
 
 /// Fills pieces of a cluster with a byte.
-fn fill(image: &Qcow2<MemStore>, cluster: u32, pieces: std::ops::Range<u64>, byte: u8) {
+fn fill<S: Store>(image: &Qcow2<S>, cluster: u32, pieces: std::ops::Range<u64>, byte: u8) {
     let mut reserved = now(image.reserve(VirtCluster(cluster))).unwrap();
     assert_eq!(reserved.piece(), Some(PIECE));
     let (from, to) = (pieces.start * PIECE, pieces.end * PIECE);
@@ -191,4 +196,87 @@ fn who_dies_between_two_words_shows_nothing_that_was_not_filled() {
             }
         }
     }
+}
+
+/// A store in which something else happens at the next read.
+#[derive(Clone)]
+struct Interrupted {
+    inner: MemStore,
+    next: Rc<RefCell<Option<Box<dyn FnOnce()>>>>,
+}
+
+impl Store for Interrupted {
+    fn info(&self) -> StoreInfo {
+        self.inner.info()
+    }
+    fn room(&self) -> Result<u64> {
+        self.inner.room()
+    }
+    async fn read_at(&self, at: u64, buf: BytesMut) -> Result<BytesMut> {
+        let next = self.next.take();
+        if let Some(next) = next {
+            next();
+        }
+        self.inner.read_at(at, buf).await
+    }
+    async fn write_at(&self, at: u64, data: Bytes, reach: Reach) -> Result<()> {
+        self.inner.write_at(at, data, reach).await
+    }
+    async fn set_len(&self, len: u64) -> Result<()> {
+        self.inner.set_len(len).await
+    }
+    async fn punch(&self, at: u64, len: u64, space: Space) -> Result<()> {
+        self.inner.punch(at, len, space).await
+    }
+    async fn flush(&self) -> Result<()> {
+        self.inner.flush().await
+    }
+    async fn settle(&self) {
+        self.inner.settle().await;
+    }
+    async fn extent(&self, at: u64) -> Result<(bool, u64)> {
+        self.inner.extent(at).await
+    }
+}
+
+#[test]
+fn what_is_filled_while_a_pass_runs_is_not_in_what_it_writes() {
+    // The second table is not the snapshot's: it is written after the first was copied.
+    let (first, second) = (3, 1024 + 3);
+    let store = MemStore::new(0);
+    let wanted = Create {
+        extended: true,
+        ..plain(14, 2048 * CLUSTER)
+    };
+    now(create(&store, &wanted)).unwrap();
+    let disk = open(&store, Ledger::local());
+    fill(&disk, first, 0..1, 1);
+    now(disk.close()).unwrap();
+    let snapshot = Wanted {
+        name: b"one".to_vec(),
+        seconds: 1,
+        nanoseconds: 0,
+    };
+    now(snapshots::create(&store, &snapshot, &mut ())).unwrap();
+    let disk = open(&store, Ledger::local());
+    fill(&disk, second, 0..1, 1);
+    now(disk.close()).unwrap();
+
+    let next = Rc::<RefCell<Option<Box<dyn FnOnce()>>>>::default();
+    let interrupted = Interrupted {
+        inner: store.clone(),
+        next: Rc::clone(&next),
+    };
+    let disk = Qcow2::open_write(interrupted, None, Ledger::local());
+    let disk = Rc::new(now(disk).unwrap());
+    fill(&disk, first, 1..2, 2);
+    fill(&disk, second, 1..2, 2);
+    let late = Rc::clone(&disk);
+    *next.borrow_mut() = Some(Box::new(move || fill(&late, second, 2..3, 3)));
+    now(disk.sync()).unwrap();
+    assert!(next.borrow().is_none(), "it happened");
+    let after_a_cut = || pieces(&open(&store.copy(), Ledger::local()), second);
+    assert_eq!(after_a_cut(), expected(&[(0..1, 1), (1..2, 2)]));
+    now(disk.sync()).unwrap();
+    assert_eq!(after_a_cut(), expected(&[(0..1, 1), (1..2, 2), (2..3, 3)]));
 }
