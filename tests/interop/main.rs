@@ -17,14 +17,15 @@ use ploop::image::open::{Top, open_write};
 use ploop::image::target::{Format, Source};
 use ploop::io::exec;
 use ploop::io::file::{Cache, FileStore};
-use ploop_formats::buf;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::check::check;
 use ploop_formats::ploop::create::{create, create_preallocated};
 use ploop_formats::ploop::{Header, Version};
+use ploop_formats::store::Store;
 use ploop_formats::store::pages::Pages;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::units::ClusterSize;
+use ploop_formats::{Kind, buf};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -189,13 +190,28 @@ fn cache(rng: &mut Rng) -> Cache {
     *rng.pick(&[Cache::None, Cache::Writeback])
 }
 
+/// Takes the fence of a file that this thread may have had open. Its ring lets go of a file for good
+/// when it is entered again, which a worker, who opens a file once, never waits for.
+async fn fenced(dir: &File, chain: &Chain, image: &Path) -> Top {
+    for _ in 0..500 {
+        match Top::fenced(dir, chain.top(), Duration::from_millis(20)) {
+            Err(e) if e.kind() == Kind::TimedOut => {
+                let store = FileStore::open(image, false, Cache::Writeback).unwrap();
+                store.read_at(0, buf::aligned(512)).await.unwrap();
+            }
+            done => return done.unwrap(),
+        }
+    }
+    panic!("{}: still locked", image.display());
+}
+
 /// Opens an image as a worker does, with what it stands on.
 async fn open(image: &Path, format: Format, cache: Cache) -> Disk<FileStore> {
     let dir = File::open(image.parent().unwrap()).unwrap();
     let name = image.file_name().unwrap().to_owned();
     let chain = Chain::read(&dir, &Source::Bare { name, format }).unwrap();
     let patience = Duration::from_secs(10);
-    let top = Top::fenced(&dir, chain.top(), patience).unwrap();
+    let top = fenced(&dir, &chain, image).await;
     let store = top.store(chain.top(), cache).unwrap();
     let opened = open_write(&dir, &chain, store, Ledger::local(), patience);
     opened.await.unwrap()

@@ -177,13 +177,13 @@ impl Plan {
 
 const HOWS: [Option<Compression>; 3] = [None, Some(Compression::Deflate), Some(Compression::Zstd)];
 
-/// Every cluster size with few clusters and many, sizes that end within one, and small clusters with
+/// Clusters of these sizes, few and many, sizes of disks that end within one, and small clusters with
 /// so many that blocks of refcounts, their table and the first-level table are many clusters long.
-fn plans() -> Vec<Plan> {
+fn plans(sizes: impl Iterator<Item = u32> + Clone) -> Vec<Plan> {
     let mut rng = Rng::new(0x9AC4);
     let mut all = Vec::new();
     for how in HOWS {
-        for log2 in 9..=21 {
+        for log2 in sizes.clone() {
             let cluster = 1u64 << log2;
             all.push(plan(log2, 0, how));
             all.push(plan(log2, 512, how).with([0], Comes::Text));
@@ -200,7 +200,7 @@ fn plans() -> Vec<Plan> {
 
 #[test]
 fn packed_images_of_every_kind_have_nothing_to_complain_of() {
-    for plan in plans() {
+    for plan in plans(9..=21) {
         plan.judge(&plan.packed());
     }
     // A first-level table of more clusters than a block of refcounts tells of.
@@ -215,7 +215,7 @@ fn qemu_reads_packed_images_and_finds_no_fault_and_no_leak() {
         return;
     }
     let folder = Folder::new();
-    for plan in plans() {
+    for plan in plans([9, 12, 16, 21].into_iter()) {
         let store = plan.packed();
         std::fs::write(folder.path("made.qcow2"), store.to_vec()).unwrap();
         let place = format!("{:?}", plan.create);
