@@ -49,6 +49,8 @@ fn over(folder: &TempDir, base: &str, options: &str) {
 fn assert_leaks_at_worst(disk: &Disk) -> bool {
     let mut check = tool("qemu-img");
     check.args(["check", "-f", "qcow2"]).arg(disk.path());
+    // Where QEMU looks for a data file.
+    check.current_dir(disk.path().parent().unwrap());
     let said = run_within(&mut check, PATIENCE);
     let leaks = match said.status.code() {
         Some(0) => false,
