@@ -198,11 +198,14 @@ fn who_dies_between_two_words_shows_nothing_that_was_not_filled() {
     }
 }
 
+/// What happens at the next read.
+type Next = Rc<RefCell<Option<Box<dyn FnOnce()>>>>;
+
 /// A store in which something else happens at the next read.
 #[derive(Clone)]
 struct Interrupted {
     inner: MemStore,
-    next: Rc<RefCell<Option<Box<dyn FnOnce()>>>>,
+    next: Next,
 }
 
 impl Store for Interrupted {
@@ -262,7 +265,7 @@ fn what_is_filled_while_a_pass_runs_is_not_in_what_it_writes() {
     fill(&disk, second, 0..1, 1);
     now(disk.close()).unwrap();
 
-    let next = Rc::<RefCell<Option<Box<dyn FnOnce()>>>>::default();
+    let next = Next::default();
     let interrupted = Interrupted {
         inner: store.clone(),
         next: Rc::clone(&next),
