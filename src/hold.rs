@@ -24,7 +24,6 @@ use ploop_formats::ledger::Ledger;
 use ploop_formats::planted::{self, Bug};
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
-use std::sync::Arc;
 use tokio::sync::MutexGuard;
 
 /// A disk on which nothing runs. Dropping it lets those go who wait; without a seal before, and
@@ -167,10 +166,7 @@ impl<'a, S: Store> Hold<'a, S> {
             Ok(top) => (top, Ok(())),
             Err(e) => (open().await?, Err(e)),
         };
-        let below = old.layers().iter().take(old.depth().saturating_sub(1));
-        let layers = below.cloned().chain([Arc::new(top)]);
-        // They fitted together before.
-        self.disk.replace(Stack::of_chain(layers.collect())?);
+        self.disk.replace(old.with_top(top)?);
         Ok(outcome)
     }
 

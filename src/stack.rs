@@ -154,12 +154,17 @@ impl<S: Store> AnyLayer<S> {
         each!(self, layer => layer.is_poisoned())
     }
 
-    /// Opens its file anew for writing, as what it is.
+    /// Opens its file anew for writing, as what it is. `Unsupported` with an external data file: one file
+    /// is not all of it, and what is in the other is the guest's.
     pub async fn open_again(&self, store: S, ledger: Ledger) -> Result<Self> {
         Ok(match self {
             AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
             AnyLayer::Raw(raw) => {
                 AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
+            }
+            AnyLayer::Qcow2(layer) if layer.header().has_data_file() => {
+                let what = "an image with an external data file is attached anew as a whole only";
+                return Err(Error::unsupported(what));
             }
             AnyLayer::Qcow2(_) => {
                 AnyLayer::Qcow2(Box::new(Qcow2::open_write(store, None, ledger).await?))
@@ -363,6 +368,8 @@ fn refuse_uneven<S: Store>(layers: &[Arc<AnyLayer<S>>]) -> Result<()> {
 #[derive(Debug)]
 pub struct Stack<S> {
     layers: Vec<Arc<AnyLayer<S>>>,
+    /// The images say themselves what stands on what, and no descriptor does.
+    chained: bool,
     align: u64,
     /// The end of the top has begun: nothing is written any more.
     sealed: AtomicBool,
@@ -383,12 +390,26 @@ impl<S: Store> Stack<S> {
     pub fn new(layers: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>) -> Result<Self> {
         let layers: Vec<Arc<AnyLayer<S>>> = layers.into_iter().map(Into::into).collect();
         refuse_uneven(&layers)?;
-        Self::of_chain(layers)
+        Self::of_layers(layers, false)
     }
 
     /// Stacks the images of a backing chain, base first, which may have clusters and sizes of any
     /// kind. A raw one is the lowest.
     pub fn of_chain(layers: Vec<Arc<AnyLayer<S>>>) -> Result<Self> {
+        Self::of_layers(layers, true)
+    }
+
+    /// The same with another top, of which all is demanded that was of this one.
+    pub fn with_top(&self, top: AnyLayer<S>) -> Result<Self> {
+        let below = self.layers.iter().take(self.depth().saturating_sub(1));
+        let layers = below.cloned().chain([Arc::new(top)]);
+        match self.chained {
+            true => Self::of_chain(layers.collect()),
+            false => Self::new(layers),
+        }
+    }
+
+    fn of_layers(layers: Vec<Arc<AnyLayer<S>>>, chained: bool) -> Result<Self> {
         if layers.is_empty() {
             return Err(Error::invalid("a stack without layers"));
         }
@@ -418,6 +439,7 @@ impl<S: Store> Stack<S> {
         let merged = (even && layers.len() > 2).then(Merged::default);
         Ok(Self {
             layers,
+            chained,
             align,
             sealed: AtomicBool::new(false),
             merged,
@@ -442,8 +464,8 @@ impl<S: Store> Stack<S> {
     /// the disk grows. One over a backing file may, and does not grow then.
     pub fn resized(&self, to: NewSize) -> Result<u64> {
         let size = self.top().resized(to)?;
-        if let AnyLayer::Qcow2(top) = self.top() {
-            return self.refuse_longer(size, top.geometry().size);
+        if self.chained {
+            return self.refuse_longer(size, self.top().geometry().size);
         }
         let larger = |layer: &&Arc<AnyLayer<S>>| layer.geometry().size > size;
         match self.layers.iter().rev().skip(1).find(larger) {

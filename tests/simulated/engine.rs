@@ -4,11 +4,13 @@
 use bytes::{Bytes, BytesMut};
 use ploop::device::{Device, Zero};
 use ploop::disk::Disk;
-use ploop::stack::{AnyLayer, Stack};
+use ploop::stack::{AnyLayer, NewSize, Stack};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::extension::{Extension, Feature, NECESSARY, TRANSIT};
 use ploop_formats::ploop::header::CLOSED_V21;
 use ploop_formats::ploop::{Header, Ploop, Version};
+use ploop_formats::qcow2::Qcow2;
+use ploop_formats::qcow2::create::{Create, create};
 use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::store::mem::MemStore;
@@ -489,6 +491,30 @@ fn a_backing_chain_ends_where_the_image_ends_that_it_is_seen_through() {
             (zeros, true, 0)
         ]
     );
+}
+
+/// Two qcow2 images of one size, the lower first.
+fn qcow2_layers() -> Vec<AnyLayer<MemStore>> {
+    let wanted = Create::new(SIZE, ClusterSize::new(CLUSTER).unwrap());
+    let stores = [MemStore::default(), MemStore::default()];
+    stores.iter().for_each(|s| now(create(s, &wanted)).unwrap());
+    let [below, top] = stores;
+    let below = now(Qcow2::open_read(below, None)).unwrap();
+    let top = now(Qcow2::open_write(top, None, Ledger::local())).unwrap();
+    [below, top].map(|i| AnyLayer::Qcow2(Box::new(i))).into()
+}
+
+#[test]
+fn a_disk_gets_no_smaller_than_a_snapshot_below_whatever_the_format() {
+    let smaller = NewSize::Smaller(SIZE / 2);
+    let disk = Stack::new(qcow2_layers()).unwrap();
+    let refused = disk.resized(smaller).unwrap_err();
+    assert!(refused.to_string().contains("snapshot"), "{refused}");
+    assert_eq!(disk.resized(NewSize::Larger(2 * SIZE)).unwrap(), 2 * SIZE);
+    // One over a backing file may, and does not grow again.
+    let chain = qcow2_layers().into_iter().map(Into::into).collect();
+    let chain = Stack::of_chain(chain).unwrap();
+    assert_eq!(chain.resized(smaller).unwrap(), SIZE / 2);
 }
 
 #[test]
