@@ -12,7 +12,7 @@
 use super::Header;
 use super::be::u64_at;
 use super::bitmap::{self, Bitmap};
-use super::check::{Recount, Repair, repair_watched, sound};
+use super::check::{Recount, clean, sound};
 use super::extension::{BitmapsAt, Extension};
 use super::header::{BITMAPS_VALID, KNOWN_AUTOCLEAR, Version, rewrite_header};
 use super::open::{list_bitmaps, read_header, read_padded};
@@ -538,9 +538,5 @@ async fn switch<S: Store>(
     let store = recount.store();
     Update::new().barrier().apply(store).await?;
     rewrite_header(store, &with_bitmaps(recount.header(), listed)).await?;
-    let all = Repair {
-        growth_max: 0,
-        errors: true,
-    };
-    repair_watched(store, &all, watch).await.map(drop)
+    clean(store, watch).await
 }

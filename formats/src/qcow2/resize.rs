@@ -28,7 +28,7 @@
 use super::Qcow2;
 use super::be::u64_at;
 use super::bitmap;
-use super::check::{Recount, Repair, Span, repair_watched, sound};
+use super::check::{Recount, Span, clean, sound};
 use super::header::{CORRUPT, DIRTY, Header, KNOWN_AUTOCLEAR, L1, write_header};
 use super::open::{list_bitmaps, list_snapshots, read_header, read_padded};
 use super::packed;
@@ -263,15 +263,6 @@ async fn move_table<S: Store>(
     };
     recount.change_header(change).await?;
     clean(store, watch).await
-}
-
-/// Returns what nobody names any more, and gives COPIED back.
-async fn clean<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<()> {
-    let all = Repair {
-        growth_max: 0,
-        errors: true,
-    };
-    repair_watched(store, &all, watch).await.map(drop)
 }
 
 /// What is named, or held, behind the end of a disk. It is empty, but for what a shrinking that was cut

@@ -15,7 +15,7 @@
 //! The machine's state that a snapshot may hold is part of its tables, and stays with it. Guest data is
 //! never touched. Source: QEMU `docs/interop/qcow2.rst`, "Snapshots".
 
-use super::check::{Flags, Recount, Repair, repair_watched, sound};
+use super::check::{Flags, Recount, clean, sound};
 use super::header::{Header, L1, SnapshotsAt, write_header};
 use super::open::{read_padded, snapshot_l1};
 use super::snapshot::{self, Snapshot};
@@ -206,15 +206,6 @@ async fn switch<S: Store>(
     change(&mut header);
     Update::new().barrier().apply(recount.store()).await?;
     write_header(recount.store(), &header).await
-}
-
-/// Step 5.
-async fn clean<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<()> {
-    let all = Repair {
-        growth_max: 0,
-        errors: true,
-    };
-    repair_watched(store, &all, watch).await.map(drop)
 }
 
 /// Refuses a name that cannot be given, or that a snapshot has.

@@ -80,6 +80,16 @@ pub async fn repair_watched<S: Store>(
     })
 }
 
+/// Repairs an image that is sound, in which a change left what nobody names any more, and COPIED that
+/// says too little. As [`repair_watched`].
+pub(in super::super) async fn clean<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<()> {
+    let all = Repair {
+        growth_max: 0,
+        errors: true,
+    };
+    repair_watched(store, &all, watch).await.map(drop)
+}
+
 /// Steps 2 to 4, as far as they may be done.
 async fn finish<S: Store>(
     recount: &mut Recount<'_, S>,
