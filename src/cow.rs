@@ -132,17 +132,20 @@ async fn parts<S: Store>(
     let mut parts: Vec<(u64, u64)> = Vec::new();
     let mut at = start;
     while at < end {
-        let to = at + unit;
-        let (cut_from, cut_to) = piece.cut(at, to);
-        let kept = reserved.is_new()
-            && !matches!(
-                stack.top().map(at, unit.min(end - at)).await?,
-                Extent::Absent { .. }
-            );
-        if cut_from < cut_to || kept {
+        let (to, kept) = match reserved.is_new() {
+            true => {
+                let extent = stack.top().map(at, end - at).await?;
+                let absent = matches!(extent, Extent::Absent { .. });
+                (at + extent.len(), !absent)
+            }
+            false => (end, false),
+        };
+        let (from, until) = if kept { (at, to) } else { piece.cut(at, to) };
+        if from < until {
+            let (from, until) = (from / unit * unit, until.next_multiple_of(unit));
             match parts.last_mut() {
-                Some(last) if last.1 == at => last.1 = to,
-                _ => parts.push((at, to)),
+                Some(last) if last.1 >= from => last.1 = until,
+                _ => parts.push((from, until)),
             }
         }
         at = to;
