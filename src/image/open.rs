@@ -38,8 +38,12 @@ impl Top {
         Ok(Self { fd })
     }
 
-    /// Its store; the fence lasts as long as that.
+    /// Its store; the fence lasts as long as that. Blocks.
     pub fn store(self, layer: &LayerFile, cache: Cache) -> Result<FileStore> {
+        let direct = layer.format == Format::Qcow2 && cache == Cache::None;
+        if direct && !has_small_pieces(&self.fd)? {
+            end_at_page(&self.fd)?;
+        }
         store(self.fd, Path::new(&layer.name), layer.format, cache)
     }
 
@@ -75,6 +79,16 @@ pub fn store(fd: OwnedFd, path: &Path, format: Format, cache: Cache) -> Result<F
         _ => cache,
     };
     FileStore::new(fd, path, cache)
+}
+
+/// Lengthens a file to whole pages, where direct I/O could not read its end: others let an image end
+/// within its last cluster, of which what is missing reads as zeros.
+fn end_at_page(fd: &OwnedFd) -> Result<()> {
+    let len = rustix::fs::fstat(fd).map_err(io::Error::from)?.st_size as u64;
+    match len.checked_next_multiple_of(limits::PAGE) {
+        Some(end) if end > len => Ok(rustix::fs::ftruncate(fd, end).map_err(io::Error::from)?),
+        _ => Ok(()),
+    }
 }
 
 /// Whether it is a qcow2 image with clusters or subclusters that direct I/O may be too coarse for.

@@ -2,10 +2,15 @@
 //! one lost cluster, reads what the model holds, and finds their snapshots as they were.
 
 use super::{Twin, block, load, qemu_is_here, save};
-use ploop::image::target::Format;
+use ploop::image::chain::Chain;
+use ploop::image::open::Top;
+use ploop::image::target::{Format, Source};
+use ploop::io::file::Cache;
+use ploop_formats::store::Store;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// Random requests on each image.
@@ -269,4 +274,25 @@ fn what_this_engine_writes_to_images_of_qemu_is_clean_and_reads_alike() {
         block(bench.drive(*made, seed as u64));
     }
     println!("COUNT: {test}: {} images, {STEPS} requests each", all.len());
+}
+
+#[test]
+fn an_image_that_ends_anywhere_is_served_by_direct_io() {
+    if !qemu_is_here("an_image_that_ends_anywhere_is_served_by_direct_io") {
+        return;
+    }
+    // Where there is direct I/O: not in memory.
+    let folder = TempDir::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = folder.path().join("disk");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]);
+    assert!(create.arg(&image).arg("64M").status().unwrap().success());
+    assert_ne!(fs::metadata(&image).unwrap().len() % 512, 0);
+    let dir = fs::File::open(folder.path()).unwrap();
+    let (name, format) = ("disk".into(), Format::Qcow2);
+    let chain = Chain::read(&dir, &Source::Bare { name, format }).unwrap();
+    let top = Top::fenced(&dir, chain.top(), Duration::from_secs(10)).unwrap();
+    let store = top.store(chain.top(), Cache::None).unwrap();
+    // Only direct I/O promises this.
+    assert!(store.info().fresh_zero);
 }
