@@ -28,8 +28,6 @@ use ploop_formats::folder::{self, Folder};
 use ploop_formats::ploop::create;
 use ploop_formats::ploop::header::{Header, Version};
 use ploop_formats::qcow2::create::Create;
-use ploop_formats::qcow2::header::Compression;
-use ploop_formats::qcow2::refcount::Width;
 use ploop_formats::store::{Space, Store};
 use ploop_formats::units::SECTOR;
 use ploop_formats::{Error, Kind, Result, limits, qcow2};
@@ -231,17 +229,8 @@ pub async fn fill_delta<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> 
 }
 
 async fn fill_qcow2<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
-    let wanted = Create {
-        version: qcow2::header::Version::V3,
-        size: shape.size,
-        cluster: disk.cluster(),
-        width: Width::default(),
-        extended: false,
-        lazy: false,
-        compression: Compression::Deflate,
-        // What it stands on, the descriptor says.
-        backing: None,
-    };
+    // What it stands on, the descriptor says.
+    let wanted = Create::new(shape.size, disk.cluster());
     qcow2::create::create(file, &wanted).await
 }
 

@@ -133,8 +133,18 @@ pub fn begin(new: &New<'_>, watch: &mut dyn Watch) -> Result<Draft> {
     draft.made.push(image.clone());
     match new.form {
         Form::Raw { sparse } => fill_raw(&file, header.sectors, sparse),
-        Form::Qcow2 { preallocate } => fill_qcow2(file, &image, &qcow2, preallocate, watch),
-        form => fill_image(file, &image, &header, form == Form::Preallocated, watch),
+        Form::Qcow2 { preallocate } => {
+            fill_image(file, &image, preallocate, async |store| match preallocate {
+                true => reserve_all(store, &qcow2, watch).await,
+                false => qcow2::create::create(store, &qcow2).await,
+            })
+        }
+        Form::Preallocated => fill_image(file, &image, true, async |store| {
+            create::create_preallocated_watched(store, &header, watch).await
+        }),
+        Form::Expanded => fill_image(file, &image, false, async |store| {
+            create::create(store, &header).await
+        }),
     }
     .map_err(place)?;
     Ok(draft)
@@ -197,24 +207,21 @@ fn fill_raw(file: &File, sectors: u64, sparse: bool) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
+/// Makes an image in an empty file; one that is preallocated has all of its space.
 fn fill_image(
     file: File,
     path: &Path,
-    header: &Header,
     preallocate: bool,
-    watch: &mut dyn Watch,
+    fill: impl AsyncFnOnce(&FileStore) -> Result<()>,
 ) -> Result<()> {
     let reserve = file.try_clone()?;
     let store = FileStore::new(file.into(), path, Cache::Writeback)?;
     exec::run(Engine::Poll, async {
-        match preallocate {
-            true => create::create_preallocated_watched(&store, header, watch).await,
-            false => create::create(&store, header).await,
-        }?;
+        fill(&store).await?;
         store.settle().await;
         Ok::<(), Error>(())
     })??;
-    // The table has its space from the start: a full host disk must never stop an index write.
+    // The tables have their space from the start: a full host disk must never stop an index write.
     keep_space(&reserve, preallocate)
 }
 
@@ -228,26 +235,6 @@ fn keep_space(file: &File, must: bool) -> Result<()> {
         }
         _ => Ok(file.sync_all()?),
     }
-}
-
-fn fill_qcow2(
-    file: File,
-    path: &Path,
-    wanted: &qcow2::create::Create,
-    preallocate: bool,
-    watch: &mut dyn Watch,
-) -> Result<()> {
-    let reserve = file.try_clone()?;
-    let store = FileStore::new(file.into(), path, Cache::Writeback)?;
-    exec::run(Engine::Poll, async {
-        match preallocate {
-            true => reserve_all(&store, wanted, watch).await,
-            false => qcow2::create::create(&store, wanted).await,
-        }?;
-        store.settle().await;
-        Ok::<(), Error>(())
-    })??;
-    keep_space(&reserve, preallocate)
 }
 
 /// An image in which every cluster has its place and its space.

@@ -6,7 +6,7 @@
 use super::chain::Chain;
 use super::lock::{Access, DiskLocks};
 use super::replace::{Source, Way};
-use super::target::{Format, Source as Named};
+use super::target::{Format, Source as Named, parent};
 use crate::io::beneath;
 use crate::io::folder::DirFolder;
 use crate::sandbox::{Files, Place};
@@ -42,11 +42,7 @@ impl NewFile {
                 file.display()
             )));
         };
-        let parent = match file.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let dir = beneath::directory(&parent.canonicalize().map_err(at)?)?;
+        let dir = beneath::directory(&parent(file).canonicalize().map_err(at)?)?;
         let named = Named::Bare {
             name: name.into(),
             // What it is, is compared with what it replaces.

@@ -117,7 +117,8 @@ impl Identity {
     }
 }
 
-fn parent(path: &Path) -> PathBuf {
+/// The folder that a file's path leads to.
+pub(super) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir.to_path_buf(),
         _ => PathBuf::from("."),

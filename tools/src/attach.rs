@@ -145,6 +145,17 @@ pub fn by_identity(id: &Identity) -> Result<Option<Attached>> {
     Ok(all()?.into_iter().find(|a| a.run.ends_with(id.to_string())))
 }
 
+/// `Busy` while the disk is attached, for what is done only to one that is not.
+pub fn refuse(target: &Target) -> Result<()> {
+    match by_identity(&target.identity()?)? {
+        Some(attached) => Err(Error::new(
+            Kind::Busy,
+            format!("{}: attached; umount it first", attached.state.path),
+        )),
+        None => Ok(()),
+    }
+}
+
 /// Where ploopd is: beside ploopctl, else wherever the path finds it.
 pub fn ploopd() -> PathBuf {
     let beside = std::env::current_exe()

@@ -4,6 +4,7 @@
 //! whoever finds one that is not locked knows that its maker is dead, and takes it away. Dropped
 //! unfinished, the hidden file goes. What has the name already is never touched.
 
+use crate::image::target::parent;
 use crate::io::beneath::{self, Access};
 use crate::io::folder::DirFolder;
 use crate::io::lock::{self, Held};
@@ -39,11 +40,7 @@ impl Spot {
         let file = file.ok_or_else(|| {
             Error::unsupported(format!("{}: not a name in UTF-8", path.display()))
         })?;
-        let parent = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        let parent = parent.canonicalize().map_err(at)?;
+        let parent = parent(path).canonicalize().map_err(at)?;
         if path.symlink_metadata().is_ok() {
             let what = format!(
                 "{}: it is there, and nothing is overwritten",

@@ -48,10 +48,7 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let cancel = Cancel::on_signals()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
-    if let Some(attached) = attach::by_identity(&target.identity()?)? {
-        let what = format!("{}: attached; umount it first", attached.state.path);
-        return Err(Error::new(Kind::Busy, what));
-    }
+    attach::refuse(&target)?;
     // Not before: cleaning up after others is no part of a check that takes long.
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;

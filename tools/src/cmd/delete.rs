@@ -29,10 +29,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))
         .or_else(|e| delete::interrupted(&args.disk).ok_or(e))?;
-    if let Some(attached) = attach::by_identity(&target.identity()?)? {
-        let what = format!("{}: attached; umount it first", attached.state.path);
-        return Err(Error::new(Kind::Busy, what));
-    }
+    attach::refuse(&target)?;
     views::settle(&target);
     if let Some(view) = views::in_use(&target)?.first() {
         let what = format!(

@@ -3,6 +3,7 @@
 use super::{FormatArg, confine};
 use crate::answer::Answer;
 use crate::attach;
+use ploop::Result;
 use ploop::device::Device;
 use ploop::formats::layer::Layer;
 use ploop::image::chain::Chain;
@@ -13,7 +14,6 @@ use ploop::io::exec::{self, Engine};
 use ploop::io::file::{Cache, FileStore};
 use ploop::sandbox::Files;
 use ploop::stack::{AnyLayer, Content};
-use ploop::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -42,10 +42,7 @@ struct Part {
 /// Does it.
 pub fn run(args: &Args) -> Result<Answer> {
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
-    if let Some(attached) = attach::by_identity(&target.identity()?)? {
-        let what = format!("{}: attached; umount it first", attached.state.path);
-        return Err(Error::new(Kind::Busy, what));
-    }
+    attach::refuse(&target)?;
     let dir = target.open_dir()?;
     confine(&dir, Files::Read)?;
     let chain = target.chain(&dir)?;

@@ -59,10 +59,7 @@ pub fn run(verb: &Verb, format: FormatArg, global: &Global) -> Result<Answer> {
 /// Changes the image, which nobody else uses; the ID of the snapshot.
 fn change(target: &Target, act: Act<'_>, global: &Global) -> Result<String> {
     let cancel = Cancel::on_signals()?;
-    if let Some(attached) = attach::by_identity(&target.identity()?)? {
-        let what = format!("{}: attached; umount it first", attached.state.path);
-        return Err(Error::new(Kind::Busy, what));
-    }
+    attach::refuse(&target)?;
     // Before the sandbox: there a terminal could not be asked for its width.
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;
