@@ -66,10 +66,6 @@ fn read_disk(image: &Qcow2<MemStore>) -> Result<()> {
 
 /// The outcome of some work, which stays within the bounds.
 fn bounded<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
-    bounded_by(TIME, name, work)
-}
-
-fn bounded_by<T>(time: Duration, name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut meter = Meter::default();
     let done = meter.watch(work);
     assert!(
@@ -77,7 +73,7 @@ fn bounded_by<T>(time: Duration, name: &str, work: impl FnOnce() -> Result<T>) -
         "{name}: {} bytes of memory",
         meter.most()
     );
-    assert!(meter.longest() <= time, "{name}: {:?}", meter.longest());
+    assert!(meter.longest() <= TIME, "{name}: {:?}", meter.longest());
     if let Err(e) = &done {
         let kinds = [Kind::Damaged, Kind::Unsupported];
         assert!(kinds.contains(&e.kind()), "{name}: {:?}: {e}", e.kind());
@@ -98,8 +94,7 @@ fn mended(name: &str, store: &MemStore) {
         growth_max: 1 << 20,
         errors: true,
     };
-    // It checks the image three times.
-    let done = bounded_by(3 * TIME, &format!("{name}: repair"), || {
+    let done = bounded(&format!("{name}: repair"), || {
         match now(repair(&copy, &allowed)) {
             // It would have to grow too much.
             Err(e) if e.kind() == Kind::Invalid => Ok(None),
