@@ -172,8 +172,8 @@ pub trait Layer {
     fn is_durable(&self, cluster: VirtCluster) -> bool;
 
     /// Takes a free file cluster that reads as zeros, for guest cluster `cluster`, which the caller
-    /// has to himself; or the one that it has, to fill in more pieces. Fails with `NoSpace` when the storage is full and with `Pending` when a sync
-    /// must come first.
+    /// has to himself; or the one that it has, to fill in more pieces. Fails with `NoSpace` when the
+    /// storage is full and with `Pending` when a sync must come first.
     async fn reserve(&self, cluster: VirtCluster) -> Result<Self::Reservation>;
 
     /// Makes `cluster`, which it was reserved for, point at the reserved cluster, whose data was

@@ -11,9 +11,7 @@ use crate::{Error, Result, limits};
 const FIXED: usize = 24;
 /// Bytes of the longest entry.
 pub(super) const ENTRY_MAX: usize = FIXED + limits::QCOW2_NAME_MAX;
-/// Where an entry has its flags.
-pub(super) const FLAGS_AT: u64 = 12;
-/// Where the number of 8 bytes is that ends with them.
+/// Where an entry has the number of 8 bytes that ends with its flags.
 pub(super) const SECOND_AT: u64 = 8;
 const IN_USE: u32 = 1;
 const ENABLED: u32 = 1 << 1;
@@ -120,19 +118,14 @@ impl Bitmap {
         Ok((found, len))
     }
 
-    /// The flags of an entry that says that the bitmap was not stored properly.
-    pub(super) fn flags_in_use(&self) -> [u8; 4] {
-        (self.flags | IN_USE).to_be_bytes()
-    }
-
-    /// The number with those flags.
+    /// The number of 8 bytes at [`SECOND_AT`] that says that the bitmap was not stored properly.
     pub(super) fn second_word_in_use(&self) -> u64 {
         let entries = u64::from(self.table_entries).wrapping_shl(32);
         entries | u64::from(self.flags | IN_USE)
     }
 
     /// Bytes of its entry.
-    pub(super) const fn entry_len(&self) -> u64 {
+    const fn entry_len(&self) -> u64 {
         FIXED.saturating_add(self.name.len()).next_multiple_of(8) as u64
     }
 

@@ -15,8 +15,8 @@ use super::bitmap::{self, Bitmap};
 use super::check::{Recount, clean, sound};
 use super::extension::{BitmapsAt, Extension};
 use super::header::{BITMAPS_VALID, KNOWN_AUTOCLEAR, Version, rewrite_header};
-use super::open::{list_bitmaps, read_header, read_padded};
-use super::words::Appender;
+use super::open::{bitmap_entries, read_header, read_padded};
+use super::words::{Appender, write_words};
 use crate::progress::Watch;
 use crate::store::Store;
 use crate::update::Update;
@@ -348,6 +348,18 @@ pub async fn remove<S: Store>(store: &S, name: &[u8], watch: &mut dyn Watch) -> 
     switch(&recount, listed, watch).await
 }
 
+/// Says of every bitmap that it was not stored properly: nobody records what changes now. Makes nothing
+/// durable.
+pub(super) async fn mark_in_use<S: Store>(store: &S, header: &Header) -> Result<()> {
+    let entries = bitmap_entries(store, header).await?;
+    let words = entries.iter().map(|(entry, bitmap)| {
+        let at = entry.start.saturating_add(bitmap::SECOND_AT);
+        (at, bitmap.second_word_in_use())
+    });
+    let words: Vec<_> = words.collect();
+    write_words(store, header.cluster, &words).await
+}
+
 fn refuse_image(header: &Header) -> Result<()> {
     if header.version == Version::V2 {
         return Err(Error::unsupported("bitmaps in an image of version 2"));
@@ -403,14 +415,11 @@ impl Others {
             entries: Vec::new(),
             found: false,
         };
-        let mut at = header.bitmaps().map_or(0, |directory| directory.at);
-        for other in list_bitmaps(store, header).await? {
-            let end = at.saturating_add(other.entry_len());
+        for (entry, other) in bitmap_entries(store, header).await? {
             match other.name == name {
                 true => others.found = true,
-                false => others.entries.push(at..end),
+                false => others.entries.push(entry),
             }
-            at = end;
         }
         Ok(others)
     }

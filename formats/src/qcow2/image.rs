@@ -8,8 +8,7 @@
 use super::be::u64_at;
 use super::cache::Slices;
 use super::header::{Header, L1};
-use super::open::read_padded;
-use super::packed;
+use super::open::{read_packed, read_padded};
 use super::partial::Bits;
 use super::run::Entries;
 use super::table::{L1Entry, L2Entry, Layout, Mapping, Packed};
@@ -260,12 +259,8 @@ impl<S: Store> Qcow2<S> {
         if let Some((_, known)) = last.as_ref().filter(|(at, _)| *at == packed) {
             return copy(known);
         }
-        let rest = self.store.info().len.saturating_sub(packed.at);
-        let bytes = read_padded(&self.store, packed.at, packed.len.min(rest)).await?;
-        let len = self.layout.cluster.bytes() as usize;
-        let whole = packed::unpack(self.header.compression, &bytes, len)
-            .map(Bytes::from)
-            .map_err(|e| e.at(format!("offset {:#x}", packed.at)));
+        let whole = read_packed(&self.store, &self.header, packed).await;
+        let whole = whole.map(Bytes::from);
         let (_, known) = last.insert((packed, whole));
         copy(known)
     }
@@ -299,14 +294,12 @@ impl<S: Store> Qcow2<S> {
         let here = size.bytes().saturating_sub(within).min(len);
         let state = lock(&writer.state);
         Ok(match state.pending.find(n) {
-            Some(To::At(host)) => Known::Is({
-                let bits = state.partial.find(host.0).unwrap_or(Bits::ALL);
-                let entry = L2Entry::owned(Some(self.data_at(host)), bits, self.layout);
-                let entries = Entries {
-                    layout: self.layout,
-                    bytes: &entry.encode(self.layout),
-                };
-                entries.extent(within, here)?
+            Some(To::At(host)) => Known::Is(match state.partial.find(host.0) {
+                Some(bits) => self.part_of(host, bits, within, here)?,
+                None => {
+                    let at = self.data_at(host).saturating_add(within);
+                    Extent::Data { at, len: here }
+                }
             }),
             Some(To::Nowhere) => Known::Is(Extent::Absent { len: here }),
             Some(To::Zeros) => Known::Is(Extent::Zero { len: here }),
@@ -316,6 +309,14 @@ impl<S: Store> Qcow2<S> {
                 Known::Not { len: len.min(rest) }
             }
         })
+    }
+
+    /// What is said of a range of a cluster that is there in part.
+    fn part_of(&self, host: HostCluster, bits: Bits, within: u64, len: u64) -> Result<Extent> {
+        let layout = self.layout;
+        let entry = L2Entry::owned(Some(self.data_at(host)), bits, layout);
+        let bytes = &entry.encode(layout);
+        Entries { layout, bytes }.extent(within, len)
     }
 
     /// Where a range is written of which nothing is pending, as second-level entries say it.
@@ -531,16 +532,19 @@ impl<S: Store> Qcow2<S> {
                 }
             }
         };
-        let named = lock(&writer.state).partial.has_name(own.host);
+        let part = |slot| {
+            let named = lock(&writer.state).partial.has_name(own.host);
+            Part {
+                slot,
+                bits: if named { own.bits } else { Bits::ALL },
+                piece: named.then(|| self.layout.piece()),
+            }
+        };
         Ok(Reserved {
             cluster: HostCluster(own.host),
             host: self.layout.cluster.start(own.host),
             slot,
-            part: second.map(|slot| Part {
-                slot,
-                bits: if named { own.bits } else { Bits::ALL },
-                piece: named.then(|| self.layout.piece()),
-            }),
+            part: second.map(part),
             is_new,
             old,
             fate: Fate::Untouched,

@@ -4,12 +4,15 @@
 use super::bitmap::{self, Bitmap};
 use super::header::{self, Header, L1};
 use super::image::Qcow2;
+use super::packed;
 use super::snapshot::{self, Snapshot};
+use super::table::Packed;
 use crate::store::Store;
 use crate::units::floor_to;
 use crate::{Error, Result, limits};
 use bytes::{Bytes, BytesMut};
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// Reads `len` bytes from `at`; those behind the end of the file read as zeros. `Damaged` when none
 /// of them is in the file. Any alignment.
@@ -30,6 +33,18 @@ pub(super) async fn read_padded<S: Store>(store: &S, at: u64, len: u64) -> Resul
     let mut found: BytesMut = found.split_off(at.saturating_sub(from) as usize);
     found.resize(usize::try_from(len).unwrap_or(usize::MAX), 0);
     Ok(found.freeze())
+}
+
+/// The bytes of a compressed cluster.
+pub(super) async fn read_packed<S: Store>(
+    store: &S,
+    header: &Header,
+    packed: Packed,
+) -> Result<Vec<u8>> {
+    let rest = store.info().len.saturating_sub(packed.at);
+    let bytes = read_padded(store, packed.at, packed.len.min(rest)).await?;
+    packed::unpack(header.compression, &bytes, header.cluster.bytes() as usize)
+        .map_err(|e| e.at(format!("offset {:#x}", packed.at)))
 }
 
 /// Reads and parses the header. What it names is for the caller to open, by his policy.
@@ -135,6 +150,15 @@ pub(super) fn snapshot_l1<S: Store>(
 
 /// The bitmaps, in the order of their directory; none when they do not say the truth.
 pub async fn list_bitmaps<S: Store>(store: &S, header: &Header) -> Result<Vec<Bitmap>> {
+    let entries = bitmap_entries(store, header).await?;
+    Ok(entries.into_iter().map(|(_, bitmap)| bitmap).collect())
+}
+
+/// The same, each with the bytes of the file that its entry is.
+pub(super) async fn bitmap_entries<S: Store>(
+    store: &S,
+    header: &Header,
+) -> Result<Vec<(Range<u64>, Bitmap)>> {
     let Some(directory) = header.bitmaps() else {
         return Ok(Vec::new());
     };
@@ -151,8 +175,9 @@ pub async fn list_bitmaps<S: Store>(store: &S, header: &Header) -> Result<Vec<Bi
         if !names.insert(found.name.clone()) {
             return Err(place(Error::damaged("two bitmaps have the same name")));
         }
-        all.push(found);
-        at = at.saturating_add(len as u64);
+        let next = at.saturating_add(len as u64);
+        all.push((at..next, found));
+        at = next;
     }
     if at != end {
         return Err(Error::damaged(format!(

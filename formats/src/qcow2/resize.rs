@@ -27,11 +27,11 @@
 
 use super::Qcow2;
 use super::be::u64_at;
-use super::bitmap;
+use super::bitmaps::mark_in_use;
 use super::check::{Recount, Span, clean, sound};
 use super::header::{CORRUPT, DIRTY, Header, KNOWN_AUTOCLEAR, L1, write_header};
-use super::open::{list_bitmaps, list_snapshots, read_header, read_padded};
-use super::packed;
+use super::open::{list_snapshots, read_header, read_packed, read_padded};
+use super::run::Entries;
 use super::table::{L1Entry, L2Entry, Layout, Mapping};
 use super::words::{Appender, read_unit, refuse_blocks, unit, write_unit, write_words};
 use crate::layer::Layer;
@@ -175,21 +175,12 @@ async fn barrier<S: Store>(store: &S) -> Result<()> {
     Update::new().barrier().apply(store).await
 }
 
-/// Marks the bitmaps: nobody records what a new size changes.
+/// Marks the bitmaps durably, if there are any.
 async fn mark_bitmaps<S: Store>(store: &S, header: &Header) -> Result<()> {
-    let Some(directory) = header.bitmaps() else {
+    if header.bitmaps().is_none() {
         return Ok(());
-    };
-    let mut at = directory.at;
-    let mut words = Vec::new();
-    for found in list_bitmaps(store, header).await? {
-        words.push((
-            at.saturating_add(bitmap::SECOND_AT),
-            found.second_word_in_use(),
-        ));
-        at = at.saturating_add(found.entry_len());
     }
-    write_words(store, header.cluster, &words).await?;
+    mark_in_use(store, header).await?;
     barrier(store).await
 }
 
@@ -329,22 +320,12 @@ impl Behind {
     ) -> Result<()> {
         let layout = header.layout()?;
         let at = table.head.end.saturating_sub(layout.entry_len());
-        let bytes = read_padded(store, at, 16).await?;
-        let entry = L2Entry {
-            word: u64_at(&bytes, 0),
-            bits: if layout.extended {
-                u64_at(&bytes, 8)
-            } else {
-                0
-            },
-        };
+        let bytes = &read_padded(store, at, layout.entry_len()).await?;
+        let entry = Entries { layout, bytes }.first_entry();
         let (within, piece) = (layout.cluster.within(header.size), layout.piece().max(1));
         let place = |e: Error| e.at(format!("offset {at:#x}"));
         if let Mapping::Packed(packed) = entry.mapping(layout, 0).map_err(place)? {
-            let rest = store.info().len.saturating_sub(packed.at);
-            let bytes = read_padded(store, packed.at, packed.len.min(rest)).await?;
-            let len = layout.cluster.bytes() as usize;
-            let whole = packed::unpack(header.compression, &bytes, len).map_err(place)?;
+            let whole = read_packed(store, header, packed).await?;
             self.packed = whole.iter().skip(within as usize).any(|b| *b != 0);
             return Ok(());
         }

@@ -16,7 +16,7 @@
 //! never touched. Source: QEMU `docs/interop/qcow2.rst`, "Snapshots".
 
 use super::check::{Flags, Recount, clean, sound};
-use super::header::{Header, L1, SnapshotsAt, write_header};
+use super::header::{Header, L1, SnapshotsAt};
 use super::open::{read_padded, snapshot_l1};
 use super::snapshot::{self, Snapshot};
 use super::table::L1Entry;
@@ -70,7 +70,7 @@ pub async fn create<S: Store>(
         at: table_at,
         count,
     };
-    switch(&recount, |header| header.snapshots = at).await?;
+    switch(&mut recount, |header| header.snapshots = at).await?;
     clean(store, watch).await?;
     Ok(id)
 }
@@ -92,7 +92,7 @@ pub async fn delete<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Re
     if count > 0 {
         copy_list(store, &header, &list, &[], at.at).await?;
     }
-    switch(&recount, |header| header.snapshots = at).await?;
+    switch(&mut recount, |header| header.snapshots = at).await?;
     clean(store, watch).await
 }
 
@@ -118,7 +118,7 @@ pub async fn revert<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Re
         at,
         entries: old.entries,
     };
-    switch(&recount, |header| {
+    switch(&mut recount, |header| {
         header.l1 = l1;
         header.size = size;
     })
@@ -199,13 +199,11 @@ async fn copy_l1<S: Store>(store: &S, header: &Header, l1: L1, to: u64) -> Resul
 
 /// Step 4: what was written becomes durable, and then the header that names it.
 async fn switch<S: Store>(
-    recount: &Recount<'_, S>,
+    recount: &mut Recount<'_, S>,
     change: impl FnOnce(&mut Header),
 ) -> Result<()> {
-    let mut header = recount.header().clone();
-    change(&mut header);
     Update::new().barrier().apply(recount.store()).await?;
-    write_header(recount.store(), &header).await
+    recount.change_header(change).await
 }
 
 /// Refuses a name that cannot be given, or that a snapshot has.

@@ -4,19 +4,20 @@
 //!    left by a writer that counts later, and died: it is repaired as `check --repair` does, in the
 //!    order that this has, and refused when it is dirty still. First-level and refcount tables that name
 //!    what is no cluster of the file, or metadata twice, are refused, too.
-//! 2. The file is lengthened to whole clusters, and an external data file to the disk's size; the header loses autoclear bits that are not known here,
-//!    and bitmaps are marked as in use, since nobody records what is written; barrier.
+//! 2. The file is lengthened to whole clusters, and an external data file to the disk's size; the header
+//!    loses autoclear bits that are not known here, and bitmaps are marked as in use, since nobody records
+//!    what is written; barrier.
 //! 3. A predecessor that died left its answered mappings in the ledger: they are made durable by an
 //!    ordinary pass. The caller holds the fence: nothing of the predecessor can land any more.
 
 use super::alloc::Alloc;
 use super::be::u64_at;
-use super::bitmap;
-use super::blocks::{Blocks, Images, frozen, put};
+use super::bitmaps::mark_in_use;
+use super::blocks::Blocks;
 use super::check::{Repair, repair};
 use super::header::{BITMAPS_VALID, CORRUPT, DIRTY, EXTERNAL_DATA, Header, L1};
 use super::image::Qcow2;
-use super::open::{list_bitmaps, list_snapshots, read_header, read_padded, snapshot_l1};
+use super::open::{list_snapshots, read_header, read_padded, snapshot_l1};
 use super::partial::{Bits, Partials};
 use super::table::L1Entry;
 use super::writer::{NewTable, State, Writer, lock};
@@ -99,32 +100,14 @@ impl<S: Store> Qcow2<S> {
             data.set_len(header.size).await?;
             data.flush().await?;
         }
+        mark_in_use(self.metadata(), header).await?;
         let mut update = Update::new();
-        for (at, bytes) in self.bitmaps_in_use().await? {
-            update = update.write(at, bytes);
-        }
         let known = header.features.autoclear & BITMAPS_VALID;
         if header.features.autoclear != known {
             let head = self.head_with(|head| Header::put_autoclear(head, known));
             update = update.write(0, head.await?);
         }
         update.barrier().apply(self.metadata()).await
-    }
-
-    /// Slices of the bitmap directory in which every bitmap is in use.
-    async fn bitmaps_in_use(&self) -> Result<Vec<(u64, Bytes)>> {
-        let mut images = Images::new();
-        let Some(directory) = self.header().bitmaps() else {
-            return Ok(Vec::new());
-        };
-        let mut at = directory.at;
-        for bitmap in list_bitmaps(self.metadata(), self.header()).await? {
-            let flags = at.saturating_add(bitmap::FLAGS_AT);
-            self.image_of(flags, &mut images).await?;
-            put(&mut images, self.slice_len(), flags, &bitmap.flags_in_use());
-            at = at.saturating_add(bitmap.entry_len());
-        }
-        Ok(frozen(images))
     }
 
     /// Step 3.

@@ -5,12 +5,11 @@ use crate::check::{edit, found, whole};
 use crate::made::{CLUSTER, L2};
 use crate::qemu::{Folder, installed};
 use crate::repair::{cuts, mend};
+use crate::snapshots::{Seen, Work, recorded};
 use ploop_formats::qcow2::bitmaps::{Dirty, Wanted, remove, store};
 use ploop_formats::qcow2::check::check;
 use ploop_formats::qcow2::{list_bitmaps, read_header};
 use ploop_formats::store::mem::MemStore;
-use ploop_formats::store::mutate::{Break, MutateStore, Mutation, Mutator};
-use ploop_formats::store::record::{RecordStore, Recording};
 use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::{Error, Kind};
@@ -196,9 +195,6 @@ fn small() -> Vec<u8> {
 /// What is stored in its place.
 const NEW: [Range<u64>; 2] = [512..1024, 2 * CLUSTER..4 * CLUSTER];
 
-type Seen = MutateStore<RecordStore<MemStore>>;
-type Work = fn(&Seen) -> Result<(), Error>;
-
 fn replacing(image: &Seen) -> Result<(), Error> {
     now(store(image, &wanted("bits", 512), NEW.into_iter(), &mut ()))
 }
@@ -214,20 +210,6 @@ fn adding(image: &Seen) -> Result<(), Error> {
 
 fn removing(image: &Seen) -> Result<(), Error> {
     now(remove(image, b"bits", &mut ()))
-}
-
-fn recorded(bytes: &[u8], work: Work, without: Option<u64>) -> (Recording, MemStore) {
-    let below = MemStore::from_bytes(bytes);
-    let recording = Recording::new(below.pages());
-    let mutator = Mutator::new();
-    mutator.set(without.map(|barrier| Mutation {
-        covers: None,
-        how: Break::Drop,
-        only: Some(barrier),
-    }));
-    let inner = RecordStore::new(below.clone(), recording.clone());
-    work(&MutateStore::new(inner, mutator, CLUSTER)).unwrap();
-    (recording, below)
 }
 
 /// What both bitmaps say.
@@ -255,6 +237,7 @@ fn a_change_of_bitmaps_may_be_cut_anywhere() {
     let mut states = 0;
     for (w, work) in [replacing, adding, removing].into_iter().enumerate() {
         let (recording, new) = recorded(&bytes, work, None);
+        let new = MemStore::from_bytes(&new);
         assert!(found(&new.to_vec()).is_clean() && both(&new) != both(&old));
         cuts(&bytes, &recording, |cut, image| {
             let place = format!("work {w}, {cut}");
@@ -275,6 +258,7 @@ fn a_missing_barrier_of_a_bitmap_would_be_noticed() {
     for (w, work, needed) in [(0, replacing as Work, 2), (1, adding, 2), (2, removing, 1)] {
         let noticed = |barrier: &u64| {
             let (recording, new) = recorded(&bytes, work, Some(*barrier));
+            let new = MemStore::from_bytes(&new);
             let mut noticed = false;
             cuts(&bytes, &recording, |_, image| {
                 noticed = noticed || wrong(&image, &old, &new).is_err();

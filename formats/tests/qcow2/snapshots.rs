@@ -32,9 +32,9 @@ fn wanted(name: &str) -> Wanted {
 }
 
 /// A store that is recorded, and whose barriers can be taken out.
-type Seen = MutateStore<RecordStore<MemStore>>;
+pub type Seen = MutateStore<RecordStore<MemStore>>;
 /// What is done to an image.
-type Work = fn(&Seen) -> Result<()>;
+pub type Work = fn(&Seen) -> Result<()>;
 
 /// A snapshot of a state of the disk.
 #[derive(Clone)]
@@ -379,7 +379,7 @@ fn tightest() -> Vec<u8> {
 
 /// The work recorded on an image, with a barrier that does nothing or with all of them, and the image
 /// that it makes.
-fn recorded(bytes: &[u8], work: Work, without: Option<u64>) -> (Recording, Vec<u8>) {
+pub fn recorded(bytes: &[u8], work: Work, without: Option<u64>) -> (Recording, Vec<u8>) {
     let below = MemStore::from_bytes(bytes);
     let recording = Recording::new(below.pages());
     let mutator = Mutator::new();
