@@ -66,6 +66,9 @@ pub struct State {
     pub state: Phase,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Name or ID of the snapshot of a bare qcow2 image that it shows, as its user gave it.
+    #[serde(default)]
+    pub snapshot: Option<String>,
     /// `none` or `writeback`.
     pub cache: String,
     /// What drives its I/O: `io_uring` or `poll`.

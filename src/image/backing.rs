@@ -8,6 +8,7 @@
 
 use super::chain::RAW_CLUSTER;
 use super::open;
+use super::snapshot::internal;
 use super::target::Format;
 use crate::io::beneath::{self, Access};
 use crate::io::file::{Cache, FileStore};
@@ -33,16 +34,33 @@ use std::time::Duration;
 /// Opens the image `top` in `dir` for reading, and what it stands on. `cache` is for the top and its
 /// data; what is below is read through the page cache, because others may read it, too.
 pub async fn open_read(dir: BorrowedFd<'_>, top: &Path, cache: Cache) -> Result<Stack<FileStore>> {
+    open_at(dir, top, None, cache).await
+}
+
+/// The same as it was at `point`, the name or ID of a snapshot that the image keeps in itself. What it
+/// stands on is as it is now.
+pub async fn open_at(
+    dir: BorrowedFd<'_>,
+    top: &Path,
+    point: Option<&str>,
+    cache: Cache,
+) -> Result<Stack<FileStore>> {
     let mut files = Files::new(dir);
     let place = |e: Error| e.at(top.display());
     let store = files.open(top, Cache::Writeback, Hold::Held);
     let store = store.map_err(place)?;
     let header = read_header(&store).await.map_err(place)?;
     let opened = files.qcow2(top, store, &header, cache, Hold::Held).await;
-    files.stack(top, &header, opened.map_err(place)?).await
+    let mut image = opened.map_err(place)?;
+    if let Some(point) = point {
+        let all = image.snapshots().await.map_err(place)?;
+        let found = internal::find(&all, point).map_err(place)?;
+        image = image.at_snapshot(found).map_err(place)?;
+    }
+    files.stack(top, &header, image).await
 }
 
-/// The same for writing: `store` is that of the top, which is nobody else's, and `ledger` outlives this
+/// The same as it is, for writing: `store` is that of the top, which is nobody else's, and `ledger` outlives this
 /// process. An external data file is taken for this process alone, once a predecessor's last writes to it
 /// have landed, for which `patience` is waited. What the top stands on is only read.
 pub async fn open_write(

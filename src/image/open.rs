@@ -7,6 +7,7 @@
 //! top may just have been merged into is waited for in the same way.
 
 use super::chain::{Chain, LayerFile};
+use super::snapshot::internal;
 use super::target::Format;
 use super::{backing, delta};
 use crate::disk::Disk;
@@ -146,10 +147,24 @@ pub async fn open_write(
 
 /// Opens a disk for reading; nothing is written, not even a mark.
 pub async fn open_read(dir: impl AsFd, chain: &Chain, cache: Cache) -> Result<Disk<FileStore>> {
+    open_at(dir, chain, None, cache).await
+}
+
+/// The same, as it was at `point`: the name or ID of a snapshot that a bare qcow2 image keeps in itself.
+/// `Usage` when the disk is something else.
+pub async fn open_at(
+    dir: impl AsFd,
+    chain: &Chain,
+    point: Option<&str>,
+    cache: Cache,
+) -> Result<Disk<FileStore>> {
     let top = chain.top();
     if is_bare_qcow2(chain) {
-        let stack = backing::open_read(dir.as_fd(), Path::new(&top.name), cache).await?;
+        let stack = backing::open_at(dir.as_fd(), Path::new(&top.name), point, cache).await?;
         return Ok(Disk::over(stack, true));
+    }
+    if point.is_some() {
+        return Err(internal::not_qcow2());
     }
     let mut layers = lower(&dir, chain).await?;
     layers.push(read_layer(&dir, top, chain, cache).await?);

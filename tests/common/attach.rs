@@ -3,6 +3,7 @@
 use super::process::{self, eventually, ok, ok_within, run};
 use super::programs::{ploopctl, tool};
 use super::serve::Disk;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -25,6 +26,9 @@ pub fn can_mount(test: &str) -> bool {
     super::skip(test, reason);
     false
 }
+
+/// How long a worker may take to come or to go.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An attached disk. Dropping it detaches it, however the test ended.
 #[derive(Debug)]
@@ -91,10 +95,30 @@ impl Attached {
     /// Kills the worker with SIGKILL and returns once another one has served the disk for long enough
     /// that the next kill is none of a series: a keeper gives a disk up whose workers die in a row.
     pub fn kill_worker(&self) {
-        let wait = Duration::from_secs(60);
-        let old = eventually("a worker", wait, || self.worker());
+        let old = self.some_worker();
         kill(old);
-        eventually("another worker", wait, || {
+        self.await_successor_of(old);
+    }
+
+    /// The same of a bare image, at which `look` looks as the dead worker left it: its last writes have
+    /// landed, and no other begins while the keeper is stopped.
+    pub fn kill_worker_and_look<T>(&self, look: impl FnOnce() -> T) -> T {
+        let old = self.some_worker();
+        let stopped = Stopped::new(self.keeper);
+        kill(old);
+        await_last_writes(&self.disk);
+        let found = look();
+        drop(stopped);
+        self.await_successor_of(old);
+        found
+    }
+
+    fn some_worker(&self) -> u32 {
+        eventually("a worker", PATIENCE, || self.worker())
+    }
+
+    fn await_successor_of(&self, old: u32) {
+        eventually("another worker", PATIENCE, || {
             let disk = listed(&self.disk)?;
             let new = pid(&disk, "worker_pid").filter(|new| *new != old)?;
             (disk["state"] == "serving").then_some(new)
@@ -129,6 +153,42 @@ impl Drop for Attached {
     }
 }
 
+/// Waits until whoever had an image open for writing, and is dead, has no write on its way to it.
+fn await_last_writes(image: &Path) {
+    let file = fs::File::open(image).unwrap();
+    let fence = rustix::fs::FlockOperation::NonBlockingLockExclusive;
+    eventually("the last write of a dead worker", PATIENCE, || {
+        rustix::fs::flock(&file, fence).ok()
+    });
+}
+
+/// A process that does nothing for as long as this is there.
+struct Stopped(u32);
+
+impl Stopped {
+    fn new(process: u32) -> Self {
+        let stopped = Self(process);
+        stopped.signal(Signal::STOP);
+        eventually("a stopped process", PATIENCE, || {
+            let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+            let (_, state) = stat.rsplit_once(')').unwrap();
+            state.trim_start().starts_with('T').then_some(())
+        });
+        stopped
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.0.try_into().unwrap()).expect("not process 0");
+        let _ = kill_process(pid, signal);
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.signal(Signal::CONT);
+    }
+}
+
 /// Checking shares two cores with everything else.
 const CHECKER_PATIENCE: Duration = Duration::from_secs(300);
 
@@ -159,7 +219,6 @@ pub fn assert_fsck_clean_with(fs: &str, disk: &Disk, args: &[&str]) {
 
 /// SIGKILL, to a process of this test's disk; it may be gone already.
 pub fn kill(pid: u32) {
-    use rustix::process::{Pid, Signal, kill_process};
     let pid = Pid::from_raw(pid.try_into().unwrap()).expect("not process 0");
     let _ = kill_process(pid, Signal::KILL);
 }

@@ -6,7 +6,10 @@
 //! and checks them. Without qemu-img and qemu-io the tests say that they are skipped.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
+#[path = "../common/mod.rs"]
+mod common;
 mod gate;
+mod oracles;
 mod poison;
 mod qcow2;
 

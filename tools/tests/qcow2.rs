@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{PLOOPCTL, Scratch, can_mount, fails, has, json, noise, ok, run, text};
+use common::{PLOOPCTL, Scratch, can_mount, fails, has, json, kill9, noise, ok, run, text};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use std::fs;
 use std::mem::MaybeUninit;
@@ -98,11 +98,20 @@ impl Folder {
 
     /// What a client of ours reads, by extents, or each byte.
     fn read_by_us(&self, name: &str, cache: &str, more: &[&str]) -> Vec<u8> {
+        self.read_served(name, &["--cache", cache], more)
+    }
+
+    /// The same of what is served with these options.
+    fn read_served(&self, name: &str, options: &[&str], more: &[&str]) -> Vec<u8> {
         let out = self.path("out");
         let mut command = Command::new("nbdcopy");
         command.args(more).args(["--", "[", PLOOPCTL, "serve"]);
-        command.args(["--read-only", "--format", "qcow2", "--cache", cache]);
-        command.arg(self.path(name)).arg("]").arg(&out);
+        command.args(["--read-only", "--format", "qcow2"]);
+        command
+            .args(options)
+            .arg(self.path(name))
+            .arg("]")
+            .arg(&out);
         let done = command.output().expect("nbdcopy runs");
         let said = String::from_utf8_lossy(&done.stderr);
         assert!(done.status.success(), "{name}: {said}");
@@ -463,6 +472,167 @@ fn an_image_keeps_snapshots_in_itself_as_qemu_does() {
             text(&folder.path("base.raw")),
         ],
     );
+}
+
+#[test]
+fn an_image_is_served_as_it_was_at_a_snapshot_of_its_own() {
+    if !can_compare() {
+        return;
+    }
+    for (n, options) in [
+        "cluster_size=4k",
+        "extended_l2=on",
+        "cluster_size=2M",
+        "compat=0.10",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let folder = Folder::new();
+        folder.content("base.raw", 7 * MIB);
+        folder.img(&format!(
+            "create -f qcow2 -b base.raw -F raw -o {options} image 9M"
+        ));
+        let image = folder.path("image");
+        let then = |point: &str, cache: &str, more: &[&str]| {
+            folder.read_served("image", &["--snapshot", point, "--cache", cache], more)
+        };
+        let mut shots = Vec::new();
+        // A name counts before an ID: the first is called as the second is numbered.
+        for (by_us, name, id) in [(true, "2", "1"), (false, "later", "2"), (true, "last", "3")] {
+            if by_us {
+                let words = ["snapshot", "create", "--format", "qcow2", "--name", name];
+                ok(&[&words[..], &[text(&image)]].concat());
+            } else {
+                folder.img(&format!("snapshot -c {name} image"));
+            }
+            shots.push((name, id, folder.read_by_qemu("image")));
+            let fill = 0x40 + shots.len() * 4 + n;
+            folder.scribble("image");
+            let more = format!("write -P {fill} {}k 900k", shots.len() * 300);
+            folder.io("image", &[&more]);
+        }
+        for (name, id, was) in &shots {
+            folder.img(&format!(
+                "convert -l snapshot.id={id} -f qcow2 -O raw image then"
+            ));
+            assert!(fs::read(folder.path("then")).expect("read") == *was);
+            assert!(then(name, "none", &FLAT) == *was, "{options}: {name}");
+        }
+        assert!(
+            then("3", "writeback", &[]) == shots[2].2,
+            "{options}: by ID"
+        );
+        if options != "compat=0.10" {
+            // Each has the size that the disk had.
+            let words = ["grow", "--format", "qcow2", text(&image), "12M"];
+            ok(&words);
+            assert!(then("later", "writeback", &[]) == shots[1].2, "{options}");
+        }
+        let now = folder.read_by_qemu("image");
+        assert!(folder.read_by_us("image", "none", &[]) == now, "{options}");
+        folder.img("check -q -f qcow2 image");
+    }
+}
+
+#[test]
+fn a_snapshot_is_shown_to_who_only_reads_and_of_a_qcow2_image_alone() {
+    if !can_compare() {
+        return;
+    }
+    let folder = Folder::new();
+    folder.img("create -f qcow2 image 8M");
+    folder.img("create -f raw flat 8M");
+    folder.img("snapshot -c twice image");
+    let (image, flat) = (folder.path("image"), folder.path("flat"));
+    let refused = |code: i32, disk: &Path, words: &[&str], why: &str| {
+        for verb in [&["serve", "--nbd", "-"][..], &["mount"]] {
+            let said = fails(
+                code,
+                &[verb, &["--snapshot"], words, &[text(disk)]].concat(),
+            );
+            assert!(said.contains(why), "{said}");
+        }
+    };
+    let only_reads = ["other", "--read-only", "--format", "qcow2"];
+    refused(2, &image, &["twice", "--format", "qcow2"], "--read-only");
+    let of_raw = ["twice", "--read-only", "--format", "raw"];
+    refused(2, &flat, &of_raw, "--format qcow2");
+    refused(2, &image, &["twice", "--read-only"], "--format qcow2");
+    let serve = [&["serve", "--nbd", "-", "--snapshot"], &only_reads[..]].concat();
+    let said = fails(11, &[&serve[..], &[text(&image)]].concat());
+    assert!(said.contains("no snapshot other"), "{said}");
+}
+
+#[test]
+fn a_file_system_is_mounted_as_it_was_at_a_snapshot_of_its_image() {
+    if !can_compare() || !can_mount() || !has("mkfs.ext4") {
+        return;
+    }
+    let folder = Folder::new();
+    let (tree, data) = (folder.path("tree"), noise(3 * MIB, 5));
+    fs::create_dir(&tree).expect("mkdir");
+    fs::write(tree.join("file"), &data).expect("write");
+    folder.tool("mkfs.ext4", "-q -d tree base.raw 64M");
+    folder.img("convert -f raw -O qcow2 base.raw image");
+    let (image, point) = (folder.path("image"), folder.0.mountpoint());
+    let create = ["snapshot", "create", "--format", "qcow2", text(&image)];
+    ok(&[&create[..], &["--name", "closed"]].concat());
+    let attach = ["mount", "--format", "qcow2", text(&image), text(&point)];
+    ok(&attach);
+    fs::write(point.join("file"), "other").expect("write");
+    ok(&["umount", text(&point)]);
+    let then = |name| [&attach[..], &["--read-only", "--snapshot", name]].concat();
+    let said = json(&then("closed"));
+    assert_eq!(
+        (&said["snapshot"], &said["read_only"]),
+        (&"closed".into(), &true.into())
+    );
+    assert_eq!(folder.0.attached()[0]["snapshot"], "closed");
+    assert!(fs::read(point.join("file")).expect("read") == data);
+    assert!(fs::write(point.join("other"), "x").is_err());
+    // Nobody writes to the image meanwhile, whoever it is.
+    fails(4, &[&create[..], &["--name", "other"]].concat());
+    let mut qemu = Command::new("qemu-io");
+    qemu.args(["-f", "qcow2", "-c", "write 0 512", text(&image)]);
+    let said = qemu.output().expect("it is installed");
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert!(said.contains("lock"), "{said}");
+    // Whoever serves it after another still shows that snapshot.
+    let worker = folder.0.attached()[0]["worker_pid"].as_u64();
+    kill9(worker.expect("a worker"));
+    assert!(fs::read(point.join("file")).expect("read") == data);
+    fs::write("/proc/sys/vm/drop_caches", "3").expect("root may");
+    assert!(fs::read(point.join("file")).expect("read") == data);
+    ok(&["umount", text(&point)]);
+    ok(&[&attach[..], &["--read-only"]].concat());
+    assert_eq!(folder.0.attached()[0]["snapshot"], serde_json::Value::Null);
+    assert_eq!(fs::read(point.join("file")).expect("read"), b"other");
+    ok(&["umount", text(&point)]);
+}
+
+#[test]
+fn a_file_system_with_a_journal_at_a_snapshot_is_mounted_without_it() {
+    if !can_compare() || !can_mount() || !has("mkfs.ext4") || !has("debugfs") {
+        return;
+    }
+    let folder = Folder::new();
+    folder.tool("mkfs.ext4", "-q base.raw 64M");
+    let mut mark = Command::new("debugfs");
+    mark.args(["-w", "-R", "feature needs_recovery"]);
+    let done = mark.arg(folder.path("base.raw")).output();
+    assert!(done.expect("it is installed").status.success());
+    folder.img("convert -f raw -O qcow2 base.raw image");
+    folder.img("snapshot -c in-use image");
+    let (image, point) = (folder.path("image"), folder.0.mountpoint());
+    let mount = ["mount", "--read-only", "--snapshot", "in-use"];
+    let mount = [&mount[..], &["--format", "qcow2", text(&image)]].concat();
+    let mount = [&mount[..], &[text(&point)]].concat();
+    fails(1, &mount);
+    assert!(folder.0.attached().is_empty());
+    ok(&[&mount[..], &["--mount-options", "noload"]].concat());
+    assert!(point.join("lost+found").is_dir());
+    ok(&["umount", text(&point)]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Internal: the snapshots that a bare qcow2 image keeps in itself, of an image that is not attached.
 //!
-//! Each is found by its name or its ID. The caller holds the locks for writing, and the order in which a
-//! change becomes true is that of [`ploop_formats::qcow2::snapshots`].
+//! Each is found by its name or its ID. Whoever changes them holds the locks for writing, and the order in
+//! which a change becomes true is that of [`ploop_formats::qcow2::snapshots`].
 
 use crate::image::chain::LayerFile;
 use crate::image::open;
@@ -46,15 +46,21 @@ impl Act<'_> {
         match self {
             Self::Create(name) => snapshots::create(store, &wanted(name), watch).await,
             Self::Switch(point) => {
-                let id = find(store, point).await?;
+                let id = id_of(store, point).await?;
                 snapshots::revert(store, &id, watch).await.map(|()| id)
             }
             Self::Delete(point) => {
-                let id = find(store, point).await?;
+                let id = id_of(store, point).await?;
                 snapshots::delete(store, &id, watch).await.map(|()| id)
             }
         }
     }
+}
+
+/// Why a disk of another format has none.
+pub fn not_qcow2() -> Error {
+    let what = "only bare qcow2 images (--format qcow2) have snapshots of their own";
+    Error::new(Kind::Usage, what)
 }
 
 /// One that is made now.
@@ -69,10 +75,16 @@ fn wanted(name: &str) -> Wanted {
     }
 }
 
-/// The ID of the snapshot with a name, or else with that ID.
-async fn find<S: Store>(store: &S, point: &str) -> Result<Vec<u8>> {
+/// The ID of the snapshot that is meant by `point`.
+async fn id_of<S: Store>(store: &S, point: &str) -> Result<Vec<u8>> {
     let header = read_header(store).await?;
     let (all, _) = list_snapshots(store, &header).await?;
+    find(&all, point).map(|snapshot| snapshot.id.clone())
+}
+
+/// The snapshot with a name, or else with that ID. `NotFound` when there is none, `Invalid` when several
+/// have the name.
+pub fn find<'a>(all: &'a [Snapshot], point: &str) -> Result<&'a Snapshot> {
     let is_named = |snapshot: &&Snapshot| snapshot.name == point.as_bytes();
     let mut named = all.iter().filter(is_named);
     let said = printable(point.as_bytes());
@@ -80,12 +92,11 @@ async fn find<S: Store>(store: &S, point: &str) -> Result<Vec<u8>> {
         (Some(_), Some(_)) => Err(Error::invalid(format!(
             "several snapshots are called {said}: give the ID of one, which `snapshot list` shows"
         ))),
-        (Some(only), None) => Ok(only.id.clone()),
+        (Some(only), None) => Ok(only),
         (None, _) => {
             let of_id = all.iter().find(|s| s.id == point.as_bytes());
-            let id = of_id.map(|snapshot| snapshot.id.clone());
             let none = || Error::new(Kind::NotFound, format!("there is no snapshot {said}"));
-            id.ok_or_else(none)
+            of_id.ok_or_else(none)
         }
     }
 }

@@ -292,6 +292,7 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
         size: 0,
         state: Phase::Starting,
         read_only: config.read_only,
+        snapshot: config.snapshot.clone(),
         cache: config.cache.name().into(),
         engine: None,
         host_low: false,
@@ -395,6 +396,7 @@ impl Holdings {
         let config = WorkerConfig {
             dir_fd,
             source: self.source.clone(),
+            snapshot: config.snapshot.clone(),
             ledger_fd,
             witness_fd,
             counters_fd: bag.pack(&self.counters)?,

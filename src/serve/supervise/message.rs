@@ -112,6 +112,9 @@ pub struct KeeperConfig {
     pub disk: PathBuf,
     /// Stated format, when it is a bare file.
     pub format: Option<Format>,
+    /// Name or ID of the snapshot of a bare qcow2 image that is shown instead of what it is now; only
+    /// where writes are refused.
+    pub snapshot: Option<String>,
     /// Whether writes are refused.
     pub read_only: bool,
     /// Cache mode of the top layer.
@@ -272,6 +275,8 @@ pub struct WorkerConfig {
     pub dir_fd: RawFd,
     /// What to open in it.
     pub source: Source,
+    /// At which snapshot, where there is no ledger.
+    pub snapshot: Option<String>,
     /// The ledger's memfd, inherited. A read-only disk has none.
     pub ledger_fd: Option<RawFd>,
     /// The top on the keeper's own description, which remembers what the kernel lost; inherited.

@@ -131,7 +131,15 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let limit = disk_now.and_then(Descriptor::max_delta_size).map(Limit);
     let disk = match &ledger {
         Some(ledger) => open_write(&config, &dir, &chain, witness, ledger.clone()).await?,
-        None => open::open_read(&dir, &chain, config.cache.into()).await?,
+        None => {
+            open::open_at(
+                &dir,
+                &chain,
+                config.snapshot.as_deref(),
+                config.cache.into(),
+            )
+            .await?
+        }
     };
     let (top, watched) = watch::channel(disk.stack().top().store().clone());
     top.borrow().set_limit(limit);

@@ -49,6 +49,7 @@ fn known() -> Known {
         size: 1 << 30,
         state: Phase::Failed,
         read_only: false,
+        snapshot: None,
         cache: "none".into(),
         engine: None,
         host_low: false,

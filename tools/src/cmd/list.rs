@@ -42,7 +42,9 @@ fn object(view: &View) -> Value {
     let seen = views::of(Path::new(&view.disk.state.path));
     let disk = seen.as_ref().map(|(disk, _)| disk.display().to_string());
     object["view_of"] = disk.into();
-    object["snapshot"] = seen.map(|(_, name)| name.point.bare()).into();
+    if let Some((_, name)) = seen {
+        object["snapshot"] = name.point.bare().into();
+    }
     object
 }
 

@@ -32,10 +32,11 @@ pub mod umount;
 use crate::answer::Answer;
 use crate::global::Global;
 use crate::size;
+use ploop::image::snapshot::internal;
 use ploop::image::target::Format;
 use ploop::io::room::KeepFree;
 use ploop::sandbox::{self, Files};
-use ploop::{Kind, Result};
+use ploop::{Error, Kind, Result};
 use std::os::fd::AsFd;
 
 /// A verb and its arguments.
@@ -156,6 +157,22 @@ impl From<Format> for FormatArg {
             Format::Raw => FormatArg::Raw,
             Format::Qcow2 => FormatArg::Qcow2,
         }
+    }
+}
+
+/// Refuses `--snapshot` where nothing can be shown by it.
+pub fn check_snapshot(
+    snapshot: Option<&str>,
+    read_only: bool,
+    format: Option<FormatArg>,
+) -> Result<()> {
+    match (snapshot, read_only, format) {
+        (None, ..) | (Some(_), true, Some(FormatArg::Qcow2)) => Ok(()),
+        (Some(_), true, _) => Err(internal::not_qcow2()),
+        (Some(_), false, _) => Err(Error::new(
+            Kind::Usage,
+            "--snapshot needs --read-only: what a snapshot holds is not written to",
+        )),
     }
 }
 

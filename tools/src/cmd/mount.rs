@@ -31,6 +31,14 @@ pub struct Args {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// Attach a qcow2 image as it was at this snapshot that it keeps in itself, by name or ID; with
+    /// --read-only
+    ///
+    /// A file system that was in use then has a journal that is not replayed on a device that refuses
+    /// writes: `--mount-options noload` mounts ext4 without, `norecovery` XFS, and what only the journal
+    /// had is not seen.
+    #[arg(long, value_name = "NAME")]
+    snapshot: Option<String>,
     /// Options for the file system, as mount(8) takes them
     #[arg(long, value_name = "OPTS", requires = "mountpoint")]
     mount_options: Option<String>,
@@ -54,12 +62,14 @@ pub struct Args {
 
 /// Does it.
 pub fn run(args: &Args, global: &Global) -> Result<Answer> {
+    super::check_snapshot(args.snapshot.as_deref(), args.read_only, args.format)?;
     need_privilege("mount")?;
     let settings = global.settings()?;
     let point = args.mountpoint.as_deref().map(mount_point).transpose()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
     let mut config = device_config(&target, args.format, &settings);
     config.read_only = args.read_only;
+    config.snapshot.clone_from(&args.snapshot);
     config.cache = args.cache.map_or(config.cache, Into::into);
     config.keep_free = args.keep_free.unwrap_or(config.keep_free);
     config.sandbox = args.sandbox.map_or(config.sandbox, SandboxArg::is_on);
@@ -100,6 +110,7 @@ pub fn device_config(
     KeeperConfig {
         disk: target.path().to_path_buf(),
         format: format.map(Into::into),
+        snapshot: None,
         read_only: false,
         cache: settings.mount.cache.map_or(Cache::None, Into::into),
         keep_free: settings.keep_free.unwrap_or_default(),

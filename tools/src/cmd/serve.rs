@@ -36,6 +36,10 @@ pub struct Args {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// Serve a qcow2 image as it was at this snapshot that it keeps in itself, by name or ID; with
+    /// --read-only
+    #[arg(long, value_name = "NAME")]
+    snapshot: Option<String>,
     /// Folder with server-cert.pem and server-key.pem (mode 0600), as QEMU and nbdkit name them
     ///
     /// With ca-cert.pem in it, clients must show a certificate that this authority signed, and
@@ -91,6 +95,7 @@ enum TlsArg {
 
 /// Becomes ploopd; returns only on failure.
 pub fn run(args: Args, global: &Global) -> Result<Answer> {
+    super::check_snapshot(args.snapshot.as_deref(), args.read_only, args.format)?;
     let settings = global.settings()?;
     leftover::sweep()?;
     let target = Target::resolve(&args.disk, args.format.map(Into::into))?;
@@ -112,6 +117,7 @@ pub fn run(args: Args, global: &Global) -> Result<Answer> {
     let config = KeeperConfig {
         disk: target.path().to_path_buf(),
         format: args.format.map(Into::into),
+        snapshot: args.snapshot,
         read_only: args.read_only,
         cache: args
             .cache

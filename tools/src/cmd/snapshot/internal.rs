@@ -32,8 +32,7 @@ pub fn run(verb: &Verb, format: FormatArg, global: &Global) -> Result<Answer> {
             ..
         }
     ) {
-        let what = "only qcow2 images have snapshots of their own";
-        return Err(Error::new(Kind::Usage, what));
+        return Err(internal::not_qcow2());
     }
     match verb {
         Verb::List(_) => list(&target),
