@@ -20,11 +20,13 @@ use ploop_formats::testkit::rng::Rng;
 use ploop_formats::testkit::stamp::{self, Seen, Value, ZERO};
 use ploop_formats::units::{ClusterSize, SECTOR};
 use ploop_formats::{Error, Result, buf};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The smallest cluster that the format allows, so that a state is small.
 pub const CLUSTER: u64 = 32 << 10;
 const SECTORS: usize = (CLUSTER / SECTOR) as usize;
+/// Sectors of a subcluster.
+const PIECE: usize = SECTORS / 32;
 
 /// What files promise that are made while a tree lives.
 pub const RULES: Rules = Rules {
@@ -54,6 +56,21 @@ impl Formats {
                 ..RULES
             },
         }
+    }
+}
+
+/// What a file has of a cluster: the value of each sector that is there.
+type Cluster = Vec<Option<Value>>;
+
+/// All of a cluster, if it is there.
+fn whole(cluster: &Cluster) -> Option<Content> {
+    cluster.iter().copied().collect()
+}
+
+/// Puts what a file has over what is below it.
+fn lay_over(to: &mut [Value], cluster: &Cluster) {
+    for (to, value) in to.iter_mut().zip(cluster) {
+        *to = value.unwrap_or(*to);
     }
 }
 
@@ -104,7 +121,9 @@ struct Maker<'a> {
     version: Version,
     clusters: u64,
     next: Value,
-    files: BTreeMap<String, Vec<Option<Content>>>,
+    files: BTreeMap<String, Vec<Cluster>>,
+    /// Those that may have a cluster in part.
+    extended: BTreeSet<String>,
 }
 
 impl Maker<'_> {
@@ -114,21 +133,39 @@ impl Maker<'_> {
         for _ in 0..self.clusters {
             let there = self.rng.one_in(one_in);
             let zero = there && self.formats == Formats::Mixed && self.rng.one_in(6);
-            clusters.push(match zero {
-                true => Some(vec![ZERO; SECTORS]),
-                false => there.then(|| self.cluster()),
+            clusters.push(match there {
+                _ if zero => vec![Some(ZERO); SECTORS],
+                true => self.cluster(),
+                false => vec![None; SECTORS],
             });
         }
         self.files.insert(name.into(), clusters);
     }
 
-    fn cluster(&mut self) -> Content {
+    fn cluster(&mut self) -> Cluster {
         (0..SECTORS)
             .map(|_| {
                 self.next += 1;
-                if self.rng.one_in(16) { ZERO } else { self.next }
+                Some(if self.rng.one_in(16) { ZERO } else { self.next })
             })
             .collect()
+    }
+
+    /// Has some clusters of a file be there in part.
+    fn part(&mut self, name: &str) {
+        self.extended.insert(name.into());
+        for cluster in self.files.get_mut(name).expect("a file") {
+            if whole(cluster).is_none() || self.rng.one_in(3) {
+                continue;
+            }
+            for piece in cluster.chunks_mut(PIECE) {
+                match self.rng.below(4) {
+                    0..2 => piece.fill(None),
+                    2 => piece.fill(Some(ZERO)),
+                    _ => {}
+                }
+            }
+        }
     }
 
     fn content(&self, disk: &Descriptor, point: Guid) -> Content {
@@ -136,9 +173,7 @@ impl Maker<'_> {
         for image in disk.chain(point).expect("a point of the disk") {
             let layer = &self.files[&image.file];
             for (to, cluster) in content.chunks_mut(SECTORS).zip(layer) {
-                if let Some(cluster) = cluster {
-                    to.copy_from_slice(cluster);
-                }
+                lay_over(to, cluster);
             }
         }
         content
@@ -147,8 +182,9 @@ impl Maker<'_> {
     fn pages(&mut self, name: &str, format: LayerFormat, in_use: bool) -> Pages {
         let clusters = self.files[name].clone();
         if format == LayerFormat::Qcow2 {
-            return self.qcow2(clusters);
+            return self.qcow2(name, clusters);
         }
+        let clusters: Vec<Option<Content>> = clusters.iter().map(whole).collect();
         if format == LayerFormat::Raw {
             let mut pages = Pages::new(self.clusters * CLUSTER);
             let sectors = clusters.into_iter();
@@ -168,11 +204,12 @@ impl Maker<'_> {
         delta.make(self.rng)
     }
 
-    fn qcow2(&mut self, clusters: Vec<Option<Content>>) -> Pages {
+    fn qcow2(&mut self, name: &str, clusters: Vec<Cluster>) -> Pages {
         let (snapshot, mut all) = (self.rng.one_in(3), Vec::new());
         for cluster in clusters {
-            let held = match cluster {
-                None => Held::Nothing,
+            let held = match whole(&cluster) {
+                None if cluster.iter().all(Option::is_none) => Held::Nothing,
+                None => Held::Parts(cluster),
                 Some(values) if values.iter().all(|value| *value == ZERO) => Held::Zero {
                     place: self.rng.one_in(2),
                 },
@@ -183,7 +220,7 @@ impl Maker<'_> {
         }
         let image = Image {
             version: 3,
-            extended: false,
+            extended: self.extended.contains(name),
             behind: 0,
             log2: CLUSTER.trailing_zeros(),
             order: *self.rng.pick(&[3, 4, 6]),
@@ -235,6 +272,7 @@ pub fn first_file(rng: &mut Rng, version: Version, clusters: u64, raw: bool, nex
         clusters,
         next,
         files: BTreeMap::new(),
+        extended: BTreeSet::new(),
     };
     let kind = if raw {
         ImageType::Plain
@@ -282,6 +320,7 @@ pub fn make(rng: &mut Rng, formats: Formats, shots: u64) -> (SimFolder, Tree) {
         clusters,
         next: 0,
         files: BTreeMap::new(),
+        extended: BTreeSet::new(),
     };
     let disk = maker.grow(raw, shots);
     let disk = maker.mix(disk);
@@ -337,7 +376,7 @@ impl Maker<'_> {
         disk
     }
 
-    /// Has some files be qcow2 images, where that is wanted.
+    /// Has some files be qcow2 images, where that is wanted, and some of these have clusters in part.
     fn mix(&mut self, mut disk: Descriptor) -> Descriptor {
         if self.formats == Formats::Ploop {
             return disk;
@@ -348,6 +387,9 @@ impl Maker<'_> {
             if is == LayerFormat::Ploop && !self.rng.one_in(4) {
                 let mixed = disk.edit(|e| e.set_type(image.guid, ImageType::QCow2));
                 disk = mixed.expect("a legal change");
+                if self.rng.one_in(2) {
+                    self.part(&image.file);
+                }
             }
         }
         disk
@@ -379,18 +421,27 @@ impl Maker<'_> {
             if let (Some(child), None) = (children.next(), children.next())
                 && !shared.contains(&file(point))
             {
-                self.take_in(&file(child.guid), &file(point));
+                let below = self.content(&disk, point);
+                self.take_in(&file(child.guid), &file(point), &below);
             }
         }
         disk
     }
 
-    fn take_in(&mut self, upper: &str, lower: &str) {
-        for n in 0..self.files[upper].len() {
-            if let Some(cluster) = self.files[upper][n].clone()
-                && self.rng.one_in(2)
-            {
-                self.files.get_mut(lower).expect("a file")[n] = Some(cluster);
+    /// Has a lower file take in some clusters of an upper one; at the lower one a guest reads `below`.
+    fn take_in(&mut self, upper: &str, lower: &str, below: &Content) {
+        let parts = self.extended.contains(lower);
+        for (n, below) in below.chunks(SECTORS).enumerate() {
+            let cluster = self.files[upper][n].clone();
+            if cluster.iter().all(Option::is_none) || !self.rng.one_in(2) {
+                continue;
+            }
+            let to = &mut self.files.get_mut(lower).expect("a file")[n];
+            if !parts {
+                *to = below.iter().copied().map(Some).collect();
+            }
+            for (to, value) in to.iter_mut().zip(cluster) {
+                *to = value.or(*to);
             }
         }
     }

@@ -29,7 +29,8 @@ pub enum Held {
     Data(Vec<Value>),
     /// The same, compressed (in a block that is not).
     Packed(Vec<Value>),
-    /// With extended entries: each sector by itself is nothing, zeros, or data.
+    /// With extended entries: each subcluster by itself is nothing, zeros, or data. One value a sector,
+    /// and none of all sectors of a subcluster.
     Parts(Vec<Option<Value>>),
 }
 
@@ -38,7 +39,7 @@ pub enum Held {
 pub struct Image {
     /// Version of the header: 2 or 3.
     pub version: u32,
-    /// Whether entries of second-level tables tell of subclusters, which are sectors.
+    /// Whether entries of second-level tables tell of subclusters.
     pub extended: bool,
     /// Sectors of the last cluster that are behind the end of the disk.
     pub behind: u64,
@@ -342,15 +343,20 @@ fn poisoned(draft: &mut Draft, count: u64) -> u64 {
 /// Puts what is data of `parts` into the cluster at `host`; the second half of their entry.
 fn lay(draft: &mut Draft, host: u64, parts: &[Option<Value>], first: u64) -> u64 {
     let mut bits = 0;
-    for (n, value) in parts.iter().enumerate() {
-        let Some(value) = value else { continue };
-        if *value == stamp::ZERO {
+    let piece = parts.len().div_ceil(32);
+    for (n, part) in parts.chunks(piece).enumerate() {
+        let values: Vec<Value> = part.iter().copied().flatten().collect();
+        if values.is_empty() {
+            continue;
+        }
+        if values.iter().all(|value| *value == stamp::ZERO) {
             bits |= 1 << (32 + n);
             continue;
         }
         bits |= 1 << n;
-        let at = host + n as u64 * SECTOR;
-        draft.pages.write(at, &data(&[*value], first + n as u64));
+        let sector = (n * piece) as u64;
+        let at = host + sector * SECTOR;
+        draft.pages.write(at, &data(&values, first + sector));
     }
     bits
 }

@@ -4,11 +4,13 @@
 //! flush pass makes the data durable first. A cluster that the lower delta has is overwritten in
 //! place: the upper one hides it as long as this can be cut. Passes of the lower delta run beside the
 //! copying, so that a host's memory is not filled with what then has to be written all at once. Memory
-//! is bounded whatever the cluster size.
+//! is bounded whatever the cluster size. A cluster that one of two deltas has in part is copied by
+//! [`super::parts`].
 //!
 //! In a new image nothing is hidden by what is not there: zeros are not stored, and holes of a
 //! source's files are not read.
 
+use super::parts::{self, Rest};
 use crate::stack::{AnyLayer, AnyReserved, Content, Stack};
 use bytes::BytesMut;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -99,14 +101,15 @@ impl Pace for () {
     }
 }
 
-/// Copies all that `from` has into `to`, which is at least as large; the bytes copied. They are
-/// durable once `to` is closed.
+/// Copies all that `from` has into `to`, which is below it, stands on `rest`, and is at least as large;
+/// the bytes copied. They are durable once `to` is closed.
 pub async fn copy<S: Store>(
     from: &AnyLayer<S>,
     to: &AnyLayer<S>,
+    rest: &Rest<S>,
     work: &mut Work<'_>,
 ) -> Result<u64> {
-    carry_out(Source::Delta(from), to, work).await
+    carry_out(Source::Delta(from, rest), to, work).await
 }
 
 /// Copies what a stack reads as into `to`, a new image that is at least as large and reads as zeros. Zeros are not written. The bytes looked at; all is durable once `to` is closed.
@@ -121,7 +124,8 @@ pub async fn flatten<S: Store>(
 /// From `at`, the beginning of a cluster, to where the tables and holes of a stack say something else,
 /// in whole clusters or up to the end of the disk, and whether there may be anything but zeros.
 pub async fn run<S: Store>(stack: &Stack<S>, cluster: ClusterSize, at: u64) -> Result<(u64, bool)> {
-    Source::Stack(stack).run(cluster, at).await
+    let (len, run) = Source::Stack(stack).run(cluster, at).await?;
+    Ok((len, run != Run::Nothing))
 }
 
 async fn carry_out<S: Store>(
@@ -138,8 +142,9 @@ async fn carry_out<S: Store>(
 
 /// Where bytes come from.
 enum Source<'a, S> {
-    /// A delta, for the one below it: what it has is taken as it is, zeros too.
-    Delta(&'a AnyLayer<S>),
+    /// A delta, for the one below it, which stands on something: what it has is taken as it is, zeros
+    /// too.
+    Delta(&'a AnyLayer<S>, &'a Rest<S>),
     /// What a guest reads, for a new image.
     Stack(&'a Stack<S>),
 }
@@ -151,6 +156,17 @@ impl<S> Clone for Source<'_, S> {
 }
 
 impl<S> Copy for Source<'_, S> {}
+
+/// What a source has in a row of clusters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Run {
+    /// Nothing.
+    Nothing,
+    /// The same in all of them, whatever it is.
+    Whole,
+    /// One cluster, with this here and that there.
+    Mixed,
+}
 
 /// A part of a source.
 struct Part<'a, S> {
@@ -174,7 +190,7 @@ enum Held<'a, S> {
 impl<'a, S: Store> Source<'a, S> {
     fn geometry(self) -> Geometry {
         match self {
-            Self::Delta(layer) => layer.geometry(),
+            Self::Delta(layer, _) => layer.geometry(),
             Self::Stack(stack) => stack.top().geometry(),
         }
     }
@@ -182,14 +198,14 @@ impl<'a, S: Store> Source<'a, S> {
     /// Blocks in which it is read, in bytes.
     fn align(self) -> u64 {
         match self {
-            Self::Delta(layer) => layer.store().info().align,
+            Self::Delta(layer, _) => layer.store().info().align,
             Self::Stack(stack) => stack.align(),
         }
     }
 
     const fn phase(self) -> &'static str {
         match self {
-            Self::Delta(_) => "merging",
+            Self::Delta(..) => "merging",
             Self::Stack(_) => "converting",
         }
     }
@@ -201,7 +217,7 @@ impl<'a, S: Store> Source<'a, S> {
 
     async fn part(self, at: u64, len: u64) -> Result<Part<'a, S>> {
         match self {
-            Self::Delta(layer) => Ok(match layer.map(at, len).await? {
+            Self::Delta(layer, _) => Ok(match layer.map(at, len).await? {
                 Extent::Data { at, len } => Part::new(len, Held::At(layer.store(), at)),
                 Extent::Packed { len } => Part::new(len, Held::Packed(layer)),
                 Extent::Zero { len } => Part::new(len, Held::Zero),
@@ -228,17 +244,20 @@ impl<'a, S: Store> Source<'a, S> {
     }
 
     /// From `at`, the beginning of a cluster, to where something else begins, in whole clusters, and
-    /// whether there is anything.
-    async fn run(self, cluster: ClusterSize, at: u64) -> Result<(u64, bool)> {
+    /// what is there.
+    async fn run(self, cluster: ClusterSize, at: u64) -> Result<(u64, Run)> {
         let rest = self.geometry().size - at;
         let part = self.part(at, rest).await?;
-        let present = !matches!(part.held, Held::Nothing);
+        let run = match part.held {
+            Held::Nothing => Run::Nothing,
+            _ => Run::Whole,
+        };
         let whole = part.len - cluster.within(part.len);
         Ok(match whole {
-            _ if part.len == rest => (rest, present),
+            _ if part.len == rest => (rest, run),
             // It ends within its first cluster.
-            0 => (cluster.bytes().min(rest), true),
-            whole => (whole, present),
+            0 => (cluster.bytes().min(rest), Run::Mixed),
+            whole => (whole, run),
         })
     }
 }
@@ -266,12 +285,22 @@ async fn data<S: Store>(store: &S, at: u64, len: u64) -> Result<Part<'_, S>> {
 /// What is copied in one go.
 #[derive(Debug, Clone, Copy)]
 struct Piece {
-    /// Guest offset.
+    /// Guest offset, of a cluster.
     at: u64,
-    /// Bytes: any where the lower delta has them in one place already, else those of a cluster.
+    /// Bytes: those of a cluster, or of several where the lower delta has them in one place already.
     len: u64,
-    /// The place in the lower delta's file, if it has one.
-    host: Option<u64>,
+    way: Way,
+}
+
+/// How a piece is copied.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// To its place in the lower delta's file.
+    Over(u64),
+    /// To a cluster that the lower delta gets.
+    New,
+    /// Part by part.
+    Parts,
 }
 
 impl Piece {
@@ -294,9 +323,10 @@ struct Copying<'a, S> {
     to: &'a AnyLayer<S>,
     window: Window,
     under_way: FuturesUnordered<Pin<Box<dyn Future<Output = Done> + 'a>>>,
-    /// Guest offset of what comes next, and the end of what the upper delta has there.
+    /// Guest offset of what comes next, the end of what the upper delta has there, and what that is.
     at: u64,
     until: u64,
+    run: Run,
     /// Bytes in memory; copied; of these, since the watch was told, and since the last pass began.
     held: u64,
     copied: u64,
@@ -318,6 +348,7 @@ impl<'a, S: Store> Copying<'a, S> {
             under_way: FuturesUnordered::new(),
             at: 0,
             until: 0,
+            run: Run::Nothing,
             held: 0,
             copied: 0,
             untold: 0,
@@ -418,22 +449,32 @@ impl<'a, S: Store> Copying<'a, S> {
             if self.at >= size {
                 return Ok(None);
             }
-            let (len, present) = self.from.run(cluster, self.at).await?;
-            match present {
-                true => self.until = self.at + len,
-                false => self.at += len,
+            let (len, run) = self.from.run(cluster, self.at).await?;
+            match run {
+                Run::Nothing => self.at += len,
+                _ => (self.until, self.run) = (self.at + len, run),
             }
         }
         let at = self.at;
-        let step = self.window.step.min(self.until - at);
-        let (len, host) = match self.to.place(at, step).await? {
-            Place::Here { at, len } => (len, Some(at)),
-            // From here to the end of the cluster, which is its beginning, too: only what is in
-            // place is ever cut elsewhere.
-            Place::New { .. } => (cluster.bytes().min(size - at), None),
+        let one = cluster.bytes().min(size - at);
+        let step = self.window.step.max(one).min(self.until - at);
+        let (len, way) = match self.to.place(at, step).await? {
+            _ if self.is_parted() => (one, Way::Parts),
+            Place::Here { at: host, len } if len == one => (one, Way::Over(host)),
+            Place::Here { at: host, len } if len > one => {
+                (len - cluster.within(len), Way::Over(host))
+            }
+            // It has a part of it.
+            Place::Here { .. } => (one, Way::Parts),
+            Place::New { .. } => (one, Way::New),
         };
         self.at += len;
-        Ok(Some(Piece { at, len, host }))
+        Ok(Some(Piece { at, len, way }))
+    }
+
+    /// Whether the upper delta has parts of a cluster, one by one.
+    fn is_parted(&self) -> bool {
+        matches!(self.from, Source::Delta(..)) && self.run == Run::Mixed
     }
 }
 
@@ -469,9 +510,10 @@ async fn copy_piece<S: Store>(
     piece: Piece,
     spares: &Spares,
 ) -> Result<()> {
-    let mut spot = match piece.host {
-        Some(host) => Spot::Here(host),
-        None => {
+    let mut spot = match piece.way {
+        Way::Over(host) => Spot::Here(host),
+        Way::Parts => return copy_parts(from, to, piece, spares.window.step).await,
+        Way::New => {
             let cluster = to.geometry().cluster.cluster_of(piece.at);
             let cluster = cluster.ok_or_else(|| Error::invalid("offset past the table"))?;
             Spot::Wanted(to, VirtCluster(cluster))
@@ -511,9 +553,7 @@ async fn copy_bytes<S: Store>(
             Held::At(store, at) => store.read_at(at, spares.lend(blocks)).await?,
             Held::Packed(layer) => layer.unpack(begin, spares.lend(len as usize)).await?,
             Held::Zero | Held::Nothing if from.skips_zeros() => continue,
-            // Of a cluster that is there in part: what is below is seen.
-            Held::Nothing if matches!(spot, Spot::Here(_)) => continue,
-            Held::Nothing => return Err(in_part(begin)),
+            Held::Nothing => return Err(gone(begin)),
             Held::Zero => buf::aligned(blocks),
         };
         bytes.resize(blocks, 0);
@@ -531,11 +571,31 @@ async fn copy_bytes<S: Store>(
     Ok(())
 }
 
-/// Why a cluster is not copied of which a delta has a part.
-fn in_part(guest: u64) -> Error {
-    Error::unsupported(format!(
-        "guest offset {guest:#x}: a delta with extended entries has a part of a cluster, and the one below \
-         has nothing of it; `ploopctl convert --flatten` makes one image of both"
+/// Copies a cluster that is there in part.
+async fn copy_parts<S: Store>(
+    from: Source<'_, S>,
+    to: &AnyLayer<S>,
+    piece: Piece,
+    step: u64,
+) -> Result<()> {
+    let Source::Delta(upper, rest) = from else {
+        return Err(gone(piece.at));
+    };
+    let cluster = parts::Cluster {
+        upper,
+        lower: to,
+        rest,
+        start: piece.at,
+        end: piece.at + piece.len,
+        step,
+    };
+    cluster.copy().await
+}
+
+/// A delta that is copied does not change.
+fn gone(guest: u64) -> Error {
+    Error::invalid(format!(
+        "guest offset {guest:#x}: it was all there, and then in part"
     ))
 }
 

@@ -16,7 +16,7 @@
 //! lower delta anew, once nobody's writes to that can land any more.
 
 use super::copy::{self, Window, Work};
-use super::merge::Readers;
+use super::parts::{Readers, Rest, may_have_parts};
 use super::{layers, merge};
 use crate::image::change::Change;
 use crate::image::delta;
@@ -28,6 +28,7 @@ use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
+use std::sync::Arc;
 
 /// Bytes of a top that are copied while its guest waits, at most.
 pub const LITTLE: u64 = 32 << 20;
@@ -99,14 +100,15 @@ pub async fn open_target<S: Store>(
     delta::target(store, delta::format(was), cluster, ledger).await
 }
 
-/// Step 3: copies a sealed top into `target`, and makes a top of that. After an error the target is
-/// closed: it may hold some of it.
+/// Step 3: copies a sealed top into `target`, which stands on `below`, base first, and makes a top of
+/// that. After an error the target is closed: it may hold some of it.
 pub async fn fill<S: Store>(
     top: &AnyLayer<S>,
     target: &mut AnyLayer<S>,
+    below: Vec<Arc<AnyLayer<S>>>,
     window: Window,
 ) -> Result<()> {
-    let filled = copy_over(top, target, window).await;
+    let filled = copy_over(top, target, below, window).await;
     if filled.is_err() {
         // What cannot be closed says that it is in use, and is marked: that is all the same.
         let _ = target.close().await;
@@ -117,12 +119,17 @@ pub async fn fill<S: Store>(
 async fn copy_over<S: Store>(
     top: &AnyLayer<S>,
     target: &mut AnyLayer<S>,
+    mut below: Vec<Arc<AnyLayer<S>>>,
     window: Window,
 ) -> Result<()> {
+    if !may_have_parts(top) {
+        below.clear();
+    }
+    let rest = Rest::new(below, Readers::Nobody)?;
     let mut watch = ();
     let mut work = Work::new(&mut watch, &()).within(window);
     merge::take_size(target, top).await?;
-    copy::copy(top, target, &mut work).await?;
+    copy::copy(top, target, &rest, &mut work).await?;
     target.sync().await?;
     match target {
         AnyLayer::Ploop(ploop) => ploop.become_top().await,

@@ -12,6 +12,7 @@
 //!
 //! Cut anywhere, the same may be begun again: step 2 writes the same once more.
 
+use super::parts::{Readers, Rest, may_have_parts};
 use super::{copy, layers};
 use crate::image::change::{self, Change};
 use crate::image::delta;
@@ -38,15 +39,6 @@ pub async fn offline<F: Folder>(
     Ok(prepared.commit().await?)
 }
 
-/// Who reads a delta while others are merged into it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Readers {
-    /// Nobody.
-    Nobody,
-    /// A running disk, which knows where its clusters are.
-    Disk,
-}
-
 /// Steps 1 and 2, and all of step 3 but its commit. What stands on `lower` is closed. `old` is what
 /// [`change::settle`] gave.
 pub async fn prepare<'f, F: Folder>(
@@ -60,19 +52,39 @@ pub async fn prepare<'f, F: Folder>(
     let above = layers::image(old, only_child(old, lower)?)?;
     let child = layers::open_read(folder, old, &above).await?;
     layers::refuse_unclosed(&child, &above)?;
+    let rest = rest(folder, old, lower, &child, readers).await?;
     let marked = claim(folder, old, lower, &child, readers).await?;
     let new = marked.dissolved(lower)?;
     let filled = async {
         let mut target = open_target(folder, &marked, &below).await?;
         let grown = take_size(&mut target, &child).await;
         grown.map_err(|e| e.at(&below.file))?;
-        let copied = copy::copy(&child, &target, work).await;
+        let copied = copy::copy(&child, &target, &rest, work).await;
         // Also one that was cut gives the space back that it took ahead.
         let closed = target.close().await.map_err(|e| e.at(&below.file));
         copied.and(closed)
     };
     filled.await.map_err(|e| left_marked(e, lower))?;
     Change::announce(folder, &marked, new).await
+}
+
+/// What `lower` stands on, where `child` may have a part of a cluster.
+async fn rest<F: Folder>(
+    folder: &F,
+    disk: &Descriptor,
+    lower: Guid,
+    child: &AnyLayer<F::File>,
+    readers: Readers,
+) -> Result<Rest<F::File>> {
+    let mut below = Vec::new();
+    if may_have_parts(child) {
+        let mut chain = disk.chain(lower)?;
+        chain.pop();
+        for image in chain {
+            below.push(layers::open_read(folder, disk, &image).await?);
+        }
+    }
+    Rest::new(below, readers)
 }
 
 /// Step 1: `lower` can take in `child`, is marked, and no other disk has its file. The descriptor
@@ -88,7 +100,6 @@ pub async fn claim<F: Folder>(
     refuse_shared(folder, &below.file).await?;
     let judged = layers::open_read(folder, old, &below).await?;
     refuse_size(&judged, child, readers).map_err(|e| e.at(&below.file))?;
-    refuse_parts(child)?;
     if old.shot(lower).is_some_and(|shot| shot.mark.is_some()) {
         // Cut in the middle, it may say that it is in use. A clone never has what is marked.
         return Ok(old.clone());
@@ -159,17 +170,6 @@ pub async fn take_size<S: Store>(lower: &mut AnyLayer<S>, upper: &AnyLayer<S>) -
     match lower.geometry().size < size {
         true => lower.grow(size).await,
         false => Ok(()),
-    }
-}
-
-/// Refuses a delta that may have clusters in part: what the rest of one reads as is below, and a copy
-/// takes whole ones.
-fn refuse_parts<S: Store>(upper: &AnyLayer<S>) -> Result<()> {
-    match upper {
-        AnyLayer::Qcow2(image) if image.has_subclusters() => Err(Error::unsupported(
-            "what stands on it is a qcow2 image with subclusters (extended L2 entries), which is not              merged; `ploopctl convert --flatten` makes one image of the disk",
-        )),
-        _ => Ok(()),
     }
 }
 

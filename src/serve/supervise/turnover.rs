@@ -174,8 +174,13 @@ impl Turnover {
         let start = Instant::now();
         let hold = disk.hold().await;
         let stack = disk.stack();
+        let mut below = lower(&stack);
+        below.pop();
         let filled = match hold.seal().await {
-            Ok(()) => fold::fill(stack.top(), &mut target.layer, Window::default()).await,
+            Ok(()) => {
+                let (top, target) = (stack.top(), &mut target.layer);
+                fold::fill(top, target, below.clone(), Window::default()).await
+            }
             Err(e) => Err(e),
         };
         if let Err(e) = filled {
@@ -186,10 +191,8 @@ impl Turnover {
         say(&self.control, &Event::Frozen).await?;
         match orders.recv().await {
             Some((Order::Go { new: true }, _)) => {
-                let mut layers = lower(&stack);
-                layers.pop();
-                layers.push(Arc::new(target.layer));
-                go_on(hold, layers)?;
+                below.push(Arc::new(target.layer));
+                go_on(hold, below)?;
                 self.ledger = target.ledger;
                 target.store.set_limit(self.limit);
                 self.top.send_replace(target.store);

@@ -19,6 +19,7 @@ use ploop_formats::store::sim::SimFolder;
 use ploop_formats::testkit::exec::now;
 use ploop_formats::testkit::rng::Rng;
 use ploop_formats::units::SECTOR;
+use std::sync::Arc;
 
 /// How the names of files begin that are foretold.
 pub(super) const NEW: &str = "new.";
@@ -302,11 +303,15 @@ async fn fold(folder: &SimFolder, lower: Guid, window: Window) -> ploop_formats:
     let top = layers::open_write(folder, &old, &layers::image(&old, old.top())?).await?;
     let prepared = fold::prepare(folder, &old, lower).await?;
     let prepared = prepared.expect("a small top");
-    let was = layers::open_read(folder, &old, &layers::image(&old, lower)?).await?;
+    let mut below = Vec::new();
+    for image in old.chain(lower)? {
+        below.push(Arc::new(layers::open_read(folder, &old, &image).await?));
+    }
+    let was = below.pop().expect("what the top stands on");
     let file = folder.open(&prepared.into, Access::Write).await?;
     let mut target = fold::open_target(file, &was, Ledger::local()).await?;
     top.close().await?;
-    fold::fill(&top, &mut target, window).await?;
+    fold::fill(&top, &mut target, below, window).await?;
     prepared.change.commit().await?;
     Ok(())
 }
