@@ -17,7 +17,7 @@ use ploop::image::survey::qcow2::read;
 use ploop::image::target::{Format, Target};
 use ploop::io::exec::{self, Engine};
 use ploop::sandbox::Files;
-use ploop::{Error, Kind, Result};
+use ploop::{Error, Result};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 use std::time::{Duration, UNIX_EPOCH};
