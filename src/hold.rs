@@ -88,15 +88,15 @@ impl<'a, S: Store> Hold<'a, S> {
     /// Gives the disk another size, rounded up to a cluster, and lets everybody go; nothing is done
     /// when it has that. `ledger` is that of the top.
     ///
-    /// `Invalid`, and nothing was done, when that is the other way, or not possible
-    /// ([`Stack::resized`]). After `NoSpace` the disk goes on as it was. After any other error it has
+    /// `Invalid` or `Unsupported`, and nothing was done, when that is the other way, or not possible
+    /// ([`Stack::resized_in_use`]). After `NoSpace` the disk goes on as it was. After any other error it has
     /// failed, and whoever waits is let go only if what the file holds can be read.
     pub async fn resize(self, to: NewSize, ledger: Ledger) -> Result<()>
     where
         S: Clone,
     {
         let old = self.disk.stack();
-        if old.resized(to)? == old.top().geometry().size {
+        if old.resized_in_use(to)? == old.top().geometry().size {
             return Ok(());
         }
         self.renew(ledger, async |top| top.resize(to).await).await

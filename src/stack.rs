@@ -479,6 +479,18 @@ impl<S: Store> Stack<S> {
         }
     }
 
+    /// The same of a disk that is in use: `Unsupported` with an external data file, too, because its top
+    /// is opened anew for it ([`AnyLayer::open_again`]).
+    pub fn resized_in_use(&self, to: NewSize) -> Result<u64> {
+        match self.top() {
+            AnyLayer::Qcow2(layer) if layer.header().has_data_file() => Err(Error::unsupported(
+                "an image with an external data file gets another size while nobody uses it: detach \
+                 the disk first",
+            )),
+            _ => self.resized(to),
+        }
+    }
+
     /// Refuses that a disk of `old` bytes gets more when an image below has more: it would be seen.
     fn refuse_longer(&self, size: u64, old: u64) -> Result<u64> {
         let below = self.layers.iter().rev().skip(1);

@@ -81,6 +81,20 @@ pub async fn open_write(
     files.stack(top, &header, opened.map_err(place)?).await
 }
 
+/// Opens the external data file of the image `top`, if it has one, to be written by this process alone,
+/// as [`open_write`] does. The image itself is nobody else's. Blocks.
+pub fn open_data(
+    dir: BorrowedFd<'_>,
+    top: &Path,
+    header: &Header,
+    patience: Duration,
+) -> Result<Option<FileStore>> {
+    let mut files = Files::new(dir);
+    // It counts as used.
+    drop(files.open(top, Cache::Writeback, Hold::Held)?);
+    files.data_to_write(top, header, Cache::Writeback, patience)
+}
+
 /// Name, from the top's folder, and format of what an image stands on.
 fn backing_of(image: &Path, header: &Header) -> Result<Option<(PathBuf, Format)>> {
     let Some(name) = &header.backing else {

@@ -100,7 +100,8 @@ pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes
     grown.map_err(|e| e.at(top.display()))
 }
 
-/// The same of a qcow2 image, which is not opened for it. What it stands on says what is possible.
+/// The same of a qcow2 image, which is not opened for it, and of its external data file. What it stands on
+/// says what is possible.
 async fn qcow2(dir: BorrowedFd<'_>, top: &LayerFile, wanted: Wanted) -> Result<Sizes> {
     let name = Path::new(&top.name);
     let stack = backing::open_read(dir, name, Cache::Writeback).await?;
@@ -110,8 +111,13 @@ async fn qcow2(dir: BorrowedFd<'_>, top: &LayerFile, wanted: Wanted) -> Result<S
     stack.resized(to).map_err(place)?;
     drop(stack);
     let store = open::alone(dir, top)?;
-    let resized = qcow2::resize::resize(&store, to.bytes(), &mut ()).await;
+    let header = qcow2::read_header(&store).await.map_err(place)?;
+    let data = backing::open_data(dir, name, &header, open::PATIENCE).map_err(place)?;
+    let resized = qcow2::resize::resize(&store, data.as_ref(), to.bytes(), &mut ()).await;
     store.settle().await;
+    if let Some(data) = data {
+        data.settle().await;
+    }
     let new = resized.map_err(place)?;
     Ok(Sizes { old, new })
 }

@@ -410,6 +410,50 @@ fn an_image_grows_and_reads_as_qemu_reads_it() {
 }
 
 #[test]
+fn an_image_with_a_data_file_grows_and_that_with_it() {
+    if !can_compare() {
+        return;
+    }
+    let folder = Folder::new();
+    folder.content("base.raw", 8 * MIB);
+    for (name, kind) in [("plain", ""), ("raw", ",data_file_raw=on")] {
+        let options = format!("data_file={name}.data{kind}");
+        let line = format!("convert -f raw -O qcow2 -o {options} base.raw {name}");
+        folder.img(&line);
+        let (image, data) = (folder.path(name), folder.path(&format!("{name}.data")));
+        // What somebody left behind the end is not seen.
+        let mut bytes = fs::read(&data).expect("read");
+        bytes.resize(8 * MIB as usize + 5000, 7);
+        fs::write(&data, &bytes).expect("write");
+        for (size, has) in [("9M", 9), ("+1M", 10), ("600M", 600)] {
+            let said = json(&["grow", "--format", "qcow2", text(&image), size]);
+            assert_eq!(said["size"], has * MIB, "{said}");
+            assert_eq!(fs::metadata(&data).expect("data").len(), has * MIB);
+            folder.img(&format!("check -q -f qcow2 {name}"));
+            folder.img(&format!("compare -q -f raw -F qcow2 base.raw {name}"));
+            if name == "raw" {
+                folder.img("compare -q -f raw -F raw base.raw raw.data");
+            }
+        }
+        let socket = format!("unix:{}", text(&folder.path("socket")));
+        let args = ["serve", "--format", "qcow2", text(&image), "--nbd", &socket];
+        let mut server = std::process::Command::new(common::PLOOPCTL)
+            .args(args)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("serve");
+        let out = server.stdout.as_mut().expect("piped");
+        let mut uri = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut uri).expect("a line");
+        let said = fails(7, &["grow", "--format", "qcow2", text(&image), "700M"]);
+        assert!(said.contains("detach the disk first"), "{said}");
+        ok(&["umount", text(&image)]);
+        server.wait().expect("its end");
+        folder.img(&format!("check -q -f qcow2 {name}"));
+    }
+}
+
+#[test]
 fn an_image_keeps_snapshots_in_itself_as_qemu_does() {
     if !can_compare() {
         return;

@@ -140,6 +140,99 @@ fn a_tree_of_qcow2_images_is_changed_like_any_other() {
     }
 }
 
+/// Gives a new top entries that tell of subclusters of 2 KiB.
+fn extend(disk: &Disk) {
+    let (top, size) = (disk.top_file(), SIZE.to_string());
+    let options = ["create", "-q", "-f", "qcow2", "-o", "extended_l2=on"];
+    tool("qemu-img", &[&options[..], &[text(&top), &size]].concat());
+}
+
+/// Blocks of 4 KiB here and there; some of them zeros.
+fn blocks(disk: &mut Disk, dice: &mut Dice) {
+    let one = |dice: &mut Dice| {
+        let byte = u8::try_from(dice.below(6)).expect("a byte");
+        (dice.below(SIZE / 4096) * 4096, 4096, byte)
+    };
+    let writes: Vec<_> = (0..60).map(|_| one(dice)).collect();
+    disk.write(&writes);
+}
+
+/// A base of a kind, with layers on it, every other of which has clusters in part.
+fn parted(scratch: &Scratch, kind: &str, dice: &mut Dice) -> (Disk, Vec<String>) {
+    let mut disk = match kind {
+        "packed" => adopted(scratch, kind, &["-c"]),
+        "subclusters" => {
+            let mut disk = adopted(scratch, kind, &["-o", "extended_l2=on"]);
+            blocks(&mut disk, dice);
+            disk
+        }
+        base => grafted(scratch, base, base),
+    };
+    let mut made: Vec<String> = disk.points.keys().cloned().collect();
+    for round in 0..5 {
+        made.push(disk.snapshot());
+        if round % 3 == 2 {
+            disk.scribble(dice, 12);
+        } else {
+            extend(&disk);
+            blocks(&mut disk, dice);
+        }
+    }
+    disk.judge("made");
+    (disk, made)
+}
+
+#[test]
+fn clusters_that_are_there_in_part_are_merged_with_what_they_stand_on() {
+    if !can_judge() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut dice = Dice(0x2545_F491_4F6C_DD1D);
+    for kind in ["packed", "subclusters", "raw", "ploop"] {
+        let (mut disk, mut made) = parted(&scratch, kind, &mut dice);
+        while !made.is_empty() {
+            let last = made.len() - 1;
+            // One in the middle while the disk is in use, what the top stands on, and so on.
+            let gone = match last % 2 {
+                _ if last == 0 => made.remove(0),
+                1 => made.remove(last / 2 + 1),
+                _ => made.remove(last),
+            };
+            let in_use = last % 3 != 0 && kind != "packed";
+            let server = in_use.then(|| Server::start(&disk.path));
+            disk.delete(&gone);
+            drop(server);
+            disk.judge(&format!("{kind}: {gone} deleted, in use: {in_use}"));
+            blocks(&mut disk, &mut dice);
+        }
+        ok(&["check", disk.name()]);
+        disk.judge("alone");
+    }
+}
+
+#[test]
+fn what_a_running_disk_reads_of_a_compressed_cluster_is_not_moved() {
+    if !can_judge() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let mut disk = adopted(&scratch, "d", &["-c"]);
+    let first = disk.snapshot();
+    extend(&disk);
+    disk.write(&[(4096, 4096, 1)]);
+    disk.snapshot();
+    let server = Server::start(&disk.path);
+    let said = fails(7, &["snapshot", "delete", disk.name(), &first]);
+    assert!(said.contains("once the disk is detached"), "{said}");
+    drop(server);
+    // It is marked, and no point any more.
+    disk.points.remove(&first);
+    disk.judge("refused");
+    ok(&["snapshot", "delete", disk.name(), &first]);
+    disk.judge("deleted");
+}
+
 #[test]
 fn so_is_one_on_a_base_of_another_format() {
     if !can_judge() {

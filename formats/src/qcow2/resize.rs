@@ -10,17 +10,24 @@
 //! 1. Bitmaps are marked; barrier.
 //! 2. One write of the header says the size; barrier.
 //! 3. The rest is let go of ([`let_go`]). The first-level table stays as long as it is.
+//! 4. An external data file is cut to the size; barrier.
 //!
 //! Larger:
 //!
 //! 1. What an earlier shrinking, or somebody else, left behind the end is let go of, and the last
 //!    cluster is zeroed behind it; barrier.
-//! 2. Bitmaps are marked; barrier.
-//! 3. A larger first-level table where it is needed: its new entries are zeroed where its last cluster
+//! 2. An external data file is cut to the old size, and lengthened to the new one; barrier.
+//! 3. Bitmaps are marked; barrier.
+//! 4. A larger first-level table where it is needed: its new entries are zeroed where its last cluster
 //!    has room for them, which needs no refcount; else it is written as a whole to new clusters,
 //!    whose refcounts were raised before. Barrier.
-//! 4. One write of the header says the size, and where the table is; barrier.
-//! 5. A repair returns what nobody names any more.
+//! 5. One write of the header says the size, and where the table is; barrier.
+//! 6. A repair returns what nobody names any more.
+//!
+//! So an external data file is never shorter than the disk, whose bytes it has at their guest offsets: a
+//! raw one is the disk of either size, with zeros behind the smaller one where a cut left it longer.
+//! What it gains are zeros, and what it had behind the end is gone before. No table names what it gains:
+//! that reads as zeros in any case.
 //!
 //! Where nothing is behind the end and the table has room, the refcounts are not even looked at.
 //! Source: QEMU `docs/interop/qcow2.rst`, "Header", "Snapshots" and "Bitmap directory".
@@ -84,31 +91,61 @@ pub fn rounded(header: &Header, size: u64) -> Result<u64> {
 /// vouches that nobody wants what is behind its end; whoever makes it larger, that no image below is
 /// longer than the disk is: what that has would be seen.
 ///
+/// `data` is its external data file, given exactly when the header says that there is one
+/// ([`Header::has_data_file`]): it has as many bytes as the disk afterwards.
+///
 /// Refused, and nothing was changed, but for what was behind the end: `Invalid` as by [`rounded`],
-/// `Damaged` when the image must be repaired first, `Unsupported` with an external data file, with
-/// snapshots that do not say their size, and where bytes behind the end cannot be zeroed because a
-/// snapshot has them, too.
-pub async fn resize<S: Store>(store: &S, size: u64, watch: &mut dyn Watch) -> Result<u64> {
+/// `Damaged` when the image must be repaired first, `Unsupported` with snapshots that do not say their
+/// size, and where bytes behind the end cannot be zeroed because a snapshot has them, too.
+pub async fn resize<S: Store>(
+    store: &S,
+    data: Option<&S>,
+    size: u64,
+    watch: &mut dyn Watch,
+) -> Result<u64> {
     let header = read_header(store).await?;
     let to = rounded(&header, size)?;
     judge(store, &header).await?;
+    if header.has_data_file() != data.is_some() {
+        return Err(Error::invalid(
+            "an external data file is given exactly when there is one",
+        ));
+    }
     match to.cmp(&header.size) {
         Ordering::Less => shrink(store, to, watch).await?,
         Ordering::Equal => tidy(store, &header, watch).await?,
         Ordering::Greater => {
             tidy(store, &header, watch).await?;
+            fit(data, header.size, to).await?;
             let header = read_header(store).await?;
             grow(store, header, to, watch).await?;
         }
     }
+    fit(data, to, to).await?;
     Ok(to)
+}
+
+/// Gives an external data file `size` bytes, of which those from `old` on are zeros, durably.
+async fn fit<S: Store>(data: Option<&S>, old: u64, size: u64) -> Result<()> {
+    let Some(data) = data else { return Ok(()) };
+    let has = data.info().len;
+    let kept = old.min(size);
+    if has == size && kept == size {
+        return Ok(());
+    }
+    if has > kept {
+        data.set_len(kept).await?;
+    }
+    if kept < size {
+        data.lengthen(size).await?;
+    }
+    data.flush().await.map_err(Error::into_final)
 }
 
 impl<S: Store> Qcow2<S> {
     /// The size in bytes that the disk would get, [`rounded`]. `Invalid` also for one that is the other
     /// way.
     pub fn resized(&self, size: u64, larger: bool) -> Result<u64> {
-        refuse_data_file(self.header())?;
         let (old, to) = (self.geometry().size, rounded(self.header(), size)?);
         if larger && to < old {
             return Err(Error::invalid(format!(
@@ -131,9 +168,10 @@ impl<S: Store> Qcow2<S> {
         S: Clone,
     {
         let (store, ledger) = (self.metadata().clone(), self.writer()?.ledger.clone());
+        let data = self.data_file().cloned();
         self.close().await?;
-        resize(&store, size, &mut ()).await?;
-        *self = Self::open_write(store, None, ledger).await?;
+        resize(&store, data.as_ref(), size, &mut ()).await?;
+        *self = Self::open_write(store, data, ledger).await?;
         Ok(())
     }
 }
@@ -146,23 +184,18 @@ async fn judge<S: Store>(store: &S, header: &Header) -> Result<()> {
             "the image was not closed, or is marked corrupt: it must be repaired first",
         ));
     }
-    refuse_data_file(header)?;
     let (snapshots, _) = list_snapshots(store, header).await?;
+    if header.has_data_file() && !snapshots.is_empty() {
+        return Err(Error::damaged(
+            "snapshots in an image with an external data file, whose bytes have one state only",
+        ));
+    }
     match snapshots.iter().find(|snapshot| snapshot.size.is_none()) {
         Some(snapshot) => Err(Error::unsupported(format!(
             "snapshot {} does not say its size, so the disk keeps its own: delete it first",
             snapshot.printable()
         ))),
         None => Ok(()),
-    }
-}
-
-fn refuse_data_file(header: &Header) -> Result<()> {
-    match header.has_data_file() {
-        false => Ok(()),
-        true => Err(Error::unsupported(
-            "another size of an image with an external data file",
-        )),
     }
 }
 
@@ -302,7 +335,8 @@ impl Behind {
         let Some(table) = Table::find(store, header).await? else {
             return Ok(found);
         };
-        if layout.cluster.within(size) > 0 {
+        // An external data file is cut instead.
+        if layout.cluster.within(size) > 0 && !layout.external {
             found.look_at_last(store, header, &table).await?;
         }
         if !is_zero(store, table.tail.clone()).await? {

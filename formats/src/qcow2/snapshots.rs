@@ -43,6 +43,17 @@ pub struct Wanted {
     pub nanoseconds: u32,
 }
 
+/// The counts of an image that may have snapshots.
+async fn counts<'s, S: Store>(store: &'s S, watch: &mut dyn Watch) -> Result<Recount<'s, S>> {
+    let recount = sound(store, watch).await?;
+    match recount.header().has_data_file() {
+        true => Err(Error::unsupported(
+            "snapshots in an image with an external data file, whose bytes have one state only",
+        )),
+        false => Ok(recount),
+    }
+}
+
 /// Makes a snapshot of the disk as it is now, durably; its ID. `Exists` when one has its name,
 /// `Unsupported` with an external data file and where refcounts are too narrow to share clusters,
 /// `Damaged` when the image must be repaired first.
@@ -51,7 +62,7 @@ pub async fn create<S: Store>(
     wanted: &Wanted,
     watch: &mut dyn Watch,
 ) -> Result<Vec<u8>> {
-    let mut recount = sound(store, watch).await?;
+    let mut recount = counts(store, watch).await?;
     let header = recount.header().clone();
     let listed = List::read(store, &header, &[]).await?;
     refuse_name(wanted, store, &header).await?;
@@ -77,7 +88,7 @@ pub async fn create<S: Store>(
 
 /// Deletes the snapshot with an ID, durably. `NotFound` when there is none; otherwise as [`create`].
 pub async fn delete<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Result<()> {
-    let mut recount = sound(store, watch).await?;
+    let mut recount = counts(store, watch).await?;
     let header = recount.header().clone();
     let listed = List::read(store, &header, id).await?;
     let (_, entry) = listed.found(id)?;
@@ -100,7 +111,7 @@ pub async fn delete<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Re
 /// is lost; the snapshot stays. `NotFound` when there is none, `Unsupported` in an image with bitmaps,
 /// which would not tell what changed; otherwise as [`create`].
 pub async fn revert<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Result<()> {
-    let mut recount = sound(store, watch).await?;
+    let mut recount = counts(store, watch).await?;
     let header = recount.header().clone();
     if header.bitmaps().is_some() {
         return Err(Error::unsupported(

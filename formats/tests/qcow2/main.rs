@@ -9,6 +9,7 @@ mod header;
 mod image;
 mod made;
 mod matrix;
+mod outside;
 mod pack;
 mod parts;
 mod qemu;

@@ -64,7 +64,7 @@ fn sizes_by_us_and_by_qemu_show_what_was_there() {
                 to
             };
             let to = match by_us {
-                true => turns.ours(|store| now(resize(store, to, &mut ()))),
+                true => turns.ours(|store| now(resize(store, None, to, &mut ()))),
                 false => {
                     let shrink = if to < is { "--shrink" } else { "" };
                     let line = format!("resize -q -f qcow2 {shrink} disk {to}");
@@ -95,12 +95,12 @@ fn what_qemu_left_of_a_cluster_is_not_seen_when_we_make_the_disk_larger() {
         turns.folder.img("resize -q -f qcow2 --shrink disk 1000960");
         turns.now.fill(7);
         turns.now.truncate(1_000_960);
-        turns.ours(|store| now(resize(store, 3 << 20, &mut ())));
+        turns.ours(|store| now(resize(store, None, 3 << 20, &mut ())));
         turns.now.resize(3 << 20, 0);
         turns.judge();
         // Asked for once more, nothing is done.
         let before = turns.folder.read("disk");
-        turns.ours(|store| now(resize(store, 3 << 20, &mut ())));
+        turns.ours(|store| now(resize(store, None, 3 << 20, &mut ())));
         assert!(turns.folder.read("disk") == before);
     }
 }
@@ -211,7 +211,7 @@ impl Case {
         }));
         let inner = RecordStore::new(below.clone(), recording.clone());
         let seen = MutateStore::new(inner, mutator, 512);
-        assert_eq!(now(resize(&seen, self.to, &mut ())).unwrap(), self.to);
+        assert_eq!(now(resize(&seen, None, self.to, &mut ())).unwrap(), self.to);
         (recording, below)
     }
 
@@ -304,7 +304,7 @@ fn a_new_size_may_be_cut_anywhere_and_the_same_call_goes_on() {
             let place = format!("case {n}, {cut}");
             case.wrong(&store, &old)
                 .unwrap_or_else(|e| panic!("{place}: {e}"));
-            now(resize(&store, case.to, &mut ())).unwrap_or_else(|e| panic!("{place}: {e}"));
+            now(resize(&store, None, case.to, &mut ())).unwrap_or_else(|e| panic!("{place}: {e}"));
             let report = now(check(&store)).unwrap();
             assert_eq!(report.errors, 0, "{place}: {report:#?}");
             assert!(state(&store) == case.expected(&old), "{place}");
@@ -350,7 +350,7 @@ const NEEDED: &[(usize, &[u64])] = &[
 fn what_cannot_be_done_changes_nothing() {
     let refused = |bytes: &[u8], size: u64, kind| {
         let store = MemStore::from_bytes(bytes);
-        let e = now(resize(&store, size, &mut ())).unwrap_err();
+        let e = now(resize(&store, None, size, &mut ())).unwrap_err();
         assert_eq!(e.kind(), kind, "{e}");
         assert!(store.to_vec() == bytes, "{e}: changed");
     };
@@ -392,10 +392,10 @@ fn bytes_behind_the_end_that_a_snapshot_has_too_are_not_shown() {
     let store = MemStore::from_bytes(&bytes);
     crate::repair::mend(&store);
     let bytes = store.to_vec();
-    let e = now(resize(&store, 8 * CLUSTER, &mut ())).unwrap_err();
+    let e = now(resize(&store, None, 8 * CLUSTER, &mut ())).unwrap_err();
     assert_eq!(e.kind(), Kind::Unsupported, "{e}");
     assert!(store.to_vec() == bytes);
     // Smaller it may get.
-    now(resize(&store, CLUSTER, &mut ())).unwrap();
+    now(resize(&store, None, CLUSTER, &mut ())).unwrap();
     assert!(found(&store.to_vec()).is_clean());
 }

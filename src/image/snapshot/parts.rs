@@ -17,6 +17,7 @@ use ploop_formats::layer::{Below, Extent, Layer, Place, Reservation};
 use ploop_formats::store::{Reach, Store};
 use ploop_formats::units::VirtCluster;
 use ploop_formats::{Error, Result, buf};
+use std::iter;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -111,7 +112,8 @@ impl<S: Store> Cluster<'_, S> {
         let size = self.lower.geometry().cluster;
         let cluster = size.cluster_of(self.start);
         let cluster = VirtCluster(cluster.ok_or_else(|| Error::invalid("offset past the table"))?);
-        let whole = held == [self.start..self.end];
+        let all = self.start..self.end;
+        let whole = held.first() == Some(&all);
         if whole && self.is_zero().await? && self.lower.zero(cluster).await? {
             return Ok(());
         }
@@ -121,7 +123,7 @@ impl<S: Store> Cluster<'_, S> {
             self.refuse_moving().await?;
         }
         let ranges = match reserved.piece() {
-            None => vec![self.start..self.end],
+            None => iter::once(all).collect(),
             Some(unit) => {
                 let mut held = held;
                 if is_new {

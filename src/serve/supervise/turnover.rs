@@ -211,7 +211,7 @@ impl Turnover {
     /// Gives the disk another size. After a failure that is final this process ends: the next one
     /// looks at what is in the file.
     async fn resize(&self, to: NewSize) -> Result<()> {
-        if let Err(e) = self.disk.stack().resized(to) {
+        if let Err(e) = self.disk.stack().resized_in_use(to) {
             return say(&self.control, &Event::NotResized(Failure::from(&e))).await;
         }
         // While requests run, so that little is left for later.

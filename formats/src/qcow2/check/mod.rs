@@ -65,7 +65,7 @@ pub async fn check_watched<S: Store>(store: &S, watch: &mut dyn Watch) -> Result
 }
 
 /// The counts of an image that may be changed. `Damaged` when a check finds an error in it, or when it
-/// was not closed; `Unsupported` when its data is in another file.
+/// was not closed.
 pub(super) async fn sound<'s, S: Store>(
     store: &'s S,
     watch: &mut dyn Watch,
@@ -81,11 +81,6 @@ pub(super) async fn sound<'s, S: Store>(
                 ""
             }
         )));
-    }
-    if survey.header.has_data_file() {
-        return Err(Error::unsupported(
-            "snapshots in an image with an external data file, whose bytes have one state only",
-        ));
     }
     Recount::new(survey).await
 }
