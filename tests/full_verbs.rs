@@ -19,7 +19,7 @@ use ploop_formats::guid::Guid;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -162,7 +162,13 @@ fn assert_says_no_space(said: &common::process::Said) {
     assert_eq!(said.status.code(), Some(5), "{}", said.err);
     let space = ["No space left", "nearly full", "the host has"];
     assert!(space.iter().any(|s| said.err.contains(s)), "{}", said.err);
-    let files = ["root.hds", "DiskDescriptor.xml", "ploop-", "host/"];
+    let files = [
+        "root.hds",
+        "DiskDescriptor.xml",
+        "ploop-",
+        "host/",
+        "image.qcow2",
+    ];
     assert!(files.iter().any(|f| said.err.contains(f)), "{}", said.err);
     println!("said: {}", said.err.lines().next().unwrap_or_default());
 }
@@ -359,6 +365,145 @@ fn a_raw_image_grows_on_a_full_host_and_takes_no_space_for_it() {
         fs::metadata(disk.path().join("root.hds")).unwrap().len(),
         2 << 30
     );
+}
+
+/// Has a command that makes something in an empty place run out of space everywhere: it makes that, or
+/// leaves nothing, and makes it when there is space.
+fn squeeze_making(test: &str, make: impl Fn(&Path) -> Command, judge: impl Fn(&Path)) {
+    let (mut refused, mut done) = (0, 0);
+    for left in LEFT {
+        let host = Host::new(96 * MIB);
+        host.fill_up_to(left * KIB);
+        let before = names(&host.path());
+        let said = run(&mut make(&host.path()));
+        if said.status.success() {
+            done += 1;
+        } else {
+            refused += 1;
+            assert_says_no_space(&said);
+            assert_eq!(names(&host.path()), before, "{left}");
+            host.relieve();
+            ok(&mut make(&host.path()));
+        }
+        judge(&host.path());
+    }
+    assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
+    println!("COUNT: {test}: {refused} times no space, {done} times enough");
+}
+
+fn assert_qemu_finds_nothing(image: &Path) {
+    ok(tool("qemu-img")
+        .args(["check", "-q", "-f", "qcow2"])
+        .arg(image));
+}
+
+fn assert_holds(image: &Path, flat: &Path) {
+    let mut compare = tool("qemu-img");
+    compare.args(["compare", "-q", "-f", "raw", "-F", "qcow2"]);
+    ok(compare.arg(flat).arg(image));
+}
+
+/// A flat file with noise at both ends of it.
+fn flat(folder: &TempDir, len: u64) -> PathBuf {
+    let path = folder.path().join("flat");
+    let file = File::create(&path).unwrap();
+    file.set_len(len).unwrap();
+    let noise = Random::new(len).bytes(len as usize / 3);
+    file.write_all_at(&noise, 0).unwrap();
+    file.write_all_at(&noise, len - noise.len() as u64).unwrap();
+    path
+}
+
+#[test]
+fn a_qcow2_image_on_a_full_host_is_made_or_nothing_is_left_of_it() {
+    let test = "a_qcow2_image_on_a_full_host_is_made_or_nothing_is_left_of_it";
+    if !can_run(test) {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let flat = flat(&folder, 24 * MIB);
+    for option in [None, Some("--compress"), Some("--preallocate")] {
+        let make = |place: &Path| {
+            let mut convert = ploopctl();
+            convert.args(["convert", "--format", "raw", "--to", "qcow2"]);
+            convert.args(option).arg(&flat).arg("--out-file");
+            convert.arg(place.join("image.qcow2"));
+            convert
+        };
+        squeeze_making(test, make, |place| {
+            assert_qemu_finds_nothing(&place.join("image.qcow2"));
+            assert_holds(&place.join("image.qcow2"), &flat);
+        });
+    }
+}
+
+#[test]
+fn a_new_disk_of_qcow2_on_a_full_host_is_made_or_nothing_is_left_of_it() {
+    let test = "a_new_disk_of_qcow2_on_a_full_host_is_made_or_nothing_is_left_of_it";
+    if !can_run(test) {
+        return;
+    }
+    for options in [
+        &["--fs", "none"][..],
+        &["--fs", "none", "--preallocate"],
+        &["--fs", "ext4"],
+    ] {
+        let make = |place: &Path| {
+            let mut init = ploopctl();
+            init.args(["init", "--format", "qcow2", "-s", "32M"]);
+            init.args(options).arg(place.join("disk"));
+            init
+        };
+        squeeze_making(test, make, |place| {
+            assert_qemu_finds_nothing(&place.join("disk/root.hds"));
+            ok(ploopctl().arg("check").arg(place.join("disk")));
+        });
+    }
+}
+
+#[test]
+fn a_qcow2_image_that_finds_no_space_to_grow_is_what_it_was() {
+    let test = "a_qcow2_image_that_finds_no_space_to_grow_is_what_it_was";
+    if !can_run(test) {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let flat = flat(&folder, 6 * MIB);
+    let (mut refused, mut done) = (0, 0);
+    for left in LEFT {
+        let host = Host::new(96 * MIB);
+        let image = host.path().join("image.qcow2");
+        let mut convert = tool("qemu-img");
+        convert.args(["convert", "-f", "raw", "-O", "qcow2", "-o"]);
+        ok(convert.arg("cluster_size=512").arg(&flat).arg(&image));
+        let size = || fs::metadata(&image).unwrap().blocks();
+        let before = size();
+        host.fill_up_to(left * KIB);
+        // Its table of the first level is 15 MiB then.
+        let mut grow = ploopctl();
+        grow.args(["grow", "--format", "qcow2"]);
+        grow.arg(&image).arg("60G");
+        let said = run(&mut grow);
+        if said.status.success() {
+            done += 1;
+        } else {
+            refused += 1;
+            assert_says_no_space(&said);
+            assert_qemu_finds_nothing(&image);
+            assert_holds(&image, &flat);
+            let after = size();
+            // It may have got blocks of refcounts, 77 KiB at most.
+            assert!(
+                after < before + 240,
+                "{left}: {before} before, {after} after"
+            );
+            host.relieve();
+            ok(&mut grow);
+        }
+        assert_qemu_finds_nothing(&image);
+    }
+    assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
+    println!("COUNT: {test}: {refused} times no space, {done} times enough");
 }
 
 /// Has what is done to a running disk run out of space everywhere. The guest overwrites meanwhile,

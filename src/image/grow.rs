@@ -25,7 +25,7 @@ use ploop_formats::ploop::header::chs;
 use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::units::SECTOR;
-use ploop_formats::{Error, Result, qcow2};
+use ploop_formats::{Error, Kind, Result, qcow2};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
@@ -111,9 +111,15 @@ async fn qcow2(dir: BorrowedFd<'_>, top: &LayerFile, wanted: Wanted) -> Result<S
     stack.resized(to).map_err(place)?;
     drop(stack);
     let store = open::alone(dir, top)?;
+    let before = store.info().len;
     let header = qcow2::read_header(&store).await.map_err(place)?;
     let data = backing::open_data(dir, name, &header, open::PATIENCE).map_err(place)?;
     let resized = qcow2::resize::resize(&store, data.as_ref(), to.bytes(), &mut ()).await;
+    if resized.as_ref().is_err_and(|e| e.kind() == Kind::NoSpace)
+        && let Err(e) = qcow2::check::give_back(&store, before).await
+    {
+        tracing::warn!("clusters are leaked, which `check --repair` returns: {e}");
+    }
     store.settle().await;
     if let Some(data) = data {
         data.settle().await;

@@ -11,6 +11,7 @@ use ploop::formats::ploop::header::{Header, Version};
 use ploop::formats::units::ClusterSize;
 use ploop::image::init::{self, Form, New};
 use ploop::image::target::{Format, Target};
+use ploop::rundir::State;
 use ploop::serve::supervise::leftover;
 use ploop::{Error, Kind, Result};
 use serde_json::json;
@@ -178,9 +179,21 @@ pub fn on_device(
         .check()
         .and_then(|()| work(Path::new(&device), meter));
     let attached = attach::find(image.path())?;
+    let made = made.map_err(|e| say_host_low(e, &attached.state));
     // Whoever looks at the device in passing must not keep a disk attached whose file goes.
     let stopped = attach::stop(&attached).or_else(|e| attach::abandon(&attached).and(Err(e)));
     made.and(stopped)
+}
+
+/// Who writes to a device is not told why that failed where only a flush did.
+fn say_host_low(e: Error, state: &State) -> Error {
+    match (e.kind(), state.host_low) {
+        (Kind::Io, true) => Error::new(
+            Kind::NoSpace,
+            format!("{}: the host is nearly full: {e}", state.path),
+        ),
+        _ => e,
+    }
 }
 
 /// A new disk reads as zeros and has nothing to discard: what mkfs would do about that is left

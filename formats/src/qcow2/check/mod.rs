@@ -31,7 +31,7 @@ mod stored;
 pub(super) use mark::Flags;
 pub(super) use recount::Recount;
 pub(super) use repair::clean;
-pub use repair::{Repair, repair, repair_watched};
+pub use repair::{Repair, give_back, repair, repair_watched};
 pub use report::{Finding, FindingKind, Report};
 pub(super) use span::Span;
 

@@ -14,7 +14,7 @@ use super::super::words::{Appender, read_unit, refuse_blocks, unit, write_unit, 
 use super::span::Span;
 use super::{CLUSTERS_MAX, Survey, progress};
 use crate::progress::Watch;
-use crate::store::Store;
+use crate::store::{Space, Store};
 use crate::units::{ClusterSize, floor_to};
 use crate::update::Update;
 use crate::{Error, Result, limits};
@@ -334,6 +334,20 @@ impl<'s, S: Store> Recount<'s, S> {
             Update::new().len(end).barrier().apply(self.store()).await?;
         }
         Ok(changed)
+    }
+
+    /// Gives the host the space of clusters back that nobody names, from cluster `first` on.
+    pub(super) async fn punch_unnamed(&self, first: u32) -> Result<()> {
+        let mut at = first;
+        for used in self.named.range(first..) {
+            if used > at {
+                let (start, end) = (self.cluster().start(at), self.cluster().start(used));
+                let len = end.saturating_sub(start);
+                self.store().punch(start, len, Space::Free).await?;
+            }
+            at = used.saturating_add(1);
+        }
+        Ok(())
     }
 
     /// Goes through all blocks.

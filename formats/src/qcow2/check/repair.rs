@@ -90,6 +90,23 @@ pub(in super::super) async fn clean<S: Store>(store: &S, watch: &mut dyn Watch) 
     repair_watched(store, &all, watch).await.map(drop)
 }
 
+/// Gives the host back what a change took that failed, and that nobody names: refcounts of it go down, the
+/// file is cut, and has holes behind `len`, the bytes that it had before. An image with an error stays as it is:
+/// such space may be what a broken entry named. Fails as [`repair`].
+pub async fn give_back<S: Store>(store: &S, len: u64) -> Result<()> {
+    let survey = Survey::take(store, &mut ()).await?;
+    if survey.report.errors > 0 {
+        return Ok(());
+    }
+    let mut recount = Recount::new(survey).await?;
+    finish(&mut recount, &mut Report::default(), &mut ()).await?;
+    let first = recount.header().cluster.count(len);
+    match u32::try_from(first) {
+        Ok(first) => recount.punch_unnamed(first).await,
+        Err(_) => Ok(()),
+    }
+}
+
 /// Steps 2 to 4, as far as they may be done.
 async fn finish<S: Store>(
     recount: &mut Recount<'_, S>,
