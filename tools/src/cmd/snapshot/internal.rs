@@ -58,7 +58,7 @@ pub fn run(verb: &Verb, format: FormatArg, global: &Global) -> Result<Answer> {
 /// Changes the image, which nobody else uses; the ID of the snapshot.
 fn change(target: &Target, act: Act<'_>, global: &Global) -> Result<String> {
     let cancel = Cancel::on_signals()?;
-    attach::refuse(&target)?;
+    attach::refuse(target)?;
     // Before the sandbox: there a terminal could not be asked for its width.
     let mut meter = Meter::new(global.progress, &cancel);
     let dir = target.open_dir()?;
