@@ -65,7 +65,8 @@ fn what_is_around_a_subcluster_in_a_larger_block_stays() {
         let lower = AnyLayer::Raw(lower.unwrap());
         let rest = Rest::new(Vec::<AnyLayer<MemStore>>::new(), Readers::Disk).unwrap();
         let mut watch = ();
-        let copied = copy(&child, &lower, &rest, &mut Work::new(&mut watch, &()));
+        let mut work = Work::new(&mut watch, &());
+        let copied = copy(&child, &lower, &rest, &mut work);
         assert_eq!(now(copied).unwrap(), SECTORS * SECTOR, "seed {seed}");
         image.overlay(&mut wanted);
         let bytes = file.to_vec();
