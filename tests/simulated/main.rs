@@ -15,5 +15,6 @@ mod faults;
 mod forest;
 mod grow;
 mod model;
+mod parts;
 mod switch;
 mod worker_death;
