@@ -8,21 +8,19 @@
 //! A base that was made with all its space has it no more: the new part takes its space as it is
 //! written to.
 
-use super::backing;
 use super::chain::{Chain, LayerFile};
 use super::change::{self, Change, Uncommitted};
 use super::open;
 use super::snapshot::layers;
 use super::target::Format;
+use super::{backing, delta};
 use crate::io::file::Cache;
-use crate::stack::{AnyLayer, NewSize, Stack, only_ploop};
+use crate::stack::{AnyLayer, NewSize, Stack};
 use ploop_formats::descriptor::{Chs, Descriptor};
 use ploop_formats::folder::Folder;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
-use ploop_formats::ploop::Ploop;
 use ploop_formats::ploop::header::chs;
-use ploop_formats::raw::Raw;
 use ploop_formats::store::Store;
 use ploop_formats::units::SECTOR;
 use ploop_formats::{Error, Kind, Result, qcow2};
@@ -87,12 +85,8 @@ pub async fn bare(dir: impl AsFd, chain: &Chain, wanted: Wanted) -> Result<Sizes
     }
     let store = open::alone(dir, top)?;
     let open = async || {
-        let (store, ledger) = (store.clone(), Ledger::local());
-        Ok(match top.format {
-            Format::Ploop => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
-            Format::Raw => AnyLayer::Raw(Raw::open_write(store, chain.cluster, ledger)?),
-            Format::Qcow2 => return Err(only_ploop()),
-        })
+        let ledger = Ledger::local();
+        delta::write(store.clone(), top.format, chain.cluster, ledger).await
     };
     let grown = grow_file(open, wanted).await;
     // What was asked of the file lands before its lock goes.
@@ -152,8 +146,10 @@ async fn grow_file<S: Store + Clone>(
     };
     if let Err(e) = grown {
         drop(top);
-        // As it was, but in use: what cannot be closed is with the next command.
-        if let Ok(top) = open().await {
+        // As it was, but in use: what cannot be closed is with the next command. So is one whose storage
+        // failed: the page cache may believe in what that never got, and closing cuts the file.
+        let intact = matches!(e.kind(), Kind::NoSpace | Kind::Invalid | Kind::Unsupported);
+        if intact && let Ok(top) = open().await {
             let _ = top.close().await;
         }
         return Err(e);

@@ -4,6 +4,7 @@
 
 use crate::campaign::{SEED, caught, count, holds};
 use ploop::testkit::changes::{self, Past};
+use ploop::testkit::report::{Report, Tally};
 use ploop::testkit::trees::Formats;
 use ploop_formats::store::mutate::{Break, Mutation, Mutator};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,6 +26,13 @@ fn so_it_is_with_qcow2_images_among_its_deltas() {
         SEED,
         count("PLOOP_QCOW2_CHANGE_STATES", 20_000),
     ));
+}
+
+#[test]
+fn an_error_while_a_disk_gets_smaller_leaves_the_larger_one_or_the_smaller_one() {
+    let shrinking =
+        |seed, tally: &mut Tally| changes::faulty::run(seed, tally, Formats::Ploop, "shrink");
+    holds(Report::campaign("shrinking", SEED, 5_000, shrinking));
 }
 
 /// Changes that write to a qcow2 image, or make one.

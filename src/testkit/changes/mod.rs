@@ -9,7 +9,7 @@
 //! none is durable; or the power went. So what a command does about its predecessor is cut, too.
 
 mod alone;
-mod faulty;
+pub mod faulty;
 mod verb;
 
 pub use verb::{KINDS, Verb};
