@@ -8,7 +8,7 @@
 use super::be::u64_at;
 use super::cache::Slices;
 use super::header::{Header, L1};
-use super::open::{read_packed, read_padded};
+use super::open::{read_packed, read_padded, unpack};
 use super::partial::Bits;
 use super::run::Entries;
 use super::table::{L1Entry, L2Entry, Layout, Mapping, Packed};
@@ -259,8 +259,9 @@ impl<S: Store> Qcow2<S> {
         if let Some((_, known)) = last.as_ref().filter(|(at, _)| *at == packed) {
             return copy(known);
         }
-        let whole = read_packed(&self.store, &self.header, packed).await;
-        let whole = whole.map(Bytes::from);
+        // Not kept when it fails: the storage may give it the next time.
+        let bytes = read_packed(&self.store, packed).await?;
+        let whole = unpack(&self.header, packed, &bytes).map(Bytes::from);
         let (_, known) = last.insert((packed, whole));
         copy(known)
     }

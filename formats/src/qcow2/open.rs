@@ -35,15 +35,16 @@ pub(super) async fn read_padded<S: Store>(store: &S, at: u64, len: u64) -> Resul
     Ok(found.freeze())
 }
 
-/// The bytes of a compressed cluster.
-pub(super) async fn read_packed<S: Store>(
-    store: &S,
-    header: &Header,
-    packed: Packed,
-) -> Result<Vec<u8>> {
+/// What a cluster was compressed to.
+pub(super) async fn read_packed<S: Store>(store: &S, packed: Packed) -> Result<Bytes> {
     let rest = store.info().len.saturating_sub(packed.at);
-    let bytes = read_padded(store, packed.at, packed.len.min(rest)).await?;
-    packed::unpack(header.compression, &bytes, header.cluster.bytes() as usize)
+    read_padded(store, packed.at, packed.len.min(rest)).await
+}
+
+/// The bytes of a cluster that was compressed to these.
+pub(super) fn unpack(header: &Header, packed: Packed, bytes: &[u8]) -> Result<Vec<u8>> {
+    let len = header.cluster.bytes() as usize;
+    packed::unpack(header.compression, bytes, len)
         .map_err(|e| e.at(format!("offset {:#x}", packed.at)))
 }
 

@@ -37,7 +37,7 @@ use super::be::u64_at;
 use super::bitmaps::mark_in_use;
 use super::check::{Recount, Span, clean, sound};
 use super::header::{CORRUPT, DIRTY, Header, KNOWN_AUTOCLEAR, L1, write_header};
-use super::open::{list_snapshots, read_header, read_packed, read_padded};
+use super::open::{list_snapshots, read_header, read_packed, read_padded, unpack};
 use super::run::Entries;
 use super::table::{L1Entry, L2Entry, Layout, Mapping};
 use super::words::{Appender, read_unit, refuse_blocks, unit, write_unit, write_words};
@@ -359,7 +359,7 @@ impl Behind {
         let (within, piece) = (layout.cluster.within(header.size), layout.piece().max(1));
         let place = |e: Error| e.at(format!("offset {at:#x}"));
         if let Mapping::Packed(packed) = entry.mapping(layout, 0).map_err(place)? {
-            let whole = read_packed(store, header, packed).await?;
+            let whole = unpack(header, packed, &read_packed(store, packed).await?)?;
             self.packed = whole.iter().skip(within as usize).any(|b| *b != 0);
             return Ok(());
         }
