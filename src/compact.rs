@@ -14,7 +14,7 @@ use crate::device::Device;
 use crate::disk::{Disk, all};
 use crate::flight::Mode;
 use crate::image::snapshot::copy::Work;
-use crate::stack::{AnyLayer, Stack, only_ploop};
+use crate::stack::{AnyLayer, Stack};
 use futures_util::future::join_all;
 use ploop_formats::layer::{Extent, Layer, Reservation};
 use ploop_formats::planted::{self, Bug};
@@ -45,12 +45,20 @@ pub fn raw() -> Error {
     )
 }
 
+/// Why a qcow2 image is not compacted.
+pub fn qcow2() -> Error {
+    Error::unsupported(
+        "a qcow2 image, which is not compacted in place; `ploopctl convert --to qcow2` with --out DIR or \
+         --out-file FILE writes one without what is not used",
+    )
+}
+
 /// The top, which is to be a delta.
 fn delta<S: Store>(stack: &Stack<S>) -> Result<&Ploop<S>> {
     match stack.top() {
         AnyLayer::Ploop(ploop) => Ok(ploop),
         AnyLayer::Raw(_) => Err(raw()),
-        AnyLayer::Qcow2(_) => Err(only_ploop()),
+        AnyLayer::Qcow2(_) => Err(qcow2()),
     }
 }
 

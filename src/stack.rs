@@ -90,11 +90,6 @@ impl Reservation for AnyReserved {
     }
 }
 
-/// Why something is not done with a qcow2 image.
-pub fn only_ploop() -> Error {
-    Error::unsupported("this is not done with a qcow2 image")
-}
-
 /// Calls the same method on whichever layer it is.
 macro_rules! each {
     ($any:expr, $layer:ident => $call:expr) => {
@@ -172,12 +167,15 @@ impl<S: Store> AnyLayer<S> {
         })
     }
 
-    /// Grows it, as its format says ([`Ploop::grow`], [`Raw::grow`]).
-    pub async fn grow(&mut self, size: u64) -> Result<()> {
+    /// Grows it, as its format says ([`Ploop::grow`], [`Raw::grow`], [`Qcow2::resize`]).
+    pub async fn grow(&mut self, size: u64) -> Result<()>
+    where
+        S: Clone,
+    {
         match self {
             AnyLayer::Ploop(layer) => layer.grow(size).await,
             AnyLayer::Raw(layer) => layer.grow(size).await,
-            AnyLayer::Qcow2(_) => Err(only_ploop()),
+            AnyLayer::Qcow2(layer) => layer.resize(size).await,
         }
     }
 

@@ -13,7 +13,6 @@ use super::members::{ASIDE, DELETED, RESTORED};
 use super::snapshot::layers;
 use super::target::{DESCRIPTOR, Format};
 use crate::policy;
-use crate::stack::only_ploop;
 use ploop_formats::descriptor::{Chs, Descriptor, NewDisk};
 use ploop_formats::folder::{self, Access, Folder};
 use ploop_formats::guid::Guid;
@@ -54,7 +53,11 @@ pub async fn describe<F: Folder>(
         Format::Raw => raw(folder, first, headers.first())
             .await
             .map_err(|e| e.at(first))?,
-        Format::Qcow2 => return Err(only_ploop().at(first)),
+        Format::Qcow2 => {
+            let what = "a descriptor is made anew for ploop images, on a raw one or not; `ploopctl adopt \
+                FILE --format qcow2 DIR` makes a disk of a qcow2 image";
+            return Err(Error::unsupported(what).at(first));
+        }
     };
     let (mut below, mut lower, whole) = (below, first, below);
     for (file, header) in uppers.iter().zip(headers) {

@@ -112,7 +112,8 @@ pub async fn copy<S: Store>(
     carry_out(Source::Delta(from, rest), to, work).await
 }
 
-/// Copies what a stack reads as into `to`, a new image that is at least as large and reads as zeros. Zeros are not written. The bytes looked at; all is durable once `to` is closed.
+/// Copies what a stack reads as into `to`, a new image that is at least as large and reads as zeros. Zeros
+/// are not written. The bytes looked at; all is durable once `to` is closed.
 pub async fn flatten<S: Store>(
     from: &Stack<S>,
     to: &AnyLayer<S>,

@@ -102,7 +102,7 @@ pub async fn open_target<S: Store>(
 
 /// Step 3: copies a sealed top into `target`, which stands on `below`, base first, and makes a top of
 /// that. After an error the target is closed: it may hold some of it.
-pub async fn fill<S: Store>(
+pub async fn fill<S: Store + Clone>(
     top: &AnyLayer<S>,
     target: &mut AnyLayer<S>,
     below: Vec<Arc<AnyLayer<S>>>,
@@ -116,7 +116,7 @@ pub async fn fill<S: Store>(
     filled
 }
 
-async fn copy_over<S: Store>(
+async fn copy_over<S: Store + Clone>(
     top: &AnyLayer<S>,
     target: &mut AnyLayer<S>,
     mut below: Vec<Arc<AnyLayer<S>>>,

@@ -165,7 +165,10 @@ pub async fn refuse_shared<F: Folder>(folder: &F, file: &str) -> Result<()> {
 }
 
 /// A delta that was made before the disk grew is as large as the one that it takes in.
-pub async fn take_size<S: Store>(lower: &mut AnyLayer<S>, upper: &AnyLayer<S>) -> Result<()> {
+pub async fn take_size<S: Store + Clone>(
+    lower: &mut AnyLayer<S>,
+    upper: &AnyLayer<S>,
+) -> Result<()> {
     let size = upper.geometry().size;
     match lower.geometry().size < size {
         true => lower.grow(size).await,
@@ -196,13 +199,15 @@ fn refuse_size<S: Store>(lower: &AnyLayer<S>, upper: &AnyLayer<S>, readers: Read
         AnyLayer::Ploop(ploop) => {
             ploop.header().grown(is.size)?.data_start != ploop.header().data_start
         }
-        AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => false,
+        AnyLayer::Raw(_) => false,
+        // Its first-level table may, and what becomes free of that is used for others.
+        AnyLayer::Qcow2(_) => true,
     };
     match readers {
         Readers::Disk if moves => Err(Error::unsupported(format!(
             "made before the disk grew from {} to {} bytes; to take in what stands on it, it needs a \
-             larger table, for which its clusters are moved, and the running disk reads them: the same \
-             command does it once the disk is detached",
+             larger table, and the running disk reads what is moved for that: the same command does it \
+             once the disk is detached",
             was.size, is.size
         ))),
         _ => Ok(()),

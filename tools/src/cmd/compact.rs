@@ -74,7 +74,7 @@ impl File {
         let top = chain.top();
         match top.format {
             Format::Raw => Err(ploop::compact::raw().at(top.display())),
-            Format::Qcow2 => Err(ploop::stack::only_ploop().at(top.display())),
+            Format::Qcow2 => Err(ploop::compact::qcow2().at(top.display())),
             Format::Ploop => Ok(Self {
                 name: top.name.clone(),
                 dir,
