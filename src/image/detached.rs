@@ -25,8 +25,9 @@ pub struct Detached {
 pub fn resolve(disk: &Path) -> Result<Target> {
     Target::resolve(disk, None).map_err(|e| match e.kind() {
         Kind::Usage => Error::unsupported(format!(
-            "{}: a bare image has no snapshots and no clones, but for those that qcow2 keeps in itself \
-             (--format qcow2); `ploopctl adopt {0} --format F DIR` makes it a disk that has",
+            "{}: a bare image has no such thing; `ploopctl adopt {0} --format F DIR` makes it a disk that \
+             has. Of the snapshots that a qcow2 image keeps in itself there are, with --format qcow2, \
+             `snapshot list`, `create`, `switch` and `delete`",
             disk.display()
         )),
         _ => e,

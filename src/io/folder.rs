@@ -128,6 +128,10 @@ impl Folder for DirFolder {
             Errno::MLINK => Error::unsupported(format!(
                 "{name}: it has as many names as its file system gives a file (65000 on ext4)"
             )),
+            Errno::PERM | Errno::OPNOTSUPP => Error::unsupported(format!(
+                "{new}: its file system gives a file one name only, and this needs two: use another one"
+            )),
+            Errno::EXIST => place(new)(e),
             e => place(name)(e),
         })
     }

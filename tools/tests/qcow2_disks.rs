@@ -281,6 +281,42 @@ fn write_sector(device: &Path, at: usize, byte: u8) {
 }
 
 #[test]
+fn what_was_frozen_before_a_disk_grew_takes_in_what_stands_on_it() {
+    if !can_judge() {
+        return;
+    }
+    let scratch = Scratch::new();
+    for (name, options) in [
+        ("plain", &[][..]),
+        ("subclusters", &["-o", "extended_l2=on,cluster_size=128k"]),
+    ] {
+        let mut disk = adopted(&scratch, name, options);
+        let point = disk.snapshot();
+        ok(&["grow", disk.name(), "16M"]);
+        disk.top.resize(2 * SIZE, 0);
+        disk.write(&[(12 << 20, 100 << 10, 9), (1 << 20, 4096, 8)]);
+        disk.judge("grown");
+        disk.delete(&point);
+        disk.judge("merged");
+        ok(&["check", disk.name()]);
+    }
+}
+
+#[test]
+fn snapshots_inside_an_image_go_only_when_that_is_said() {
+    if !can_judge() {
+        return;
+    }
+    let scratch = Scratch::new();
+    let disk = adopted(&scratch, "d", &[]);
+    let refused = fails(7, &["convert", disk.name(), "--to", "expanded"]);
+    let helps = refused.contains("1 snapshots inside") && refused.contains("--flatten");
+    assert!(helps, "{refused}");
+    ok(&["convert", disk.name(), "--to", "expanded", "--flatten"]);
+    assert!(disk.read(None) == disk.top);
+}
+
+#[test]
 fn a_mounted_disk_of_qcow2_images_is_looked_at_cloned_and_gone_back_with() {
     if !can_judge() || !can_mount() || !has("mkfs.ext4") {
         return;
@@ -450,6 +486,10 @@ fn an_image_that_cannot_be_a_disk_of_its_own_is_not_adopted() {
     );
     let data = format!("data_file={}", text(&scratch.path("data")));
     refused(7, &create(&["-o", &data]), "data in another file");
+    let unnamed = create(&["-o", &data]);
+    let amend = ["amend", "-f", "qcow2", "-o", "data_file="];
+    tool("qemu-img", &[&amend[..], &[text(&unnamed)]].concat());
+    refused(7, &unnamed, "which it does not name");
     refused(
         7,
         &create(&["-o", "cluster_size=16k"]),

@@ -115,7 +115,8 @@ pub async fn revert<S: Store>(store: &S, id: &[u8], watch: &mut dyn Watch) -> Re
     let header = recount.header().clone();
     if header.bitmaps().is_some() {
         return Err(Error::unsupported(
-            "the image has bitmaps, which would not tell what a revert changes: remove them first",
+            "the image has bitmaps, which would not tell what a revert changes: `qemu-img bitmap --remove FILE \
+             NAME` removes them",
         ));
     }
     let listed = List::read(store, &header, id).await?;

@@ -201,17 +201,20 @@ impl<S: Store> Source<S> {
             None if kept => own.bytes(),
             None => RAW_CLUSTER,
         };
+        if !bytes.is_power_of_two() {
+            return Err(usage(format!("clusters of {bytes} bytes: no power of two")));
+        }
         let cluster = match (is_qcow2(form), place) {
             (true, Place::Bare) => ClusterSize::of_qcow2(bytes.trailing_zeros()),
             // What a descriptor can say, and a qcow2 image have.
             (true, _) => ClusterSize::new(bytes).and_then(|c| ClusterSize::of_qcow2(c.log2())),
             (false, _) => ClusterSize::new(bytes),
         };
-        match cluster {
-            Ok(cluster) if cluster.bytes() == bytes => Ok(cluster),
-            Ok(_) => Err(usage(format!("clusters of {bytes} bytes: no power of two"))),
-            Err(e) => Err(usage(e.to_string())),
-        }
+        let way = match place {
+            Place::Here => "with --out DIR or --out-file FILE they can be others",
+            Place::Disk | Place::Bare => "`--cluster 64K` makes others",
+        };
+        cluster.map_err(|e| usage(format!("clusters of {bytes} bytes: {e}; {way}")))
     }
 }
 
@@ -355,6 +358,7 @@ pub async fn in_place<F: Folder>(
     refuse_snapshots(&disk, flatten)?;
     layers::seal(folder, &disk).await?;
     let source = Source::disk(folder, &disk).await?;
+    refuse_inner(&source.stack, flatten)?;
     let shape = source.shape(wanted, Place::Here)?;
     let file = disk.new_file_name(random);
     let new = shape.instead_of(&disk, &file)?;
@@ -386,6 +390,22 @@ pub fn refuse_snapshots(disk: &Descriptor, flatten: bool) -> Result<()> {
         n => Err(Error::unsupported(format!(
             "the disk is {n} deltas; --flatten makes one image of what it is now, and its \
              snapshots go (with --out they stay where they are)"
+        ))),
+    }
+}
+
+/// The same of snapshots that a qcow2 image keeps in itself.
+fn refuse_inner<S: Store>(stack: &Stack<S>, flatten: bool) -> Result<()> {
+    let inner = stack.layers().iter().map(|layer| match &**layer {
+        AnyLayer::Qcow2(image) => u64::from(image.header().snapshots.count),
+        AnyLayer::Ploop(_) | AnyLayer::Raw(_) => 0,
+    });
+    match inner.sum() {
+        0u64 => Ok(()),
+        _ if flatten => Ok(()),
+        n => Err(Error::unsupported(format!(
+            "{n} snapshots inside its qcow2 images would go; --flatten says that they may (with --out \
+             they stay where they are)"
         ))),
     }
 }

@@ -28,7 +28,8 @@ const BLINK: Duration = Duration::from_millis(50);
 /// Make a disk around a bare image: DIR with the image and a DiskDescriptor.xml
 ///
 /// The image is checked first, then moved into DIR, which must be on its file system. When
-/// anything fails, the image is where it was.
+/// anything fails, the image is where it was. The disk's snapshots are files of their own; those that a
+/// qcow2 image keeps in itself stay in it, and are not among them.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The image; it will be DIR/root.hds
@@ -46,16 +47,23 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let mut meter = Meter::new(global.progress, &cancel);
     let candidate = Candidate::new(&args.file, args.format.into())?;
     cancel.or(refuse_damaged(candidate.file(), args.format, &mut meter))?;
-    let shape = cancel.or(shape(candidate.file(), args.format, &mut meter))?;
+    let (shape, inner) = cancel.or(shape(candidate.file(), args.format, &mut meter))?;
     drop(meter);
     cancel.check()?;
     let dir = candidate.adopt(&args.dir, shape)?;
     let image = dir.join(ploop::image::init::IMAGE);
+    let stays = match inner {
+        0 => String::new(),
+        n => format!(
+            "; {n} snapshots stay inside the image, where only `info` and other programs see them"
+        ),
+    };
     Ok(Answer::new(
-        format!("{}: {}", dir.display(), size::show(shape.size)),
+        format!("{}: {}{stays}", dir.display(), size::show(shape.size)),
         json!({
             "path": dir.display().to_string(),
             "image": image.display().to_string(),
+            "inner_snapshots": inner,
             "size": shape.size,
             "cluster": shape.cluster.bytes(),
         }),
@@ -77,7 +85,8 @@ fn refuse_damaged(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Resu
     }
 }
 
-fn shape(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<Shape> {
+/// What the disk will be, and the number of snapshots that the image keeps in itself.
+fn shape(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<(Shape, usize)> {
     let info = ask("info", file, format, meter)?;
     refuse_others(&info["qcow2"]).map_err(|e| e.at(file.display()))?;
     let own = &info["layers"][0]["cluster"];
@@ -87,26 +96,27 @@ fn shape(file: &Path, format: FormatArg, meter: &mut Meter<'_>) -> Result<Shape>
     };
     let cluster = if own.is_null() { &info["cluster"] } else { own };
     let cluster = number(cluster, "cluster")?;
-    Ok(Shape {
+    let shape = Shape {
         size: number(&info["size"], "size")?,
         cluster: ClusterSize::new(cluster).map_err(|_| refuse_cluster(file, cluster))?,
-    })
+    };
+    let inner = info["qcow2"]["snapshots"].as_array();
+    Ok((shape, inner.map_or(0, Vec::len)))
 }
 
 /// What a disk of its own stands on, its descriptor says, and an image that is adopted is alone there.
 fn refuse_others(said: &Value) -> Result<()> {
-    for (field, what) in [
-        ("backing_file", "stands on another file"),
-        ("data_file", "has its data in another file"),
-    ] {
-        if let Some(other) = said[field].as_str() {
-            return Err(Error::unsupported(format!(
-                "{what} (\"{other}\"), and only an image that is whole is adopted; `qemu-img convert \
-                 -O qcow2` makes one of both"
-            )));
-        }
-    }
-    Ok(())
+    let features = said["features"].as_array().into_iter().flatten();
+    let is_outside = features.into_iter().any(|f| f == "external-data");
+    let what = match (&said["backing_file"], &said["data_file"]) {
+        (Value::String(other), _) => format!("stands on another file (\"{other}\")"),
+        (_, Value::String(other)) => format!("has its data in another file (\"{other}\")"),
+        _ if is_outside => "has its data in another file, which it does not name".into(),
+        _ => return Ok(()),
+    };
+    Err(Error::unsupported(format!(
+        "{what}, and only an image that is whole is adopted; `qemu-img convert -O qcow2` makes one of both"
+    )))
 }
 
 fn refuse_cluster(file: &Path, cluster: u64) -> Error {

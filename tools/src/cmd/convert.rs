@@ -53,7 +53,9 @@ From and to the formats of others:
 /// The format version alone is changed in place, in all deltas, and takes moments. Everything else
 /// writes one new image, and the disk has the old ones until that is done. What reads as zeros is not
 /// stored. Interrupted anywhere, the disk is the old one or the new one; without any option, what is left
-/// of that is cleared up. A new disk or file is complete, or not there.
+/// of that is cleared up. A new disk or file is complete, or not there; when this is killed, a hidden
+/// .FILE.new is left beside it, which the same command takes away. Snapshots and bitmaps that a qcow2
+/// image keeps in itself stay behind.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
@@ -76,8 +78,8 @@ pub struct Args {
     /// Make a bare image in this file, which must not exist, of what DISK is now; DISK stays as it is
     #[arg(long, value_name = "FILE")]
     out_file: Option<PathBuf>,
-    /// Unit of allocation of a new disk or file: 32K to 64M, of a qcow2 file 512 to 2M; without it
-    /// that of DISK where both are qcow2 images or neither is, else 64K
+    /// Unit of allocation of a new disk or file: 32K to 64M, of a qcow2 file 512 to 2M, of a disk of
+    /// qcow2 images 32K to 2M; without it that of DISK where both are qcow2 images or neither is, else 64K
     #[arg(long, value_parser = size::parse)]
     cluster: Option<u64>,
     /// Compress the clusters of a qcow2 image
@@ -259,7 +261,7 @@ fn ended(e: Error) -> Error {
     match e.kind() {
         Kind::Cancelled => Error::new(
             Kind::Cancelled,
-            "cancelled by a signal; the disk is what it was",
+            "cancelled by a signal; the disk is what it was, and nothing new is left",
         ),
         _ => e,
     }

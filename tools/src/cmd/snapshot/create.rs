@@ -26,6 +26,8 @@ use std::path::{Path, PathBuf};
 /// was answered is in the snapshot; what its file system still holds in memory is only with --freeze,
 /// which lets programs wait until it is written. Snapshots that are marked temporary and can go by now
 /// are merged away first.
+///
+/// With --format qcow2 it is kept in the image, by a name and an ID, and the image is not attached.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image

@@ -22,20 +22,21 @@ pub const EXAMPLE: &str = "Example: ploopctl snapshot delete /var/lib/ct/100 \
 /// Delete a snapshot; what the disk is now stays as it is
 ///
 /// A snapshot that one delta stands on is merged with that, which takes its time and can be
-/// interrupted: the same command goes on with it. A disk in use goes on meanwhile. One that several stand on is marked temporary, and
-/// goes when one is left.
+/// interrupted: the same command goes on with it. A disk in use goes on meanwhile. One that several
+/// stand on is marked temporary, and goes when one is left. With --format qcow2 it is one that the image
+/// keeps in itself, and the image is not attached.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
     /// UUID of the snapshot, with or without braces; of a bare image its name or ID
-    #[arg(value_name = "UUID")]
+    #[arg(value_name = "UUID|NAME")]
     pub(super) point: Point,
     /// Format of a bare image file: qcow2, whose own snapshots these are
     #[arg(long)]
     pub(super) format: Option<FormatArg>,
     /// Bytes a second to copy at most
-    #[arg(long, value_name = "BYTES", value_parser = rate::parse)]
+    #[arg(long, value_name = "BYTES", value_parser = rate::parse, conflicts_with = "format")]
     rate: Option<NonZeroU64>,
 }
 

@@ -17,8 +17,9 @@ use std::path::PathBuf;
 /// List the snapshots of a disk, attached or not, as a tree
 ///
 /// The current one, which the disk was last at, is marked *. EXCLUSIVE is what its file takes on
-/// the host, SHARED the same of a file that other disks have, too. MOUNTED
-/// says where it is being looked at.
+/// the host, SHARED the same of a file that other disks have, too. MOUNTED says where it is being
+/// looked at. With --format qcow2 they are those that the image keeps in itself, in the order of its
+/// table.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image

@@ -22,12 +22,15 @@ pub const EXAMPLE: &str = "Example: ploopctl snapshot switch /var/lib/ct/100 \
 ///
 /// What was written since the last snapshot is given up; make one first to keep it. All snapshots
 /// stay. The disk may be attached, as a device that nobody uses.
+///
+/// With --format qcow2 the image, which is not attached, becomes what it was, its size too; what was written
+/// since any of its snapshots is given up.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
     /// UUID of the snapshot, with or without braces; of a bare image its name or ID
-    #[arg(value_name = "UUID")]
+    #[arg(value_name = "UUID|NAME")]
     pub(super) point: Point,
     /// Format of a bare image file: qcow2, whose own snapshots these are
     #[arg(long)]
