@@ -195,7 +195,11 @@ impl<S: Store> AnyLayer<S> {
         S: Clone,
     {
         match (to, self) {
-            (to, AnyLayer::Qcow2(layer)) => layer.resize(to.bytes()).await,
+            // It would go either way.
+            (to, AnyLayer::Qcow2(layer)) => {
+                layer.resized(to.bytes(), matches!(to, NewSize::Larger(_)))?;
+                layer.resize(to.bytes()).await
+            }
             (NewSize::Larger(size), layer) => layer.grow(size).await,
             (NewSize::Smaller(size), AnyLayer::Ploop(layer)) => layer.shrink(size).await,
             (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrink(size).await,

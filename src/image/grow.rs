@@ -102,8 +102,12 @@ async fn qcow2(dir: BorrowedFd<'_>, top: &LayerFile, wanted: Wanted) -> Result<S
     let old = stack.top().geometry().size;
     let to = wanted.of(old)?;
     let place = |e: Error| e.at(top.display());
-    stack.resized(to).map_err(place)?;
+    let new = stack.resized(to).map_err(place)?;
     drop(stack);
+    // A smaller size may have been cut, and goes on.
+    if new == old && matches!(to, NewSize::Larger(_)) {
+        return Ok(Sizes { old, new });
+    }
     let store = open::alone(dir, top)?;
     let before = store.info().len;
     let header = qcow2::read_header(&store).await.map_err(place)?;

@@ -233,7 +233,8 @@ impl Turnover {
             Err(e) => {
                 say(&self.control, &Event::NotResized(Failure::from(&e))).await?;
                 match e.kind() {
-                    Kind::Invalid | Kind::NoSpace => Ok(()),
+                    // The image itself may say no. The disk goes on as it was.
+                    Kind::Invalid | Kind::NoSpace | Kind::Unsupported => Ok(()),
                     _ => Err(e),
                 }
             }
@@ -261,7 +262,7 @@ impl Turnover {
     /// The store of a file that is to be the top.
     fn own(&self, file: OwnedFd, name: &str, format: Format) -> Result<FileStore> {
         lock::fence(&file, Instant::now() + FENCE)?;
-        let store = open::store(file, Path::new(name), format, self.cache)?;
+        let store = open::top_store(file, Path::new(name), format, self.cache)?;
         store.keep_free(self.keep_free);
         Ok(store)
     }

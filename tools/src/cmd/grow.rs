@@ -18,9 +18,10 @@ use std::path::PathBuf;
 /// Make a disk larger, but not the file system on it
 ///
 /// The new part reads as zeros. A disk in use goes on, after a short wait, and its device has the new
-/// size at once; clients of an NBD server see it when they connect again. What is in the way of the larger table is
-/// moved first; interrupted anywhere, the disk is as large as before or as it was to be, and the same
-/// command with that size goes on with it. Snapshots keep their size. For the file system, too, see resize.
+/// size at once; clients of an NBD server see it when they connect again. What is in the way of the larger
+/// table is moved first; interrupted anywhere, the disk is as large as before or as it was to be, and the
+/// same command with that size goes on with it. Snapshots keep their size. What the external data file of
+/// a qcow2 image holds behind the end of the disk is cut off. For the file system, too, see resize.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file
