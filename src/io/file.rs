@@ -232,6 +232,16 @@ impl Store for FileStore {
         }
     }
 
+    fn look_at_len(&self) -> Result<u64> {
+        let inner = &self.0;
+        if inner.regular && !inner.writable {
+            let stat = rustix::fs::fstat(&inner.fd).map_err(io::Error::from)?;
+            let len = u64::try_from(stat.st_size).unwrap_or(0);
+            inner.len.fetch_max(len, Ordering::AcqRel);
+        }
+        Ok(self.info().len)
+    }
+
     fn room(&self) -> Result<u64> {
         match self.0.room.get() {
             Some(room) => room.left().map_err(|e| e.at(self.0.path.display())),

@@ -181,7 +181,11 @@ impl<S: Store> Qcow2<S> {
     async fn table(&self, at: u64, end: u64) -> Result<Bytes> {
         let start = self.slices.start(at);
         let last = start.saturating_add(self.slices.unit()).min(end);
-        let len = self.store.info().len;
+        // Of a layer that is merged into meanwhile, tables are behind the end that it had.
+        let mut len = self.store.info().len;
+        if last > len {
+            len = self.store.look_at_len()?;
+        }
         if last > len {
             return Err(Error::damaged(format!(
                 "offset {at:#x}: a table that goes on to {last:#x}, behind the end of the file ({len} bytes)"
@@ -233,8 +237,11 @@ impl<S: Store> Qcow2<S> {
     /// What there is of an extent of data: a file may end inside its last cluster, whose rest reads
     /// as zeros.
     fn cut_to_file(&self, at: u64, len: u64) -> Result<Extent> {
-        let end = self.store().info().len;
+        let mut end = self.store().info().len;
         let cluster = floor_to(at, self.layout.cluster.bytes());
+        if cluster >= end {
+            end = self.store().look_at_len()?;
+        }
         if cluster >= end {
             return Err(Error::damaged(format!(
                 "a cluster at {cluster:#x}, behind the end of the file ({end} bytes)"

@@ -66,6 +66,12 @@ pub trait Store {
     /// Length, alignment and promises. Never blocks.
     fn info(&self) -> StoreInfo;
 
+    /// The length, where somebody else may have made the file longer since it was opened, which is read
+    /// here only. [`Store::info`] says it from then on. May wait for as long as a look at a file takes.
+    fn look_at_len(&self) -> Result<u64> {
+        Ok(self.info().len)
+    }
+
     /// Bytes that may still be taken from the storage, asked before any is. `NoSpace` when it
     /// shall give no more, although it may have some. Never waits.
     fn room(&self) -> Result<u64>;
