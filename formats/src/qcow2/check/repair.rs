@@ -20,9 +20,9 @@ use super::super::header::{CORRUPT, DIRTY, write_header};
 use super::mark::Flags;
 use super::recount::{Changed, Recount};
 use super::{AT_FEATURES, FindingKind, Report, Survey};
-use crate::Result;
 use crate::progress::Watch;
 use crate::store::Store;
+use crate::{Kind, Result};
 
 /// What a repair may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,13 +81,17 @@ pub async fn repair_watched<S: Store>(
 }
 
 /// Repairs an image that is sound, in which a change left what nobody names any more, and COPIED that
-/// says too little. As [`repair_watched`].
+/// says too little. As [`repair_watched`], but for a host without space: the change is made, and what it left
+/// stays until there is a repair.
 pub(in super::super) async fn clean<S: Store>(store: &S, watch: &mut dyn Watch) -> Result<()> {
     let all = Repair {
         growth_max: 0,
         errors: true,
     };
-    repair_watched(store, &all, watch).await.map(drop)
+    match repair_watched(store, &all, watch).await {
+        Err(e) if e.kind() == Kind::NoSpace => Ok(()),
+        done => done.map(drop),
+    }
 }
 
 /// Gives the host back what a change took that failed, and that nobody names: refcounts of it go down, the
@@ -99,6 +103,8 @@ pub async fn give_back<S: Store>(store: &S, len: u64) -> Result<()> {
         return Ok(());
     }
     let mut recount = Recount::new(survey).await?;
+    // No count is too low; marks that are not known here go.
+    recount.raise(None, &mut ()).await?;
     finish(&mut recount, &mut Report::default(), &mut ()).await?;
     let first = recount.header().cluster.count(len);
     match u32::try_from(first) {
