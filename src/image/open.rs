@@ -41,11 +41,7 @@ impl Top {
 
     /// Its store; the fence lasts as long as that. Blocks.
     pub fn store(self, layer: &LayerFile, cache: Cache) -> Result<FileStore> {
-        let direct = layer.format == Format::Qcow2 && cache == Cache::None;
-        if direct && !has_small_pieces(&self.fd)? {
-            end_at_page(&self.fd)?;
-        }
-        store(self.fd, Path::new(&layer.name), layer.format, cache)
+        top_store(self.fd, Path::new(&layer.name), layer.format, cache)
     }
 
     /// Links to the file: above one means that several disks share it.
@@ -70,6 +66,15 @@ pub fn fenced(dir: impl AsFd, name: &Path, patience: Duration) -> Result<OwnedFd
         _ => e,
     })?;
     Ok(fd)
+}
+
+/// The store of a file that is written, and that nobody else has. Blocks.
+pub fn top_store(fd: OwnedFd, path: &Path, format: Format, cache: Cache) -> Result<FileStore> {
+    let direct = format == Format::Qcow2 && cache == Cache::None;
+    if direct && !has_small_pieces(&fd)? {
+        end_at_page(&fd)?;
+    }
+    store(fd, path, format, cache)
 }
 
 /// The store of a layer's file: through the page cache where its format does not keep to the blocks of

@@ -2,7 +2,7 @@
 //! what it was.
 
 use ploop::image::snapshot::copy::{Work, copy};
-use ploop::image::snapshot::parts::{Readers, Rest};
+use ploop::image::snapshot::parts::Rest;
 use ploop::stack::AnyLayer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::qcow2::Qcow2;
@@ -63,7 +63,7 @@ fn what_is_around_a_subcluster_in_a_larger_block_stays() {
         let align = *rng.pick(&[512, 4096]);
         let lower = Raw::open_write(file.clone().aligned_to(align), cluster, Ledger::local());
         let lower = AnyLayer::Raw(lower.unwrap());
-        let rest = Rest::new(Vec::<AnyLayer<MemStore>>::new(), Readers::Disk).unwrap();
+        let rest = Rest::new(Vec::<AnyLayer<MemStore>>::new()).unwrap();
         let mut watch = ();
         let mut work = Work::new(&mut watch, &());
         let copied = copy(&child, &lower, &rest, &mut work);

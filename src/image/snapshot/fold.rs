@@ -16,7 +16,8 @@
 //! lower delta anew, once nobody's writes to that can land any more.
 
 use super::copy::{self, Window, Work};
-use super::parts::{Readers, Rest, may_have_parts};
+use super::merge::Readers;
+use super::parts::{Rest, may_have_parts};
 use super::{layers, merge};
 use crate::image::change::Change;
 use crate::image::delta;
@@ -125,7 +126,7 @@ async fn copy_over<S: Store + Clone>(
     if !may_have_parts(top) {
         below.clear();
     }
-    let rest = Rest::new(below, Readers::Nobody)?;
+    let rest = Rest::new(below)?;
     let mut watch = ();
     let mut work = Work::new(&mut watch, &()).within(window);
     merge::take_size(target, top).await?;

@@ -12,7 +12,7 @@
 //!
 //! Cut anywhere, the same may be begun again: step 2 writes the same once more.
 
-use super::parts::{Readers, Rest, may_have_parts};
+use super::parts::{Rest, may_have_parts};
 use super::{copy, layers};
 use crate::image::change::{self, Change};
 use crate::image::delta;
@@ -39,6 +39,15 @@ pub async fn offline<F: Folder>(
     Ok(prepared.commit().await?)
 }
 
+/// Who reads a delta while another one is merged into it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readers {
+    /// Nobody.
+    Nobody,
+    /// A running disk, which knows where its clusters are.
+    Disk,
+}
+
 /// Steps 1 and 2, and all of step 3 but its commit. What stands on `lower` is closed. `old` is what
 /// [`change::settle`] gave.
 pub async fn prepare<'f, F: Folder>(
@@ -52,7 +61,7 @@ pub async fn prepare<'f, F: Folder>(
     let above = layers::image(old, only_child(old, lower)?)?;
     let child = layers::open_read(folder, old, &above).await?;
     layers::refuse_unclosed(&child, &above)?;
-    let rest = rest(folder, old, lower, &child, readers).await?;
+    let rest = rest(folder, old, lower, &child).await?;
     let marked = claim(folder, old, lower, &child, readers).await?;
     let new = marked.dissolved(lower)?;
     let filled = async {
@@ -74,7 +83,6 @@ async fn rest<F: Folder>(
     disk: &Descriptor,
     lower: Guid,
     child: &AnyLayer<F::File>,
-    readers: Readers,
 ) -> Result<Rest<F::File>> {
     let mut below = Vec::new();
     if may_have_parts(child) {
@@ -84,7 +92,7 @@ async fn rest<F: Folder>(
             below.push(layers::open_read(folder, disk, &image).await?);
         }
     }
-    Rest::new(below, readers)
+    Rest::new(below)
 }
 
 /// Step 1: `lower` can take in `child`, is marked, and no other disk has its file. The descriptor
@@ -100,6 +108,7 @@ pub async fn claim<F: Folder>(
     refuse_shared(folder, &below.file).await?;
     let judged = layers::open_read(folder, old, &below).await?;
     refuse_size(&judged, child, readers).map_err(|e| e.at(&below.file))?;
+    refuse_parts(&judged, child, readers)?;
     if old.shot(lower).is_some_and(|shot| shot.mark.is_some()) {
         // Cut in the middle, it may say that it is in use. A clone never has what is marked.
         return Ok(old.clone());
@@ -173,6 +182,23 @@ pub async fn take_size<S: Store + Clone>(
     match lower.geometry().size < size {
         true => lower.grow(size).await,
         false => Ok(()),
+    }
+}
+
+/// Refuses a delta that may have clusters in part while a disk reads both: it would look for the rest of
+/// one in the lower delta, whose tables and clusters come to be behind its back.
+fn refuse_parts<S: Store>(
+    lower: &AnyLayer<S>,
+    upper: &AnyLayer<S>,
+    readers: Readers,
+) -> Result<()> {
+    let changes = !matches!(lower, AnyLayer::Raw(_));
+    match readers {
+        Readers::Disk if changes && may_have_parts(upper) => Err(Error::unsupported(
+            "what stands on it is a qcow2 image with subclusters (extended L2 entries), and the running \
+             disk reads both: the same command does it once the disk is detached",
+        )),
+        _ => Ok(()),
     }
 }
 

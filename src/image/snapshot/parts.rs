@@ -24,35 +24,22 @@ use std::sync::Arc;
 /// Zeros of a new cluster are left out in blocks of so many bytes: what a file system can leave out.
 const ZERO_BLOCK: usize = 4096;
 
-/// Who reads a delta while another one is merged into it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Readers {
-    /// Nobody.
-    Nobody,
-    /// A running disk, which knows where its clusters are.
-    Disk,
-}
-
-/// What the lower delta stands on, and who reads it meanwhile.
+/// What the lower delta stands on.
 #[derive(Debug)]
 pub struct Rest<S> {
     below: Option<Stack<S>>,
-    readers: Readers,
 }
 
 impl<S: Store> Rest<S> {
     /// `below` are the layers that the lower delta stands on, base first. Nobody asks for them when the
     /// upper delta has whole clusters only ([`may_have_parts`]).
-    pub fn new(
-        below: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>,
-        readers: Readers,
-    ) -> Result<Self> {
+    pub fn new(below: impl IntoIterator<Item = impl Into<Arc<AnyLayer<S>>>>) -> Result<Self> {
         let below: Vec<Arc<AnyLayer<S>>> = below.into_iter().map(Into::into).collect();
         let below = match below.is_empty() {
             true => None,
             false => Some(Stack::new(below)?),
         };
-        Ok(Self { below, readers })
+        Ok(Self { below })
     }
 }
 
@@ -119,9 +106,6 @@ impl<S: Store> Cluster<'_, S> {
         }
         let mut reserved = self.lower.reserve(cluster).await?;
         let is_new = reserved.is_new();
-        if is_new && !whole {
-            self.refuse_moving().await?;
-        }
         let ranges = match reserved.piece() {
             None => iter::once(all).collect(),
             Some(unit) => {
@@ -138,24 +122,6 @@ impl<S: Store> Cluster<'_, S> {
             reserved.filled(range.start - self.start, range.end - self.start);
         }
         self.lower.publish(cluster, reserved, Below::Data);
-        Ok(())
-    }
-
-    /// What a running disk reads through the upper delta, from where it knows it to be, is not given
-    /// up.
-    async fn refuse_moving(&self) -> Result<()> {
-        let mut at = self.start;
-        while self.rest.readers == Readers::Disk && at < self.end {
-            let extent = self.lower.map(at, self.end - at).await?;
-            if matches!(extent, Extent::Data { .. } | Extent::Packed { .. }) {
-                return Err(Error::unsupported(format!(
-                    "guest offset {at:#x}: what stands on it has a part of a cluster, of which it has the \
-                     rest compressed or together with a snapshot inside the image: that moves, and the \
-                     running disk reads it; the same command does it once the disk is detached"
-                )));
-            }
-            at += extent.len();
-        }
         Ok(())
     }
 

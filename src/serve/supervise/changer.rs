@@ -14,7 +14,7 @@ use crate::image::grow;
 use crate::image::limit;
 use crate::image::newfile::NewFile;
 use crate::image::replace::{self, Replaced};
-use crate::image::snapshot::parts::Readers;
+use crate::image::snapshot::merge::Readers;
 use crate::image::snapshot::rate::Rate;
 use crate::image::snapshot::remove::{self, Way};
 use crate::image::snapshot::{copy, create, fold, layers, merge, switch};
