@@ -877,3 +877,33 @@ fn a_block_device_is_a_store_of_fixed_length_that_promises_less() {
         }
     }
 }
+
+/// A running disk reads a layer that another process merges into.
+#[test]
+fn tables_that_another_process_puts_behind_the_end_are_read() {
+    use ploop_formats::layer::{Below, Extent, Layer, Reservation};
+    use ploop_formats::ledger::Ledger;
+    use ploop_formats::qcow2::Qcow2;
+    use ploop_formats::qcow2::create::{Create, create};
+    use ploop_formats::units::{ClusterSize, VirtCluster};
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("f");
+    let store = new_file(&path, 0, Cache::Writeback);
+    let wanted = Create::new(64 << 20, ClusterSize::new(64 << 10).unwrap());
+    drive(Some(Engine::Poll), async {
+        create(&store, &wanted).await.unwrap();
+        let reader = FileStore::open(&path, false, Cache::Writeback).unwrap();
+        let reader = Qcow2::open_read(reader, None).await.unwrap();
+        let writer = Qcow2::open_write(store, None, Ledger::local());
+        let writer = writer.await.unwrap();
+        let cluster = VirtCluster(3);
+        let mut reserved = writer.reserve(cluster).await.unwrap();
+        reserved.submitted();
+        writer.publish(cluster, reserved, Below::Zeros);
+        writer.close().await.unwrap();
+        for (n, there) in [(2, false), (3, true)] {
+            let extent = reader.map(n * (64 << 10), 512).await.unwrap();
+            assert_eq!(matches!(extent, Extent::Data { .. }), there, "{extent:?}");
+        }
+    });
+}
