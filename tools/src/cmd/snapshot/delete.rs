@@ -30,7 +30,7 @@ pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare qcow2 image
     pub(super) disk: PathBuf,
     /// UUID of the snapshot, with or without braces; of a bare image its name or ID
-    #[arg(value_name = "UUID|NAME")]
+    #[arg(value_name = "UUID")]
     pub(super) point: Point,
     /// Format of a bare image file: qcow2, whose own snapshots these are
     #[arg(long)]
