@@ -175,7 +175,7 @@ impl<S: Store> AnyLayer<S> {
         match self {
             AnyLayer::Ploop(layer) => layer.grow(size).await,
             AnyLayer::Raw(layer) => layer.grow(size).await,
-            AnyLayer::Qcow2(layer) => layer.resize(size).await,
+            AnyLayer::Qcow2(layer) => layer.resize(size, true).await,
         }
     }
 
@@ -195,14 +195,10 @@ impl<S: Store> AnyLayer<S> {
         S: Clone,
     {
         match (to, self) {
-            // It would go either way.
-            (to, AnyLayer::Qcow2(layer)) => {
-                layer.resized(to.bytes(), matches!(to, NewSize::Larger(_)))?;
-                layer.resize(to.bytes()).await
-            }
             (NewSize::Larger(size), layer) => layer.grow(size).await,
             (NewSize::Smaller(size), AnyLayer::Ploop(layer)) => layer.shrink(size).await,
             (NewSize::Smaller(size), AnyLayer::Raw(layer)) => layer.shrink(size).await,
+            (NewSize::Smaller(size), AnyLayer::Qcow2(layer)) => layer.resize(size, false).await,
         }
     }
 

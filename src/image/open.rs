@@ -70,21 +70,25 @@ pub fn fenced(dir: impl AsFd, name: &Path, patience: Duration) -> Result<OwnedFd
 
 /// The store of a file that is written, and that nobody else has. Blocks.
 pub fn top_store(fd: OwnedFd, path: &Path, format: Format, cache: Cache) -> Result<FileStore> {
-    let direct = format == Format::Qcow2 && cache == Cache::None;
-    if direct && !has_small_pieces(&fd)? {
+    let cache = possible(&fd, format, cache)?;
+    if format == Format::Qcow2 && cache == Cache::None {
         end_at_page(&fd)?;
     }
-    store(fd, path, format, cache)
+    FileStore::new(fd, path, cache)
 }
 
 /// The store of a layer's file: through the page cache where its format does not keep to the blocks of
 /// direct I/O. Blocks.
 pub fn store(fd: OwnedFd, path: &Path, format: Format, cache: Cache) -> Result<FileStore> {
-    let cache = match format {
-        Format::Qcow2 if has_small_pieces(&fd)? => Cache::Writeback,
-        _ => cache,
-    };
+    let cache = possible(&fd, format, cache)?;
     FileStore::new(fd, path, cache)
+}
+
+fn possible(fd: &OwnedFd, format: Format, cache: Cache) -> Result<Cache> {
+    Ok(match format {
+        Format::Qcow2 if has_small_pieces(fd)? => Cache::Writeback,
+        _ => cache,
+    })
 }
 
 /// Lengthens a file to whole pages, where direct I/O could not read its end: others let an image end

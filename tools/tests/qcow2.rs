@@ -344,16 +344,22 @@ fn a_check_says_what_is_wrong_and_a_repair_mends_what_loses_nothing() {
     assert!(fs::read(&image).expect("read") == broken);
 }
 
+/// Makes base.raw, an ext4 file system with a file; what is in that.
+fn file_system(folder: &Folder) -> Vec<u8> {
+    let (tree, data) = (folder.path("tree"), noise(3 * MIB, 5));
+    fs::create_dir(&tree).expect("mkdir");
+    fs::write(tree.join("file"), &data).expect("write");
+    folder.tool("mkfs.ext4", "-q -d tree base.raw 64M");
+    data
+}
+
 #[test]
 fn a_file_system_in_an_image_is_mounted_to_be_read() {
     if !can_compare() || !can_mount() || !has("mkfs.ext4") {
         return;
     }
     let folder = Folder::new();
-    let (tree, data) = (folder.path("tree"), noise(3 * MIB, 5));
-    fs::create_dir(&tree).expect("mkdir");
-    fs::write(tree.join("file"), &data).expect("write");
-    folder.tool("mkfs.ext4", "-q -d tree base.raw 64M");
+    let data = file_system(&folder);
     folder.img("convert -c -f raw -O qcow2 base.raw base");
     folder.img("create -f qcow2 -b base -F qcow2 image");
     let (image, point) = (folder.path("image"), folder.0.mountpoint());
@@ -614,10 +620,7 @@ fn a_file_system_is_mounted_as_it_was_at_a_snapshot_of_its_image() {
         return;
     }
     let folder = Folder::new();
-    let (tree, data) = (folder.path("tree"), noise(3 * MIB, 5));
-    fs::create_dir(&tree).expect("mkdir");
-    fs::write(tree.join("file"), &data).expect("write");
-    folder.tool("mkfs.ext4", "-q -d tree base.raw 64M");
+    let data = file_system(&folder);
     folder.img("convert -f raw -O qcow2 base.raw image");
     let (image, point) = (folder.path("image"), folder.0.mountpoint());
     let create = ["snapshot", "create", "--format", "qcow2", text(&image)];

@@ -181,11 +181,7 @@ impl<S: Store> Qcow2<S> {
     async fn table(&self, at: u64, end: u64) -> Result<Bytes> {
         let start = self.slices.start(at);
         let last = start.saturating_add(self.slices.unit()).min(end);
-        // Of a layer that is merged into meanwhile, tables are behind the end that it had.
-        let mut len = self.store.info().len;
-        if last > len {
-            len = self.store.look_at_len()?;
-        }
+        let len = len_up_to(&self.store, last)?;
         if last > len {
             return Err(Error::damaged(format!(
                 "offset {at:#x}: a table that goes on to {last:#x}, behind the end of the file ({len} bytes)"
@@ -237,11 +233,8 @@ impl<S: Store> Qcow2<S> {
     /// What there is of an extent of data: a file may end inside its last cluster, whose rest reads
     /// as zeros.
     fn cut_to_file(&self, at: u64, len: u64) -> Result<Extent> {
-        let mut end = self.store().info().len;
         let cluster = floor_to(at, self.layout.cluster.bytes());
-        if cluster >= end {
-            end = self.store().look_at_len()?;
-        }
+        let end = len_up_to(self.store(), cluster.saturating_add(1))?;
         if cluster >= end {
             return Err(Error::damaged(format!(
                 "a cluster at {cluster:#x}, behind the end of the file ({end} bytes)"
@@ -687,6 +680,15 @@ impl<S: Store> Qcow2<S> {
     /// The first-level table.
     pub(super) const fn l1(&self) -> L1 {
         self.l1
+    }
+}
+
+/// The length of a file, looked at again when it seems to end before `end`: what another process puts into
+/// a layer that is merged into meanwhile is behind the end that it had.
+fn len_up_to<S: Store>(store: &S, end: u64) -> Result<u64> {
+    match store.info().len {
+        len if len < end => store.look_at_len(),
+        len => Ok(len),
     }
 }
 

@@ -160,13 +160,14 @@ impl<S: Store> Qcow2<S> {
         Ok(to)
     }
 
-    /// Gives an image that was just opened for writing, and is nobody else's, another size: it is
-    /// closed, resized ([`resize`]) and opened anew. After an error it is not to be used: the caller
-    /// opens it anew.
-    pub async fn resize(&mut self, size: u64) -> Result<()>
+    /// Gives an image that was just opened for writing, and is nobody else's, another size, refused as by
+    /// [`Self::resized`]: it is closed, resized ([`resize`]) and opened anew. After an error it is not to be
+    /// used: the caller opens it anew.
+    pub async fn resize(&mut self, size: u64, larger: bool) -> Result<()>
     where
         S: Clone,
     {
+        self.resized(size, larger)?;
         let (store, ledger) = (self.metadata().clone(), self.writer()?.ledger.clone());
         let data = self.data_file().cloned();
         self.close().await?;
