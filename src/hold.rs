@@ -89,14 +89,14 @@ impl<'a, S: Store> Hold<'a, S> {
     /// when it has that. `ledger` is that of the top.
     ///
     /// `Invalid` or `Unsupported`, and nothing was done, when that is the other way, or not possible
-    /// ([`Stack::resized_in_use`]). After `NoSpace` the disk goes on as it was. After any other error it has
+    /// ([`Stack::resized`]). After `NoSpace` the disk goes on as it was. After any other error it has
     /// failed, and whoever waits is let go only if what the file holds can be read.
     pub async fn resize(self, to: NewSize, ledger: Ledger) -> Result<()>
     where
         S: Clone,
     {
         let old = self.disk.stack();
-        if old.resized_in_use(to)? == old.top().geometry().size {
+        if old.resized(to)? == old.top().geometry().size {
             return Ok(());
         }
         self.renew(ledger, async |top| top.resize(to).await).await
@@ -151,10 +151,7 @@ impl<'a, S: Store> Hold<'a, S> {
         S: Clone,
     {
         let old = self.disk.stack();
-        let open = || {
-            let store = old.top().store().clone();
-            old.top().open_again(store, ledger.clone())
-        };
+        let open = || old.top().open_again(ledger.clone());
         let changed = match sealed {
             Ok(()) => {
                 let mut top = open().await?;

@@ -149,20 +149,22 @@ impl<S: Store> AnyLayer<S> {
         each!(self, layer => layer.is_poisoned())
     }
 
-    /// Opens its file anew for writing, as what it is. `Unsupported` with an external data file: one file
-    /// is not all of it, and what is in the other is the guest's.
-    pub async fn open_again(&self, store: S, ledger: Ledger) -> Result<Self> {
+    /// Opens its files anew for writing, as what it is.
+    pub async fn open_again(&self, ledger: Ledger) -> Result<Self>
+    where
+        S: Clone,
+    {
         Ok(match self {
-            AnyLayer::Ploop(_) => AnyLayer::Ploop(Ploop::open_write(store, ledger).await?),
-            AnyLayer::Raw(raw) => {
-                AnyLayer::Raw(Raw::open_write(store, raw.geometry().cluster, ledger)?)
+            AnyLayer::Ploop(layer) => {
+                AnyLayer::Ploop(Ploop::open_write(layer.store().clone(), ledger).await?)
             }
-            AnyLayer::Qcow2(layer) if layer.header().has_data_file() => {
-                let what = "an image with an external data file is attached anew as a whole only";
-                return Err(Error::unsupported(what));
+            AnyLayer::Raw(layer) => {
+                let (store, cluster) = (layer.store().clone(), layer.geometry().cluster);
+                AnyLayer::Raw(Raw::open_write(store, cluster, ledger)?)
             }
-            AnyLayer::Qcow2(_) => {
-                AnyLayer::Qcow2(Box::new(Qcow2::open_write(store, None, ledger).await?))
+            AnyLayer::Qcow2(layer) => {
+                let (image, data) = (layer.metadata().clone(), layer.data_file().cloned());
+                AnyLayer::Qcow2(Box::new(Qcow2::open_write(image, data, ledger).await?))
             }
         })
     }
@@ -474,18 +476,6 @@ impl<S: Store> Stack<S> {
                 layer.geometry().size
             ))),
             None => Ok(size),
-        }
-    }
-
-    /// The same of a disk that is in use: `Unsupported` with an external data file, too, because its top
-    /// is opened anew for it ([`AnyLayer::open_again`]).
-    pub fn resized_in_use(&self, to: NewSize) -> Result<u64> {
-        match self.top() {
-            AnyLayer::Qcow2(layer) if layer.header().has_data_file() => Err(Error::unsupported(
-                "an image with an external data file gets another size while nobody uses it: detach \
-                 the disk first",
-            )),
-            _ => self.resized(to),
         }
     }
 

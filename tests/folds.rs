@@ -8,7 +8,7 @@ use common::attach::{Attached, can_mount, changer_of, kill};
 use common::files::Random;
 use common::load::beside_load;
 use common::nbd::Client;
-use common::process::{eventually, ok_within};
+use common::process::{eventually, ok_within, run_within};
 use common::programs::ploopctl;
 use common::serve::Disk;
 use common::tree::{Point, amid, assert_holds, descriptor, freeze, mark, remove};
@@ -154,4 +154,53 @@ fn what_is_discarded_after_a_merge_that_was_cut_does_not_come_back() {
     guest.disconnect().unwrap();
     server.stop();
     ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
+}
+
+#[test]
+fn what_is_discarded_over_a_merge_below_that_was_cut_does_not_come_back() {
+    const CHUNK: u32 = 16 << 20;
+    const BYTES: u32 = 4 * CHUNK;
+    let rounds = 4;
+    let mut cut = 0;
+    for number in 0..rounds {
+        let disk = Disk::new("128M", &[]);
+        let server = disk.serve(&[]);
+        let mut guest = Client::connect(server.socket()).unwrap();
+        let (below, _) = freeze(&disk, 0).unwrap();
+        // From now on the worker knows that there is nothing.
+        assert!(guest.read(0, CHUNK).unwrap().iter().all(|byte| *byte == 0));
+        for at in (0..u64::from(BYTES)).step_by(CHUNK as usize) {
+            assert_eq!(guest.write(at, &vec![7; CHUNK as usize]).unwrap(), 0);
+        }
+        let (above, _) = freeze(&disk, 1).unwrap();
+        let mut delete = ploopctl();
+        delete.args(["snapshot", "delete", "--rate", "128M"]);
+        delete.arg(disk.path()).arg(below.uuid.bare());
+        let kill_changer = || changer_of(server.pid()).into_iter().for_each(kill);
+        // Half of it is named by the file's table by then.
+        let wait = Duration::from_millis(350 + 50 * number);
+        let removed = amid(wait, kill_changer, || run_within(&mut delete, PATIENCE));
+        let is_cut = removed.status.code() != Some(0);
+        cut += u32::from(is_cut);
+        remove(&disk, above.uuid).unwrap();
+        assert_eq!(guest.trim(0, BYTES).unwrap(), 0);
+        assert_eq!(guest.flush().unwrap(), 0);
+        guest.disconnect().unwrap();
+        server.stop();
+        let server = disk.serve(&[]);
+        let mut guest = Client::connect(server.socket()).unwrap();
+        for at in (0..u64::from(BYTES)).step_by(CHUNK as usize) {
+            let read = guest.read(at, CHUNK).unwrap();
+            let there = read.iter().position(|byte| *byte != 0);
+            assert_eq!(there, None, "round {number}, from {at} on, {cut} cut");
+        }
+        guest.disconnect().unwrap();
+        server.stop();
+        if is_cut {
+            ok_within(&mut delete, PATIENCE);
+        }
+        ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
+    }
+    println!("COUNT: merges below the top: {rounds}, {cut} of them cut");
+    assert!(cut > 0, "no merge was cut");
 }

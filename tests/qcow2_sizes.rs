@@ -32,9 +32,9 @@ fn resized(disk: &Disk, size: u64) -> Value {
     serde_json::from_str(&ok_within(&mut command, PATIENCE)).unwrap()
 }
 
-/// Gives an image with clusters of 4 KiB one size in MiB after another under load: the first fits in its
-/// first-level table, from 1 GiB on it needs others.
-fn resizes_in_use(test: &str, fs: &str, sizes: &[u64]) {
+/// Gives an image with clusters of 4 KiB, made with more options, one size in MiB after another under load:
+/// the first fits in its first-level table, from 1 GiB on it needs others.
+fn resizes_in_use(test: &str, fs: &str, options: &str, sizes: &[u64]) {
     if !can_mount(test) || !have(test, &["fio", &format!("mkfs.{fs}"), "qemu-img"]) {
         return;
     }
@@ -42,8 +42,8 @@ fn resizes_in_use(test: &str, fs: &str, sizes: &[u64]) {
     qemu_img(folder.path(), "create -q -f raw base 500M");
     let mut make = tool(&format!("mkfs.{fs}"));
     ok_within(make.arg("-q").arg(folder.path().join("base")), PATIENCE);
-    let line = "convert -f raw -O qcow2 -o cluster_size=4k base disk";
-    qemu_img(folder.path(), line);
+    let line = format!("convert -f raw -O qcow2 -o cluster_size=4k{options} base disk");
+    qemu_img(folder.path(), &line);
     let disk = Disk::around(folder);
     let attached = Attached::mounted(&disk, &QCOW2);
     let mut stalls = Vec::new();
@@ -70,11 +70,18 @@ fn resizes_in_use(test: &str, fs: &str, sizes: &[u64]) {
 #[test]
 fn xfs_grows_with_its_image_under_verified_load() {
     let test = "xfs_grows_with_its_image_under_verified_load";
-    resizes_in_use(test, "xfs", &[900, 1100, 3000, 9000]);
+    resizes_in_use(test, "xfs", "", &[900, 1100, 3000, 9000]);
 }
 
 #[test]
 fn btrfs_grows_and_shrinks_with_its_image_under_verified_load() {
     let test = "btrfs_grows_and_shrinks_with_its_image_under_verified_load";
-    resizes_in_use(test, "btrfs", &[900, 3000, 1000, 2000]);
+    resizes_in_use(test, "btrfs", "", &[900, 3000, 1000, 2000]);
+}
+
+#[test]
+fn so_it_does_with_its_data_in_another_file() {
+    let test = "so_it_does_with_its_data_in_another_file";
+    let options = ",data_file=disk.data,data_file_raw=on";
+    resizes_in_use(test, "btrfs", options, &[900, 3000, 1000, 2000]);
 }

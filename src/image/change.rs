@@ -104,6 +104,8 @@ pub struct Shape {
     pub version: Version,
     /// Virtual size in bytes.
     pub size: u64,
+    /// Whether the entries of a qcow2 delta tell of subclusters: as those of the one below.
+    pub subclusters: bool,
 }
 
 /// A change that was announced and is not done.
@@ -230,7 +232,10 @@ pub async fn fill_delta<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> 
 
 async fn fill_qcow2<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
     // What it stands on, the descriptor says.
-    let wanted = Create::new(shape.size, disk.cluster());
+    let wanted = Create {
+        extended: shape.subclusters,
+        ..Create::new(shape.size, disk.cluster())
+    };
     qcow2::create::create(file, &wanted).await
 }
 

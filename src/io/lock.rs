@@ -106,6 +106,20 @@ pub fn whole(file: impl AsFd, hold: Hold, deadline: Instant) -> Result<()> {
     }
 }
 
+/// Whether no other description of `file` is locked; with [`fence`], that whoever wrote through it is gone, and
+/// all that it wrote has landed. Never waits.
+pub fn is_free(file: impl AsFd) -> Result<bool> {
+    let fd = file.as_fd();
+    match whole(fd, Hold::Shared, Instant::now()) {
+        Ok(()) => {
+            flock(fd, FlockOperation::Unlock).map_err(|e| failed(fd, e.into()))?;
+            Ok(true)
+        }
+        Err(e) if e.kind() == Kind::Busy => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
 /// Locks a byte range, or says who has it; never waits. A shared lock needs a descriptor open for
 /// reading, an exclusive one for writing. Replaces what the same description holds there.
 pub fn range(file: impl AsFd, bytes: Range<u64>, hold: Hold) -> Result<()> {

@@ -12,8 +12,8 @@ use tempfile::TempDir;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A disk with a file system, whose top is a qcow2 image: its base as well, or a snapshot of this
-/// format.
+/// A disk with a file system, whose top is a qcow2 image: with subclusters, and alone, or on a snapshot of
+/// this format.
 pub fn disk(bytes: u64, fs: &str, base: LayerFormat) -> Disk {
     let disk = match base {
         LayerFormat::Ploop => Disk::with_fs(&bytes.to_string(), fs, &[]),
@@ -39,6 +39,7 @@ fn adopted(bytes: u64, fs: &str, base: LayerFormat) -> Disk {
         _ => {
             let mut convert = tool("qemu-img");
             convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
+            convert.args(["-o", "extended_l2=on"]);
             ok_within(convert.arg(&raw).arg(&image), PATIENCE);
             fs::remove_file(&raw).unwrap();
             "qcow2"

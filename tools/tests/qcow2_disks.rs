@@ -140,6 +140,42 @@ fn a_tree_of_qcow2_images_is_changed_like_any_other() {
     }
 }
 
+/// Whether QEMU finds subclusters in the top.
+fn has_subclusters(disk: &Disk) -> bool {
+    let mut info = std::process::Command::new("qemu-img");
+    let said = info
+        .args(["info", "-U", "-f", "qcow2"])
+        .arg(disk.top_file());
+    let said = said.output().expect("qemu-img").stdout;
+    String::from_utf8_lossy(&said).contains("extended l2: true")
+}
+
+#[test]
+fn what_stands_on_subclusters_has_subclusters() {
+    if !can_judge() {
+        return;
+    }
+    let scratch = Scratch::new();
+    for extended in [true, false] {
+        let option = format!("extended_l2={}", if extended { "on" } else { "off" });
+        let name = option.as_str();
+        let mut disk = adopted(&scratch, name, &["-o", &option]);
+        let first = disk.snapshot();
+        assert_eq!(has_subclusters(&disk), extended, "{name}");
+        let server = Server::start(&disk.path);
+        disk.snapshot();
+        assert_eq!(has_subclusters(&disk), extended, "{name}, in use");
+        disk.delete(&first);
+        drop(server);
+        disk.judge(name);
+        let clone = scratch.path(&format!("clone-{name}"));
+        ok(&["clone", disk.name(), text(&clone)]);
+        let clone = Disk::of(clone, disk.top.clone());
+        assert_eq!(has_subclusters(&clone), extended, "{name}, a clone");
+        assert!(clone.read(None) == disk.top, "{name}, a clone");
+    }
+}
+
 /// Gives a new top entries that tell of subclusters of 2 KiB.
 fn extend(disk: &Disk) {
     let (top, size) = (disk.top_file(), SIZE.to_string());
@@ -193,14 +229,13 @@ fn clusters_that_are_there_in_part_are_merged_with_what_they_stand_on() {
         let (mut disk, mut made) = parted(&scratch, kind, &mut dice);
         while !made.is_empty() {
             let last = made.len() - 1;
-            // One in the middle while the disk is in use, what the top stands on, and so on.
+            // One in the middle, what the top stands on, and so on; both also while the disk is in use.
             let gone = match last % 2 {
                 _ if last == 0 => made.remove(0),
                 1 => made.remove(last / 2 + 1),
                 _ => made.remove(last),
             };
-            // In use, only the top is.
-            let in_use = last % 2 == 0 && kind != "packed";
+            let in_use = last / 2 % 2 == 0 && kind != "packed";
             let server = in_use.then(|| Server::start(&disk.path));
             disk.delete(&gone);
             drop(server);
@@ -213,7 +248,7 @@ fn clusters_that_are_there_in_part_are_merged_with_what_they_stand_on() {
 }
 
 #[test]
-fn clusters_in_part_are_not_merged_below_a_running_disk() {
+fn a_part_of_a_compressed_cluster_is_not_merged_below_a_running_disk() {
     if !can_judge() {
         return;
     }
@@ -221,7 +256,7 @@ fn clusters_in_part_are_not_merged_below_a_running_disk() {
     let mut disk = adopted(&scratch, "d", &["-c"]);
     let first = disk.snapshot();
     extend(&disk);
-    disk.write(&[(4096, 4096, 1)]);
+    disk.write(&[(SIZE / 2 + 4096, 4096, 1)]);
     disk.snapshot();
     let server = Server::start(&disk.path);
     let said = fails(7, &["snapshot", "delete", disk.name(), &first]);

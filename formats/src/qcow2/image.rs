@@ -90,7 +90,7 @@ impl<S: Store> Qcow2<S> {
     }
 
     /// The store of header and tables.
-    pub(super) const fn metadata(&self) -> &S {
+    pub const fn metadata(&self) -> &S {
         &self.store
     }
 
@@ -488,6 +488,22 @@ impl<S: Store> Qcow2<S> {
         Ok((size.cluster_of(at), entry))
     }
 
+    /// Whether a cluster that is written in part keeps the place that its data has now. A compressed one gets
+    /// another, and so does one that is not said to have its place alone; what it had may become free.
+    pub async fn keeps_place(&self, cluster: VirtCluster) -> Result<bool> {
+        let guest = self.layout.cluster.start(cluster.0);
+        let Lookup::Entries { bytes, owned, .. } = self.look_up(guest).await? else {
+            return Ok(true);
+        };
+        let layout = self.layout;
+        let bytes = &bytes;
+        let entry = Entries { layout, bytes }.first_entry();
+        Ok(match entry.mapping(layout, 0)? {
+            Mapping::Packed(_) => false,
+            _ => entry.host(layout)?.is_none() || owned && entry.copied(),
+        })
+    }
+
     /// Takes two words of the ledger: a mapping's, and one for the subclusters of its cluster.
     fn take_slots(&self, writer: &Writer) -> Result<(usize, Option<usize>)> {
         let mut state = lock(&writer.state);
@@ -584,7 +600,7 @@ impl<S: Store> Qcow2<S> {
     }
 
     /// The external data file.
-    pub(super) const fn data_file(&self) -> Option<&S> {
+    pub const fn data_file(&self) -> Option<&S> {
         self.data.as_ref()
     }
 

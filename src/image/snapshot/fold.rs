@@ -54,8 +54,11 @@ pub async fn prepare<'f, F: Folder>(
     let into = layers::image(old, lower)?.file;
     let above = layers::image(old, old.top())?;
     let top = layers::open_read(folder, old, &above).await?;
-    let marked = merge::claim(folder, old, lower, &top, Readers::Nobody).await?;
-    if data_bytes(&top) > LITTLE {
+    // One with much in it is frozen and merged while the disk reads both.
+    let much = data_bytes(&top) > LITTLE;
+    let readers = if much { Readers::Disk } else { Readers::Nobody };
+    let marked = merge::claim(folder, old, lower, &top, readers).await?;
+    if much {
         return Ok(None);
     }
     folder.set_shared(&into, false).await?;

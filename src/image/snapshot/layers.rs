@@ -1,5 +1,6 @@
 //! Layers: opening the deltas of a disk that is not attached, each by its stated type.
 
+use super::parts::may_have_parts;
 use crate::image::change::Shape;
 use crate::image::delta;
 use crate::stack::AnyLayer;
@@ -69,6 +70,7 @@ pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -
     let mut shape = Shape {
         version: Version::V2,
         size: super::super::change::size(disk),
+        subclusters: false,
     };
     for image in disk.chain(shot)? {
         let layer = open_read(folder, disk, &image).await?;
@@ -82,6 +84,7 @@ pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -
             )));
         }
         shape.size = shape.size.max(geometry.size);
+        shape.subclusters = may_have_parts(&layer);
         match &layer {
             AnyLayer::Ploop(ploop) => shape.version = ploop.header().version,
             AnyLayer::Raw(_) => refuse_ragged(&image, geometry.size, disk)?,

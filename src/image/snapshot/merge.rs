@@ -4,7 +4,8 @@
 //!
 //! 1. The lower delta is marked temporary, by a change of its own: from now on it is no point that
 //!    anybody may go to, and its content no promise. What is read through the upper one is the same
-//!    throughout, because the upper one has everything that is changed below.
+//!    throughout, because the upper one has everything that is changed below, or what is changed reads as it
+//!    did ([`super::parts`]).
 //! 2. The lower one is grown to the size of the upper one, the upper one is copied into it, and it is
 //!    closed. Nobody may have it open meanwhile whose clusters growing moves.
 //! 3. The change in which the upper one has the lower one's file and parent is committed. The upper
@@ -12,7 +13,7 @@
 //!
 //! Cut anywhere, the same may be begun again: step 2 writes the same once more.
 
-use super::parts::{Rest, may_have_parts};
+use super::parts::{self, Rest, may_have_parts};
 use super::{copy, layers};
 use crate::image::change::{self, Change};
 use crate::image::delta;
@@ -108,7 +109,11 @@ pub async fn claim<F: Folder>(
     refuse_shared(folder, &below.file).await?;
     let judged = layers::open_read(folder, old, &below).await?;
     refuse_size(&judged, child, readers).map_err(|e| e.at(&below.file))?;
-    refuse_parts(&judged, child, readers)?;
+    if readers == Readers::Disk {
+        parts::refuse_moves(child, &judged)
+            .await
+            .map_err(|e| e.at(&below.file))?;
+    }
     if old.shot(lower).is_some_and(|shot| shot.mark.is_some()) {
         // Cut in the middle, it may say that it is in use. A clone never has what is marked.
         return Ok(old.clone());
@@ -182,23 +187,6 @@ pub async fn take_size<S: Store + Clone>(
     match lower.geometry().size < size {
         true => lower.grow(size).await,
         false => Ok(()),
-    }
-}
-
-/// Refuses a delta that may have clusters in part while a disk reads both: it would look for the rest of
-/// one in the lower delta, whose tables and clusters come to be behind its back.
-fn refuse_parts<S: Store>(
-    lower: &AnyLayer<S>,
-    upper: &AnyLayer<S>,
-    readers: Readers,
-) -> Result<()> {
-    let changes = !matches!(lower, AnyLayer::Raw(_));
-    match readers {
-        Readers::Disk if changes && may_have_parts(upper) => Err(Error::unsupported(
-            "what stands on it is a qcow2 image with subclusters (extended L2 entries), and the running \
-             disk reads both: the same command does it once the disk is detached",
-        )),
-        _ => Ok(()),
     }
 }
 

@@ -15,6 +15,7 @@ use crate::image::limit;
 use crate::image::newfile::NewFile;
 use crate::image::replace::{self, Replaced};
 use crate::image::snapshot::merge::Readers;
+use crate::image::snapshot::parts::may_have_parts;
 use crate::image::snapshot::rate::Rate;
 use crate::image::snapshot::remove::{self, Way};
 use crate::image::snapshot::{copy, create, fold, layers, merge, switch};
@@ -247,7 +248,11 @@ async fn change(
                 1 => Version::V1,
                 _ => Version::V2,
             };
-            let shape = Shape { version, size };
+            let shape = Shape {
+                version,
+                size,
+                subclusters: false,
+            };
             freeze(folder, &uuid, &random, shape, mark, talk).await
         }
         Wanted::Switch { uuid, random } => switch(folder, &uuid, &random, talk).await,
@@ -268,14 +273,16 @@ async fn freeze(
     folder: &DirFolder,
     uuid: &str,
     random: &str,
-    shape: Shape,
+    mut shape: Shape,
     mark: Option<Mark>,
     talk: &OwnedFd,
 ) -> Result<Said> {
     let uuid: Guid = uuid.parse()?;
     let old = change::settle(folder).await?;
     let file = old.new_file_name(random.parse()?);
-    let below = layers::image(&old, old.top())?.file;
+    let top = layers::image(&old, old.top())?;
+    shape.subclusters = may_have_parts(&layers::open_read(folder, &old, &top).await?);
+    let below = top.file;
     let new = old.with_snapshot(uuid, &file)?.marked(uuid, mark)?;
     let prepared = create::prepare(folder, &old, new, &file, shape).await?;
     let said = Said::Prepared { top: file, below };

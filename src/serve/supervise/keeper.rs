@@ -907,7 +907,7 @@ impl Keeper {
         if ended && matches!(turn, Turn::Wait) {
             // Whatever it said is heard first.
             turn = match snapshot.hear(&self.held.dir, self.worker.as_ref()) {
-                Turn::Wait => snapshot.changer_ended(&self.held.dir),
+                Turn::Wait => snapshot.changer_ended(&self.held.dir, self.worker.as_ref()),
                 turn => turn,
             };
         }
@@ -953,7 +953,7 @@ impl Keeper {
 
     fn expire_snapshot(&mut self) {
         if let Some((snapshot, _)) = self.snapshot.as_mut()
-            && let Turn::Renew = snapshot.expire()
+            && let Turn::Renew = snapshot.expire(&self.held.dir, self.worker.as_ref())
         {
             self.renew_worker();
         }

@@ -15,6 +15,11 @@
 //! that itself, and the same happens as with a freeze, but that the point's file is the new top.
 //! [`super::removal`] has the steps.
 //!
+//! A merge that is not committed may have put something into its target. What the worker knows of that file is
+//! older, and what stands on it may be the top before the merge is done: a top forgets what is discarded
+//! where nothing below has anything. So the worker is given the file anew then, too, once nothing more can
+//! land in it, and no worker is started before.
+//!
 //! To go back to a frozen point, the worker is ended in place of step 3: what it holds is given up.
 //! Nobody has the device mounted ([`super::still`]). The next worker finds the new top.
 //!
@@ -26,20 +31,20 @@ use super::changer::{self, Made, Said, Task, Told, Wanted};
 use super::child::{Aide, Worker};
 use super::message::{Failure, Order};
 use super::removal::{Removal, Step};
-use crate::image::chain::Chain;
+use crate::image::chain::{Chain, read_descriptor};
 use crate::image::detached::random_guid;
 use crate::image::lock::DiskLocks;
 use crate::image::snapshot::merge;
 use crate::image::target::Source;
 use crate::io::beneath::{self, Access};
-use crate::io::lock::Held;
+use crate::io::lock::{self, Held};
 use crate::io::memfd::SharedWords;
 use ploop_formats::guid::Guid;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -61,6 +66,32 @@ impl Next {
             ledger: SharedWords::create(Ledger::WORDS)?,
             name,
         })
+    }
+}
+
+/// The target of a merge that was cut, while what was written to it may be on its way.
+#[derive(Debug)]
+struct Landing {
+    name: String,
+    /// Locked by nobody once all has landed.
+    file: OwnedFd,
+    /// When that has taken too long.
+    until: Instant,
+}
+
+impl Landing {
+    /// That of this point's merge: none when it has not begun, for it would be marked.
+    fn of(dir: impl AsFd, uuid: Guid) -> Result<Option<Self>> {
+        let disk = read_descriptor(&dir)?;
+        let marked = disk.shot(uuid).filter(|shot| shot.mark.is_some());
+        let Some(image) = marked.and_then(|_| disk.image(uuid)) else {
+            return Ok(None);
+        };
+        Ok(Some(Self {
+            file: beneath::open_file(dir, Path::new(&image.file), Access::Read)?,
+            name: image.file.clone(),
+            until: Instant::now() + PATIENCE,
+        }))
     }
 }
 
@@ -131,6 +162,8 @@ pub(super) struct Snapshot {
     told: bool,
     /// A merge is to be committed once a worker that is starting serves.
     merged: bool,
+    /// A merge was cut, and may not have landed.
+    landing: Option<Landing>,
     /// What the changer made.
     made: Option<Made>,
     /// What came of it, once that is settled.
@@ -142,6 +175,9 @@ pub(super) struct Snapshot {
 /// How long it may take to freeze a disk, the guest's waiting included: a storage that hangs must not
 /// hold what does not need it.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Time between two looks whether what a dead changer wrote has landed.
+const LOOK: Duration = Duration::from_millis(5);
 
 impl Snapshot {
     /// Begins to freeze the top.
@@ -233,6 +269,7 @@ impl Snapshot {
             asked: false,
             told: false,
             merged: false,
+            landing: None,
             made: None,
             outcome: None,
             stall_us: None,
@@ -253,7 +290,7 @@ impl Snapshot {
 
     /// Whether no worker may be started.
     pub const fn bars_workers(&self) -> bool {
-        self.changer.is_some() && self.told
+        self.changer.is_some() && self.told || self.landing.is_some()
     }
 
     /// When it has taken too long.
@@ -261,9 +298,13 @@ impl Snapshot {
         self.due
     }
 
-    /// It has taken too long: whoever is waited for goes, and what is then is judged as ever.
-    pub fn expire(&mut self) -> Turn {
+    /// It is time to look again whether what a dead changer wrote has landed; or it has taken too long:
+    /// whoever is waited for goes, and what is then is judged as ever.
+    pub fn expire(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
         self.due = None;
+        if let Some(landing) = self.landing.take() {
+            return self.land(dir, worker, landing);
+        }
         let asked = self.asked;
         let why = "the disk was not frozen in time: its storage may hang";
         self.outcome
@@ -509,8 +550,33 @@ impl Snapshot {
         Turn::Keep
     }
 
+    /// A merge was not committed: its target is looked at anew.
+    fn cut(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
+        match Landing::of(&dir, self.uuid) {
+            Ok(None) => Turn::Keep,
+            Ok(Some(landing)) => self.land(dir, worker, landing),
+            Err(e) => {
+                tracing::warn!("what a merge has left cannot be looked at: {e}");
+                Turn::Renew
+            }
+        }
+    }
+
+    /// Gives the worker the target of a merge anew, once nothing more can land in it.
+    fn land(&mut self, dir: impl AsFd, worker: Option<&Worker>, landing: Landing) -> Turn {
+        match lock::is_free(&landing.file) {
+            Ok(false) if Instant::now() < landing.until => {
+                self.due = Some(Instant::now() + LOOK);
+                self.landing = Some(landing);
+                Turn::Wait
+            }
+            Ok(true) if self.reload(&dir, worker, &landing.name) => Turn::Wait,
+            _ => Turn::Renew,
+        }
+    }
+
     /// The changer has ended: what is not known by now is read.
-    pub fn changer_ended(&mut self, dir: impl AsFd) -> Turn {
+    pub fn changer_ended(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
         if let Some(mut changer) = self.changer.take() {
             changer.reap();
         }
@@ -522,8 +588,12 @@ impl Snapshot {
                 ))
             };
             self.outcome.get_or_insert_with(why);
-            let untold = self.freezes() || !self.told || self.made.is_some();
-            return if untold { Turn::Keep } else { Turn::Renew };
+            return match self.made {
+                None if self.freezes() => Turn::Keep,
+                None if !self.told => self.cut(dir, worker),
+                None => Turn::Renew,
+                Some(_) => Turn::Keep,
+            };
         }
         let top = match self.told {
             false => Ok(None),
@@ -555,7 +625,7 @@ impl Snapshot {
 
     /// What there is to do, once nothing is under way any more. A removal goes on if it may.
     pub fn end(&mut self, place: &Place<'_>, goes_on: bool) -> Option<End> {
-        if self.changer.is_some() || self.asked {
+        if self.changer.is_some() || self.asked || self.landing.is_some() {
             return None;
         }
         let outcome = self.outcome.take()?;

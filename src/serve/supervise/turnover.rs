@@ -211,7 +211,7 @@ impl Turnover {
     /// Gives the disk another size. After a failure that is final this process ends: the next one
     /// looks at what is in the file.
     async fn resize(&self, to: NewSize) -> Result<()> {
-        if let Err(e) = self.disk.stack().resized_in_use(to) {
+        if let Err(e) = self.disk.stack().resized(to) {
             return say(&self.control, &Event::NotResized(Failure::from(&e))).await;
         }
         // While requests run, so that little is left for later.
@@ -378,8 +378,7 @@ impl Turnover {
         if !hold.is_sealed() || self.ledger.is_poisoned() {
             return Ok(());
         }
-        let (store, ledger) = (stack.top().store().clone(), self.ledger.clone());
-        match stack.top().open_again(store, ledger).await {
+        match stack.top().open_again(self.ledger.clone()).await {
             Ok(top) => go_on(hold, lower.into_iter().chain([Arc::new(top)])),
             Err(e) => {
                 std::mem::forget(hold);

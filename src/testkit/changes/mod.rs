@@ -111,9 +111,12 @@ fn begin(rng: &mut Rng, formats: Formats, kind: &str, past: Past) -> Option<Case
         let Some(verb) = Verb::choose(kind, &seen.disk, &folder, CLONE, rng) else {
             continue;
         };
-        // All of a top that may have grown, and no name tells, has its place in what is written anew.
-        if matches!((earlier, verb), (Some(Verb::Grow(_)), Verb::Flatten(_))) {
-            continue;
+        // A top may have grown, and no name tells: all of it has its place in what is written anew, and a
+        // smaller size is refused.
+        match (earlier, verb) {
+            (Some(Verb::Grow(_)), Verb::Flatten(_)) => continue,
+            (Some(Verb::Grow(was)), Verb::Grow(size)) if size < was => continue,
+            _ => {}
         }
         let case = Case::new(folder, before, earlier, verb, rng);
         return Some(Case { formats, ..case });

@@ -153,11 +153,12 @@ impl Verb {
         let is_ploop = |all: Vec<ImageRef>| all.iter().all(|i| i.format == LayerFormat::Ploop);
         match self {
             Self::Settle => true,
-            // A qcow2 image keeps its size. What a file gains is zeros on every file system; here it is poison until it is flushed. A
+            // What a file gains is zeros on every file system; here it is poison until it is flushed. A
             // raw base may be grown later, for a merge.
             Self::Grow(clusters) => {
+                let has_raw = |all: Vec<ImageRef>| all.iter().any(|i| i.format == LayerFormat::Raw);
                 disk.sectors() < clusters * trees::CLUSTER / SECTOR
-                    && disk.chain(disk.top()).is_ok_and(is_ploop)
+                    && disk.chain(disk.top()).is_ok_and(|all| !has_raw(all))
             }
             // What is below would have to be small, too. A file that is cut is the old one or the new
             // one on every file system; here its old length may come back without what it held.
