@@ -89,6 +89,15 @@ impl<S: Store> Qcow2<S> {
         self.layout.extended
     }
 
+    /// Says that others read it, by tables that may be older than what is written from now on. A place that
+    /// the guest's data had keeps its bytes until the image was closed and is written again; but for that
+    /// of a cluster that becomes zeros, or nothing, as a whole.
+    pub fn lend(&self) {
+        if let Some(writer) = &self.writer {
+            lock(&writer.state).lent.get_or_insert_default();
+        }
+    }
+
     /// The store of header and tables.
     pub const fn metadata(&self) -> &S {
         &self.store
@@ -488,22 +497,6 @@ impl<S: Store> Qcow2<S> {
         Ok((size.cluster_of(at), entry))
     }
 
-    /// Whether a cluster that is written in part keeps the place that its data has now. A compressed one gets
-    /// another, and so does one that is not said to have its place alone; what it had may become free.
-    pub async fn keeps_place(&self, cluster: VirtCluster) -> Result<bool> {
-        let guest = self.layout.cluster.start(cluster.0);
-        let Lookup::Entries { bytes, owned, .. } = self.look_up(guest).await? else {
-            return Ok(true);
-        };
-        let layout = self.layout;
-        let bytes = &bytes;
-        let entry = Entries { layout, bytes }.first_entry();
-        Ok(match entry.mapping(layout, 0)? {
-            Mapping::Packed(_) => false,
-            _ => entry.host(layout)?.is_none() || owned && entry.copied(),
-        })
-    }
-
     /// Takes two words of the ledger: a mapping's, and one for the subclusters of its cluster.
     fn take_slots(&self, writer: &Writer) -> Result<(usize, Option<usize>)> {
         let mut state = lock(&writer.state);
@@ -828,7 +821,7 @@ impl<S: Store> Layer for Qcow2<S> {
         let fresh = clean && below == Below::Zeros;
         state.pending.publish(cluster, to, slot, fresh);
         for old in &reserved.old {
-            state.give_up(*old);
+            state.leave(*old);
         }
     }
 

@@ -56,6 +56,8 @@ pub(super) struct State {
     pub(super) partial: Partials,
     /// Clusters in use to which a write was given up.
     pub(super) strays: RoaringBitmap,
+    /// What lost its users while others read the image by older tables: each stays as it is to the end.
+    pub(super) lent: Option<Vec<u32>>,
 }
 
 /// The state, shared with outstanding reservations.
@@ -77,6 +79,17 @@ impl State {
     pub(super) fn give_up(&mut self, cluster: u32) {
         self.partial.drop_host(cluster);
         self.pending.free_later(cluster);
+    }
+
+    /// The same of one whose guest's data has another place now: others may still read it here.
+    pub(super) fn leave(&mut self, cluster: u32) {
+        match &mut self.lent {
+            None => self.give_up(cluster),
+            Some(lent) => {
+                self.partial.drop_host(cluster);
+                lent.push(cluster);
+            }
+        }
     }
 
     /// Refuses clusters that hold metadata: what names them as data is wrong.

@@ -13,7 +13,7 @@
 //!
 //! Cut anywhere, the same may be begun again: step 2 writes the same once more.
 
-use super::parts::{self, Rest, may_have_parts};
+use super::parts::{Rest, may_have_parts};
 use super::{copy, layers};
 use crate::image::change::{self, Change};
 use crate::image::delta;
@@ -69,6 +69,9 @@ pub async fn prepare<'f, F: Folder>(
         let mut target = open_target(folder, &marked, &below).await?;
         let grown = take_size(&mut target, &child).await;
         grown.map_err(|e| e.at(&below.file))?;
+        if let (Readers::Disk, AnyLayer::Qcow2(target)) = (readers, &target) {
+            target.lend();
+        }
         let copied = copy::copy(&child, &target, &rest, work).await;
         // Also one that was cut gives the space back that it took ahead.
         let closed = target.close().await.map_err(|e| e.at(&below.file));
@@ -109,11 +112,6 @@ pub async fn claim<F: Folder>(
     refuse_shared(folder, &below.file).await?;
     let judged = layers::open_read(folder, old, &below).await?;
     refuse_size(&judged, child, readers).map_err(|e| e.at(&below.file))?;
-    if readers == Readers::Disk {
-        parts::refuse_moves(child, &judged)
-            .await
-            .map_err(|e| e.at(&below.file))?;
-    }
     if old.shot(lower).is_some_and(|shot| shot.mark.is_some()) {
         // Cut in the middle, it may say that it is in use. A clone never has what is marked.
         return Ok(old.clone());

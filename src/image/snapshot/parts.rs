@@ -9,8 +9,8 @@
 //!
 //! A running disk may read both meanwhile: where the upper delta has a part only, it looks for the rest in
 //! the lower one, by tables that may be older than the merge. What those say stays true. A place is filled
-//! before it is named, those that were named are written where the upper one hides them, and only what it
-//! hides as a whole becomes free; where a part would get another place, nothing is merged ([`refuse_moves`]).
+//! before it is named, those that were named are written where the upper one hides them, and what gets
+//! another place leaves the old one as it is ([`Qcow2::lend`](ploop_formats::qcow2::Qcow2::lend)).
 //!
 //! One cluster is written by one future, in steps: where blocks of the file are larger than subclusters,
 //! what is around them is read and written again.
@@ -54,44 +54,6 @@ pub fn may_have_parts<S: Store>(layer: &AnyLayer<S>) -> bool {
         AnyLayer::Qcow2(image) => image.has_subclusters(),
         AnyLayer::Ploop(_) | AnyLayer::Raw(_) => false,
     }
-}
-
-/// Refuses a lower delta for a running disk that reads both: one of which a cluster, where the upper one has a
-/// part of it, would get another place. The one that it has becomes free, and the disk still looks at it.
-pub async fn refuse_moves<S: Store>(upper: &AnyLayer<S>, lower: &AnyLayer<S>) -> Result<()> {
-    let AnyLayer::Qcow2(lower) = lower else {
-        return Ok(());
-    };
-    if !may_have_parts(upper) {
-        return Ok(());
-    }
-    let (size, disk) = (upper.geometry().cluster, upper.geometry().size);
-    let (mut at, end) = (0, disk.min(lower.geometry().size));
-    while at < end {
-        let extent = upper.map(at, disk - at).await?;
-        let next = at + extent.len();
-        // A cluster of which a part is missing: one that what is missing begins in, or ends in.
-        let parts = match extent {
-            Extent::Absent { .. } => [at, next],
-            _ => [0; 2],
-        };
-        for at in parts
-            .into_iter()
-            .filter(|at| size.within(*at) != 0 && *at < end)
-        {
-            let cluster = size.cluster_of(at).map(VirtCluster);
-            let cluster = cluster.ok_or_else(|| Error::invalid("offset past the table"))?;
-            if !lower.keeps_place(cluster).await? {
-                return Err(Error::unsupported(format!(
-                    "the cluster with guest offset {at:#x} is compressed, or shared with a snapshot inside \
-                     the image, what stands on it has a part of that, and the running disk reads both: the \
-                     same command does it once the disk is detached"
-                )));
-            }
-        }
-        at = next;
-    }
-    Ok(())
 }
 
 /// A cluster to be copied.

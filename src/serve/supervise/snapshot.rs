@@ -18,7 +18,7 @@
 //! A merge that is not committed may have put something into its target. What the worker knows of that file is
 //! older, and what stands on it may be the top before the merge is done: a top forgets what is discarded
 //! where nothing below has anything. So the worker is given the file anew then, too, once nothing more can
-//! land in it, and no worker is started before.
+//! land in it, and no worker is started before; after a minute it is replaced.
 //!
 //! To go back to a frozen point, the worker is ended in place of step 3: what it holds is given up.
 //! Nobody has the device mounted ([`super::still`]). The next worker finds the new top.
@@ -73,7 +73,7 @@ impl Next {
 #[derive(Debug)]
 struct Landing {
     name: String,
-    /// Locked by nobody once all has landed.
+    /// Nobody has it for himself once all has landed.
     file: OwnedFd,
     /// When that has taken too long.
     until: Instant,
@@ -293,7 +293,7 @@ impl Snapshot {
         self.changer.is_some() && self.told || self.landing.is_some()
     }
 
-    /// When it has taken too long.
+    /// When it has taken too long, or is looked at again.
     pub const fn due(&self) -> Option<Instant> {
         self.due
     }
@@ -320,6 +320,8 @@ impl Snapshot {
 
     /// Whether the disk cannot be let go of yet. A merge can be given up for that.
     pub fn hurry(&mut self) {
+        // Who is about to end reads nothing anew.
+        self.landing = None;
         if !self.freezes() && !self.told {
             self.give_up(Error::new(Kind::Cancelled, "the disk is being detached"));
         }
