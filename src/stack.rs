@@ -68,6 +68,16 @@ macro_rules! of_any {
     };
 }
 
+impl AnyReserved {
+    /// Others still read what the cluster had ([`qcow2::Reserved::leave_old`]). That of a ploop delta keeps
+    /// its place.
+    pub fn leave_old(&mut self) {
+        if let Self::Qcow2(reserved) = self {
+            reserved.leave_old();
+        }
+    }
+}
+
 impl Reservation for AnyReserved {
     fn host(&self) -> u64 {
         of_any!(self, reserved => reserved.host())

@@ -72,6 +72,8 @@ pub enum Bug {
     LowerBeforeDrop,
     /// No successor is told which subclusters of a cluster are there.
     BitsUnsaid,
+    /// A place that others still read is given to somebody else.
+    LeftPlaceFree,
 }
 
 impl Bug {
@@ -105,7 +107,8 @@ impl Bug {
     ];
 
     /// Every bug that an active qcow2 image can have. [`Bug::WriteToShared`] shows in
-    /// snapshots alone, [`Bug::RewriteNamedTable`] in one faulty run of 60,000.
+    /// snapshots alone, [`Bug::RewriteNamedTable`] in one faulty run of 60,000, [`Bug::LeftPlaceFree`] to a
+    /// disk below which something is merged.
     pub const OF_QCOW2: [Bug; 17] = [
         Bug::IndexBeforeData,
         Bug::FreshForReused,

@@ -89,15 +89,6 @@ impl<S: Store> Qcow2<S> {
         self.layout.extended
     }
 
-    /// Says that others read it, by tables that may be older than what is written from now on. A place that
-    /// the guest's data had keeps its bytes until the image was closed and is written again; but for that
-    /// of a cluster that becomes zeros, or nothing, as a whole.
-    pub fn lend(&self) {
-        if let Some(writer) = &self.writer {
-            lock(&writer.state).lent.get_or_insert_default();
-        }
-    }
-
     /// The store of header and tables.
     pub const fn metadata(&self) -> &S {
         &self.store
@@ -273,6 +264,19 @@ impl<S: Store> Qcow2<S> {
         let whole = unpack(&self.header, packed, &bytes).map(Bytes::from);
         let (_, known) = last.insert((packed, whole));
         copy(known)
+    }
+
+    /// What was compressed when it was looked for, and has another place by now: somebody else merges
+    /// something into this image.
+    async fn read_moved(&self, guest: u64, mut buf: BytesMut) -> Result<BytesMut> {
+        let len = buf.len() as u64;
+        match self.map(guest, len).await? {
+            Extent::Data { at, len: found } if found >= len => {
+                buf.copy_from_slice(&read_padded(self.store(), at, len).await?);
+                Ok(buf)
+            }
+            _ => Err(Error::invalid("is not compressed")),
+        }
     }
 }
 
@@ -557,6 +561,7 @@ impl<S: Store> Qcow2<S> {
             part: second.map(part),
             is_new,
             old,
+            leaves: false,
             fate: Fate::Untouched,
             state: Arc::clone(&writer.state),
         })
@@ -579,6 +584,7 @@ impl<S: Store> Qcow2<S> {
             part: None,
             is_new: false,
             old: Vec::new(),
+            leaves: false,
             fate: Fate::Untouched,
             state: Arc::clone(&writer.state),
         })
@@ -774,7 +780,7 @@ impl<S: Store> Layer for Qcow2<S> {
             .first()
             .map_err(|e| place(e.at(format!("offset {at:#x}"))));
         let Mapping::Packed(packed) = first? else {
-            return Err(place(Error::invalid("is not compressed")));
+            return self.read_moved(guest, buf).await.map_err(place);
         };
         let whole = self.whole(packed).await.map_err(place)?;
         let within = layout.cluster.within(guest) as usize;
@@ -821,7 +827,10 @@ impl<S: Store> Layer for Qcow2<S> {
         let fresh = clean && below == Below::Zeros;
         state.pending.publish(cluster, to, slot, fresh);
         for old in &reserved.old {
-            state.leave(*old);
+            match reserved.leaves {
+                true => state.leave(*old),
+                false => state.give_up(*old),
+            }
         }
     }
 

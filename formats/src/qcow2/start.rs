@@ -72,7 +72,7 @@ impl<S: Store> Qcow2<S> {
             tables: BTreeMap::new(),
             partial: Partials::new(image.table_word(image.l1().entries)),
             strays: RoaringBitmap::new(),
-            lent: None,
+            left: Vec::new(),
         };
         let poisoned = ledger.is_poisoned();
         image.write_with(Writer {

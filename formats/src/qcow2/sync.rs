@@ -15,8 +15,9 @@
 //! A write of steps 2 to 4 that finds no space leaves everything pending and may be tried again. Every
 //! other failure is final and poisons the image.
 //!
-//! The clean end: a pass; refcounts of what was made ready and not used, and of what lost its users while
-//! others read it; barrier; the file is cut to what is used of it, or still read; barrier.
+//! The clean end: a pass; refcounts of what was made ready and not used, and of places
+//! that others still read ([`Reserved::leave_old`]); barrier; the file is cut to what is used of it, or still
+//! read; barrier.
 
 use super::blocks::{Change, Images, frozen, put};
 use super::image::Qcow2;
@@ -258,11 +259,7 @@ impl<S: Store> Qcow2<S> {
             freed
         };
         let old = links.iter().filter_map(|(_, new)| new.old);
-        let old = old.filter_map(|at| size.cluster_of(at));
-        match &mut lock(&writer.state).lent {
-            Some(lent) => lent.extend(old),
-            None => freed.extend(old),
-        }
+        freed.extend(old.filter_map(|at| size.cluster_of(at)));
         if freed.is_empty() {
             return Ok(());
         }
@@ -284,21 +281,21 @@ impl<S: Store> Qcow2<S> {
         self.metadata().settle().await;
         let mut blocks = writer.blocks.lock().await;
         self.name(writer, &mut blocks).await?;
-        let (unused, lent) = {
+        let (unused, left) = {
             let mut state = lock(&writer.state);
             let unused = state.alloc.take_fresh() | state.alloc.take_quarantined();
-            (unused, state.lent.take().unwrap_or_default())
+            (unused, std::mem::take(&mut state.left))
         };
         let mut images = Images::new();
-        let dropped = unused.into_iter().chain(lent.iter().copied());
+        let dropped = unused.into_iter().chain(left.iter().copied());
         let counted = self.count(&mut blocks, dropped, Change::Drop, &mut images);
         let free = counted.await?;
         self.apply(&mut blocks, Update::new(), images, true).await?;
         let end = {
             let mut state = lock(&writer.state);
             state.alloc.free(&free);
-            let lent = lent.iter().map(|n| n.saturating_add(1)).max();
-            state.alloc.used_end().max(lent.unwrap_or(0))
+            let left = left.iter().map(|n| n.saturating_add(1)).max();
+            state.alloc.used_end().max(left.unwrap_or(0))
         };
         let cut = Update::new()
             .len(self.layout().cluster.start(end))

@@ -56,8 +56,9 @@ pub(super) struct State {
     pub(super) partial: Partials,
     /// Clusters in use to which a write was given up.
     pub(super) strays: RoaringBitmap,
-    /// What lost its users while others read the image by older tables: each stays as it is to the end.
-    pub(super) lent: Option<Vec<u32>>,
+    /// Places that guest clusters had, and that others still read by older tables: each keeps its bytes to the
+    /// end.
+    pub(super) left: Vec<u32>,
 }
 
 /// The state, shared with outstanding reservations.
@@ -81,15 +82,10 @@ impl State {
         self.pending.free_later(cluster);
     }
 
-    /// The same of one whose guest's data has another place now: others may still read it here.
+    /// A file cluster has no mapping any more, but others may still read it.
     pub(super) fn leave(&mut self, cluster: u32) {
-        match &mut self.lent {
-            None => self.give_up(cluster),
-            Some(lent) => {
-                self.partial.drop_host(cluster);
-                lent.push(cluster);
-            }
-        }
+        self.partial.drop_host(cluster);
+        self.left.push(cluster);
     }
 
     /// Refuses clusters that hold metadata: what names them as data is wrong.
@@ -126,8 +122,9 @@ pub struct Reserved {
     pub(super) part: Option<Part>,
     /// Whether it is another one than the guest cluster has.
     pub(super) is_new: bool,
-    /// Clusters of the file that the guest cluster had.
+    /// Clusters of the file that the guest cluster had, and whether others still read them.
     pub(super) old: Vec<u32>,
+    pub(super) leaves: bool,
     pub(super) fate: Fate,
     pub(super) state: Shared,
 }
@@ -143,6 +140,13 @@ pub(super) struct Part {
 }
 
 impl Reserved {
+    /// Says that others still read what the guest cluster had, by tables that are older than the one that will
+    /// name this: that keeps its bytes until the image was closed and is written again. If they are given up
+    /// before, they are leaked.
+    pub fn leave_old(&mut self) {
+        self.leaves = !planted::is(Bug::LeftPlaceFree);
+    }
+
     /// Says which subclusters are there, unless all of a new cluster are.
     pub(super) fn put_bits(&self, state: &mut State) {
         let Some(part) = &self.part else { return };

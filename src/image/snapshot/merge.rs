@@ -69,9 +69,6 @@ pub async fn prepare<'f, F: Folder>(
         let mut target = open_target(folder, &marked, &below).await?;
         let grown = take_size(&mut target, &child).await;
         grown.map_err(|e| e.at(&below.file))?;
-        if let (Readers::Disk, AnyLayer::Qcow2(target)) = (readers, &target) {
-            target.lend();
-        }
         let copied = copy::copy(&child, &target, &rest, work).await;
         // Also one that was cut gives the space back that it took ahead.
         let closed = target.close().await.map_err(|e| e.at(&below.file));

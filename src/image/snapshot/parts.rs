@@ -10,7 +10,7 @@
 //! A running disk may read both meanwhile: where the upper delta has a part only, it looks for the rest in
 //! the lower one, by tables that may be older than the merge. What those say stays true. A place is filled
 //! before it is named, those that were named are written where the upper one hides them, and what gets
-//! another place leaves the old one as it is ([`Qcow2::lend`](ploop_formats::qcow2::Qcow2::lend)).
+//! another place leaves the old one as it is ([`AnyReserved::leave_old`](crate::stack::AnyReserved::leave_old)).
 //!
 //! One cluster is written by one future, in steps: where blocks of the file are larger than subclusters,
 //! what is around them is read and written again.
@@ -110,6 +110,9 @@ impl<S: Store> Cluster<'_, S> {
             return Ok(());
         }
         let mut reserved = self.lower.reserve(cluster).await?;
+        if !whole {
+            reserved.leave_old();
+        }
         let is_new = reserved.is_new();
         let ranges = match reserved.piece() {
             None => iter::once(all).collect(),

@@ -320,8 +320,6 @@ impl Snapshot {
 
     /// Whether the disk cannot be let go of yet. A merge can be given up for that.
     pub fn hurry(&mut self) {
-        // Who is about to end reads nothing anew.
-        self.landing = None;
         if !self.freezes() && !self.told {
             self.give_up(Error::new(Kind::Cancelled, "the disk is being detached"));
         }
