@@ -153,8 +153,9 @@ pub trait Layer {
     async fn map(&self, guest: u64, len: u64) -> Result<Extent>;
 
     /// Fills `buf` from guest offset `guest`: a range that [`Layer::map`] answered as
-    /// [`Extent::Packed`], or a part of it. Any alignment. `Damaged` when it does not unpack,
-    /// `Invalid` when it is not compressed.
+    /// [`Extent::Packed`], or a part of it. Any alignment. What is data by now, as others have merged
+    /// something into this layer, is read as that. `Damaged` when it does not unpack, `Invalid` when it
+    /// is neither.
     async fn unpack(&self, guest: u64, buf: BytesMut) -> Result<BytesMut>;
 
     /// Where the first part of the guest range `guest .. guest + len` is written: at most `len` bytes
