@@ -15,9 +15,8 @@
 //! A write of steps 2 to 4 that finds no space leaves everything pending and may be tried again. Every
 //! other failure is final and poisons the image.
 //!
-//! The clean end: a pass; refcounts of what was made ready and not used, and of places
-//! that others still read ([`Reserved::leave_old`]); barrier; the file is cut to what is used of it, or still
-//! read; barrier.
+//! The clean end: a pass; refcounts of what was made ready and not used, and of places that others still
+//! read ([`super::Reserved::leave_old`]); barrier; the file is cut to what is used of it, or still read; barrier.
 
 use super::blocks::{Change, Images, frozen, put};
 use super::image::Qcow2;
