@@ -31,6 +31,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long it may take to freeze a disk.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(600);
+/// How long who follows may not be asked whether it goes on.
+const BLINK: Duration = Duration::from_millis(50);
 /// Keepers asked at once: each costs a descriptor, of which there are 1024 by default.
 const TOGETHER: usize = 256;
 /// How long a keeper that hung up may take to be gone.
@@ -150,12 +152,12 @@ impl Remote {
         self.answer(id)
     }
 
-    /// Makes the top's file shorter, and tells how far that is; what came of it. An error of `far` ends
-    /// it.
+    /// Makes the top's file shorter; what came of it. `far` is told how far that is, and called without
+    /// news many times a second; an error of it ends it.
     pub fn compact(
         &mut self,
         rate: Option<u64>,
-        far: &mut dyn FnMut(Far) -> Result<()>,
+        far: &mut dyn FnMut(Option<Far>) -> Result<()>,
     ) -> Result<Value> {
         let id = self.tell(Ask::Compact { rate })?;
         self.follow(id, far)
@@ -175,39 +177,58 @@ impl Remote {
         self.answer(id)
     }
 
-    /// Takes a frozen point away, and tells how far that is; what came of it. An error of `far` ends
-    /// it.
+    /// Takes a frozen point away; what came of it. `far` as in [`Remote::compact`].
     pub fn remove(
         &mut self,
         uuid: String,
         rate: Option<u64>,
-        far: &mut dyn FnMut(Far) -> Result<()>,
+        far: &mut dyn FnMut(Option<Far>) -> Result<()>,
     ) -> Result<Value> {
         let id = self.tell(Ask::Remove { uuid, rate })?;
         self.follow(id, far)
     }
 
-    /// Gives a frozen point another file, and tells how far that is; what came of it. An error of
-    /// `far` ends it.
+    /// Gives a frozen point another file; what came of it. `far` as in [`Remote::compact`].
     pub fn replace(
         &mut self,
         uuid: String,
         file: String,
         rate: Option<u64>,
-        far: &mut dyn FnMut(Far) -> Result<()>,
+        far: &mut dyn FnMut(Option<Far>) -> Result<()>,
     ) -> Result<Value> {
         let id = self.tell(Ask::Replace { uuid, file, rate })?;
         self.follow(id, far)
     }
 
-    /// Hears how far a request is, and its answer.
-    fn follow(&mut self, id: u64, far: &mut dyn FnMut(Far) -> Result<()>) -> Result<Value> {
+    /// Hears how far a request is, and its answer. What is ended is waited for, too: until then the
+    /// disk is being changed.
+    fn follow(&mut self, id: u64, far: &mut dyn FnMut(Option<Far>) -> Result<()>) -> Result<Value> {
+        let (mut due, mut ended) = (Instant::now() + FREEZE_PATIENCE, None);
         loop {
-            self.due = Some(Instant::now() + FREEZE_PATIENCE);
-            let answer: Answer = self.hear()?;
-            match answer.progress {
-                Some(progress) => far(progress)?,
-                None => return answered(answer, id),
+            self.due = Some(Instant::now() + BLINK);
+            let news = match self.hear::<Answer>() {
+                Ok(answer) if answer.id != id => None,
+                Ok(answer) if answer.progress.is_none() => {
+                    let answer = answered(answer, id);
+                    return answer.map_err(|e| match ended {
+                        Some(why) if e.kind() == Kind::Cancelled => why,
+                        _ => e,
+                    });
+                }
+                Ok(answer) => answer.progress,
+                Err(e) if e.kind() == Kind::TimedOut && Instant::now() < due => None,
+                Err(e) => return Err(ended.unwrap_or(e)),
+            };
+            if ended.is_some() {
+                continue;
+            }
+            if news.is_some() {
+                due = Instant::now() + FREEZE_PATIENCE;
+            }
+            if let Err(why) = far(news) {
+                self.tell(Ask::Cancel { request: id })?;
+                due = Instant::now() + PATIENCE;
+                ended = Some(why);
             }
         }
     }

@@ -8,7 +8,7 @@ use common::attach::{Attached, can_mount, changer_of, kill, run_directory};
 use common::files::Random;
 use common::load::beside_load;
 use common::nbd::Client;
-use common::process::{eventually, ok_within};
+use common::process::{Guard, eventually, ok_within};
 use common::programs::ploopctl;
 use common::serve::{Disk, Server};
 use common::tree::{Point, amid, assert_holds, delete, descriptor, freeze, mark, remove};
@@ -16,6 +16,7 @@ use common::{count, have};
 use ploop::client::Remote;
 use ploop::serve::supervise::control::Far;
 use ploop_formats::guid::Guid;
+use rustix::process::Signal;
 use serde_json::Value;
 use std::fs::{self, File};
 use std::io::Write;
@@ -164,8 +165,8 @@ fn what_is_discarded_after_a_merge_that_was_cut_does_not_come_back() {
 /// target's table.
 fn remove_cut(disk: &Disk, point: Guid, server: &Server) -> Result<Value, String> {
     let mut remote = Remote::connect(&run_directory(&disk.path())).map_err(|e| e.to_string())?;
-    let mut look = |far: Far| {
-        if far.done > 40 << 20 {
+    let mut look = |far: Option<Far>| {
+        if far.is_some_and(|far| far.done > 40 << 20) {
             changer_of(server.pid()).into_iter().for_each(kill);
         }
         Ok(())
@@ -214,4 +215,44 @@ fn what_is_discarded_over_a_merge_below_that_was_cut_does_not_come_back() {
     }
     println!("COUNT: merges below the top: {rounds}, {cut} of them cut");
     assert!(cut > 0, "no merge was cut");
+}
+
+/// Begins to delete a frozen point of an attached disk, so slowly that this tells of itself every few seconds only.
+fn delete_slowly(disk: &Disk, point: Guid) -> Guard {
+    let mut command = ploopctl();
+    command.args(["snapshot", "delete", "--rate", "256K"]);
+    command.arg(disk.path()).arg(point.bare());
+    let slow = Guard::spawn(&mut command);
+    thread::sleep(Duration::from_millis(1500));
+    slow
+}
+
+#[test]
+fn a_merge_below_that_is_cancelled_is_over_when_its_command_is() {
+    let disk = Disk::new("128M", &[]);
+    let server = disk.serve(&[]);
+    let mut guest = Client::connect(server.socket()).unwrap();
+    let (below, _) = freeze(&disk, 0).unwrap();
+    assert_eq!(guest.write(0, &vec![7; 32 << 20]).unwrap(), 0);
+    let (above, _) = freeze(&disk, 1).unwrap();
+    let mut slow = delete_slowly(&disk, below.uuid);
+    let busy = remove(&disk, above.uuid).unwrap_err();
+    assert!(busy.contains("being changed"), "{busy}");
+    slow.signal(Signal::INT);
+    let status = slow.wait_within(Duration::from_secs(1)).expect("ended");
+    assert_eq!(status.code(), Some(10));
+    let (top, _) = freeze(&disk, 2).expect("at once");
+    // Who dies ends it as well, and cannot wait for that.
+    let mut slow = delete_slowly(&disk, below.uuid);
+    slow.signal(Signal::KILL);
+    slow.wait_within(PATIENCE).expect("dead");
+    eventually("the end of it", Duration::from_secs(1), || {
+        freeze(&disk, 3).ok()
+    });
+    assert_eq!(delete(&disk, below.uuid), "merged");
+    assert!(descriptor(&disk).shot(top.uuid).is_some());
+    assert_eq!(guest.read(0, 32 << 20).unwrap(), vec![7; 32 << 20]);
+    guest.disconnect().unwrap();
+    server.stop();
+    ok_within(ploopctl().arg("check").arg(disk.path()), PATIENCE);
 }

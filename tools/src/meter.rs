@@ -6,6 +6,7 @@
 use crate::cancel::Cancel;
 use ploop::Result;
 use ploop::formats::progress::{Progress, Watch};
+use ploop::serve::supervise::control::Far;
 use rustix::termios::tcgetwinsize;
 use serde_json::{Value, json};
 use std::io::{self, IsTerminal, Write};
@@ -95,6 +96,14 @@ impl<'c> Meter<'c> {
             self.show();
         }
         self.cancel.check()
+    }
+
+    /// What a keeper tells of a phase of its own; none when it has no news.
+    pub fn hear(&mut self, phase: &'static str, far: Option<Far>) -> Result<()> {
+        match far {
+            Some(Far { done, total }) => self.tell(Progress { phase, done, total }),
+            None => self.tick(),
+        }
     }
 
     /// What another process of ours told; whether it was that.

@@ -74,6 +74,13 @@ pub enum Ask {
     Stop,
     /// Use a failed disk again; the answer only says that it is tried.
     Recover,
+    /// Give up what this client asked for before, where that can still be done: its own answer then says
+    /// `cancelled`, and the same request goes on with it. The answer to this only says that it was
+    /// understood.
+    Cancel {
+        /// The other request's `id`.
+        request: u64,
+    },
     /// Freeze the top and go on with a new one. Answered when that is done, with `uuid` and
     /// `stall_us`, the time that requests waited (null when it took a new worker).
     Snapshot {
@@ -252,6 +259,8 @@ pub(crate) struct Client {
     passing: VecDeque<usize>,
     speaks_http: bool,
     events: bool,
+    /// The request that it wants no more.
+    cancelled: Option<u64>,
     /// Hung up on once its answers are sent.
     last: bool,
 }
@@ -317,28 +326,24 @@ impl Control {
         }
     }
 
-    /// Whether whoever asked still waits.
-    pub(super) fn is_there(&self, asker: Asker) -> bool {
-        self.clients.iter().any(|c| c.number == asker.client)
+    /// Whether whoever asked still waits, and wants it.
+    pub(super) fn is_wanted(&self, asker: Asker) -> bool {
+        let client = self.clients.iter().find(|c| c.number == asker.client);
+        client.is_some_and(|c| c.cancelled != Some(asker.request))
     }
 
-    /// Tells who asked how far it is. Whether anybody is there to hear it.
-    pub(super) fn progress(&mut self, asker: Asker, far: Far) -> bool {
+    /// Tells who asked how far it is.
+    pub(super) fn progress(&mut self, asker: Asker, far: Far) {
         let client = self.clients.iter_mut().find(|c| c.number == asker.client);
-        let Some(client) = client else {
-            return false;
-        };
-        if !client.output.is_empty() {
-            // It has not read the last word yet; the next one will do.
-            return true;
+        // Who has not read the last word yet gets the next one.
+        if let Some(client) = client.filter(|c| c.output.is_empty()) {
+            client.say(&json!(Answer {
+                id: asker.request,
+                result: None,
+                error: None,
+                progress: Some(far),
+            }));
         }
-        client.say(&json!(Answer {
-            id: asker.request,
-            result: None,
-            error: None,
-            progress: Some(far),
-        }));
-        true
     }
 
     /// Tells those who want to know, and hangs up on who does not listen.
@@ -384,6 +389,7 @@ impl Client {
             passing: VecDeque::new(),
             speaks_http,
             events: false,
+            cancelled: None,
             last: false,
         };
         if !speaks_http {
@@ -481,6 +487,10 @@ impl Client {
             }
             Ask::Stop => {
                 orders.stop = true;
+                json!({})
+            }
+            Ask::Cancel { request } => {
+                self.cancelled = Some(request);
                 json!({})
             }
             Ask::Recover if !oracle.is_held() => {

@@ -700,16 +700,14 @@ impl Keeper {
         Ok(())
     }
 
-    /// Hears of a compaction. One that nobody waits for is given up.
+    /// Hears of a compaction.
     fn on_compaction(&mut self, turn: compaction::Turn) {
         let Some(compaction) = &self.compaction else {
             return;
         };
         match turn {
             compaction::Turn::Progress(far) => {
-                if !self.control.progress(compaction.asker, far) {
-                    self.end_compaction();
-                }
+                self.control.progress(compaction.asker, far);
             }
             compaction::Turn::Over(answer) => {
                 match &answer {
@@ -719,6 +717,19 @@ impl Keeper {
                 self.control.answer(compaction.asker, answer);
                 self.compaction = None;
             }
+        }
+    }
+
+    /// Gives up what nobody waits for any more.
+    fn end_unwanted(&mut self) {
+        if let Some((snapshot, asker)) = self.snapshot.as_mut()
+            && !self.control.is_wanted(*asker)
+        {
+            snapshot.hurry("given up: nobody waits for it");
+        }
+        let unwanted = |compaction: &Compaction| !self.control.is_wanted(compaction.asker);
+        if self.compaction.as_ref().is_some_and(unwanted) {
+            self.end_compaction();
         }
     }
 
@@ -916,9 +927,7 @@ impl Keeper {
             Turn::Keep => snapshot.let_go(self.worker.as_ref(), false),
             Turn::Renew => self.renew_worker(),
             Turn::Progress(done, total) => {
-                if !self.control.progress(*asker, Far { done, total }) {
-                    snapshot.hurry();
-                }
+                self.control.progress(*asker, Far { done, total });
             }
             Turn::Take(next, unknown) => self.take_top(next, unknown),
             Turn::Limit(bytes) => self.set_limit(bytes),
@@ -966,7 +975,7 @@ impl Keeper {
         let Some((mut snapshot, asker)) = self.snapshot.take() else {
             return;
         };
-        let goes_on = self.may_go_on().is_ok() && self.control.is_there(asker);
+        let goes_on = self.may_go_on().is_ok() && self.control.is_wanted(asker);
         match snapshot.end(&self.place(), goes_on) {
             None => self.snapshot = Some((snapshot, asker)),
             Some(End::Begun(next)) => self.snapshot = Some((*next, asker)),
@@ -1058,6 +1067,7 @@ impl Keeper {
     /// Starts whatever the present state calls for. Idempotent.
     fn advance(&mut self) {
         self.look_at_space();
+        self.end_unwanted();
         let stopping = self.stopping;
         self.step();
         // To stop may be the outcome, and calls for other things: nothing else would wake us.
@@ -1124,7 +1134,7 @@ impl Keeper {
         self.stopping = true;
         self.end_compaction();
         match (self.snapshot.as_mut(), self.still.as_mut()) {
-            (Some((snapshot, _)), _) => snapshot.hurry(),
+            (Some((snapshot, _)), _) => snapshot.hurry("the disk is being detached"),
             // It may wait for a file system that hangs.
             (None, Some(still)) => still.kill(),
             (None, None) => {}

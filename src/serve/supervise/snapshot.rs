@@ -318,10 +318,10 @@ impl Snapshot {
         }
     }
 
-    /// Whether the disk cannot be let go of yet. A merge can be given up for that.
-    pub fn hurry(&mut self) {
+    /// Gives it up for this reason, if that still can be: a merge before its commit.
+    pub fn hurry(&mut self, why: &str) {
         if !self.freezes() && !self.told {
-            self.give_up(Error::new(Kind::Cancelled, "the disk is being detached"));
+            self.give_up(Error::new(Kind::Cancelled, why));
         }
     }
 

@@ -12,7 +12,6 @@ use crate::global::Global;
 use crate::meter::Meter;
 use crate::{rate, size};
 use ploop::client::Remote;
-use ploop::formats::progress::{Progress, Watch};
 use ploop::image::compact::{self, Compacted};
 use ploop::image::detached::Detached;
 use ploop::image::lock::{Access, DiskLocks};
@@ -20,7 +19,6 @@ use ploop::image::snapshot::copy::Work;
 use ploop::image::target::{Format, Source, Target};
 use ploop::io::exec::{self, Engine};
 use ploop::sandbox::Files;
-use ploop::serve::supervise::control::Far;
 use ploop::serve::supervise::trim::{Mounted, Trimmed};
 use ploop::{Error, Kind, Result};
 use rustix::fs::{AtFlags, statat};
@@ -194,13 +192,7 @@ fn running(
     if let Trimmed::Refused(why) = &trimmed {
         tracing::warn!("what is on it is not trimmed: {why}");
     }
-    let mut far = |far: Far| {
-        meter.tell(Progress {
-            phase: "compacting",
-            done: far.done,
-            total: far.total,
-        })
-    };
+    let mut far = |far| meter.hear("compacting", far);
     let rate = rate.map(NonZeroU64::get);
     let said = Remote::connect(&attached.run)?.compact(rate, &mut far)?;
     let number = |name: &str| {

@@ -5,7 +5,6 @@ use crate::meter::Meter;
 use ploop::client::Remote;
 use ploop::formats::descriptor::Descriptor;
 use ploop::formats::guid::Guid;
-use ploop::formats::progress::{Progress, Watch};
 use ploop::image::chain::read_descriptor;
 use ploop::image::detached;
 use ploop::image::replace::{Replaced, Way};
@@ -14,7 +13,6 @@ use ploop::image::snapshot::remove::ripe;
 use ploop::image::target::Target;
 use ploop::io::exec::{self, Engine};
 use ploop::io::folder::DirFolder;
-use ploop::serve::supervise::control::Far;
 use ploop::{Error, Kind, Result};
 use serde_json::Value;
 use std::num::NonZeroU64;
@@ -80,7 +78,7 @@ impl Running {
         rate: Option<NonZeroU64>,
         meter: &mut Meter<'_>,
     ) -> Result<Value> {
-        let mut far = told(meter, "merging");
+        let mut far = |far| meter.hear("merging", far);
         let rate = rate.map(NonZeroU64::get);
         let removed = self.remote()?.remove(uuid.bare(), rate, &mut far);
         removed.map_err(|e| self.place(e))
@@ -99,7 +97,7 @@ impl Running {
         let path = file.to_str().ok_or_else(|| {
             Error::unsupported(format!("{}: a path that is not UTF-8", file.display()))
         })?;
-        let mut far = told(meter, "comparing");
+        let mut far = |far| meter.hear("comparing", far);
         let rate = rate.map(NonZeroU64::get);
         let said = self
             .remote()?
@@ -135,9 +133,4 @@ impl Running {
         }
         Ok(done)
     }
-}
-
-/// Shows how far a keeper is with something.
-fn told(meter: &mut Meter<'_>, phase: &'static str) -> impl FnMut(Far) -> Result<()> {
-    move |Far { done, total }| meter.tell(Progress { phase, done, total })
 }
