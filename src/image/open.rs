@@ -84,6 +84,7 @@ pub fn store(fd: OwnedFd, path: &Path, format: Format, cache: Cache) -> Result<F
     FileStore::new(fd, path, cache)
 }
 
+/// The cache mode asked for, or the page cache where direct I/O could not read all of an image.
 fn possible(fd: &OwnedFd, format: Format, cache: Cache) -> Result<Cache> {
     Ok(match format {
         Format::Qcow2 if has_small_pieces(fd)? => Cache::Writeback,

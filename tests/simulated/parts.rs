@@ -60,15 +60,21 @@ fn upper(rng: &mut Rng) -> Image {
     image(true, (0..CLUSTERS).map(|_| cluster()).collect())
 }
 
+/// A raw file that has something else in each sector.
+fn flat() -> (Pages, Vec<Value>) {
+    let values: Vec<Value> = (1..=SECTORS).collect();
+    let mut pages = Pages::new(SECTORS * SECTOR);
+    for (n, value) in (0..).zip(&values) {
+        pages.write(n * SECTOR, &stamp::run(n, 1, *value));
+    }
+    (pages, values)
+}
+
 #[test]
 fn what_is_around_a_subcluster_in_a_larger_block_stays() {
     for seed in 0..100 {
         let mut rng = Rng::new(seed);
-        let mut wanted: Vec<Value> = (1..=SECTORS).collect();
-        let mut pages = Pages::new(SECTORS * SECTOR);
-        for (n, value) in (0..).zip(&wanted) {
-            pages.write(n * SECTOR, &stamp::run(n, 1, *value));
-        }
+        let (pages, mut wanted) = flat();
         let image = upper(&mut rng);
         let child = MemStore::from_pages(image.make(&mut rng));
         let child = AnyLayer::Qcow2(Box::new(now(Qcow2::open_read(child, None)).unwrap()));
@@ -177,11 +183,7 @@ fn apply(entry: &Entry, file: &MemStore) {
 /// it asked for earlier, it knows from then. How many operations there were.
 fn merged_below(seed: u64) -> Result<usize, String> {
     let mut rng = Rng::new(seed);
-    let mut wanted: Vec<Value> = (1..=SECTORS).collect();
-    let mut flat = Pages::new(SECTORS * SECTOR);
-    for (n, value) in (0..).zip(&wanted) {
-        flat.write(n * SECTOR, &stamp::run(n, 1, *value));
-    }
+    let (flat, mut wanted) = flat();
     let (below, above) = (lower(&mut rng), mixed(&mut rng));
     below.overlay(&mut wanted);
     above.overlay(&mut wanted);

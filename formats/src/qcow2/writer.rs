@@ -122,8 +122,9 @@ pub struct Reserved {
     pub(super) part: Option<Part>,
     /// Whether it is another one than the guest cluster has.
     pub(super) is_new: bool,
-    /// Clusters of the file that the guest cluster had, and whether others still read them.
+    /// Clusters of the file that the guest cluster had.
     pub(super) old: Vec<u32>,
+    /// Whether others go on reading those.
     pub(super) leaves: bool,
     pub(super) fate: Fate,
     pub(super) state: Shared,
@@ -140,9 +141,9 @@ pub(super) struct Part {
 }
 
 impl Reserved {
-    /// Says that others still read what the guest cluster had, by tables that are older than the one that will
-    /// name this: that keeps its bytes until the image was closed and is written again. If they are given up
-    /// before, they are leaked.
+    /// Says that others have older tables, and go on reading what the guest cluster had. That is not written to
+    /// or cut off as long as the image is open; it is counted as free when the image is closed. Without a close
+    /// it is leaked.
     pub fn leave_old(&mut self) {
         self.leaves = !planted::is(Bug::LeftPlaceFree);
     }

@@ -248,12 +248,7 @@ async fn change(
                 1 => Version::V1,
                 _ => Version::V2,
             };
-            let shape = Shape {
-                version,
-                size,
-                subclusters: false,
-            };
-            freeze(folder, &uuid, &random, shape, mark, talk).await
+            freeze(folder, &uuid, &random, (version, size), mark, talk).await
         }
         Wanted::Switch { uuid, random } => switch(folder, &uuid, &random, talk).await,
         Wanted::Mark { uuid } => mark(folder, &uuid).await,
@@ -273,7 +268,7 @@ async fn freeze(
     folder: &DirFolder,
     uuid: &str,
     random: &str,
-    mut shape: Shape,
+    (version, size): (Version, u64),
     mark: Option<Mark>,
     talk: &OwnedFd,
 ) -> Result<Said> {
@@ -281,7 +276,11 @@ async fn freeze(
     let old = change::settle(folder).await?;
     let file = old.new_file_name(random.parse()?);
     let top = layers::image(&old, old.top())?;
-    shape.subclusters = may_have_parts(&layers::open_read(folder, &old, &top).await?);
+    let shape = Shape {
+        version,
+        size,
+        subclusters: may_have_parts(&layers::open_read(folder, &old, &top).await?),
+    };
     let below = top.file;
     let new = old.with_snapshot(uuid, &file)?.marked(uuid, mark)?;
     let prepared = create::prepare(folder, &old, new, &file, shape).await?;

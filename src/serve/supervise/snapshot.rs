@@ -589,10 +589,9 @@ impl Snapshot {
             };
             self.outcome.get_or_insert_with(why);
             return match self.made {
-                None if self.freezes() => Turn::Keep,
-                None if !self.told => self.cut(dir, worker),
-                None => Turn::Renew,
-                Some(_) => Turn::Keep,
+                None if !self.freezes() && self.told => Turn::Renew,
+                None if !self.freezes() => self.cut(dir, worker),
+                _ => Turn::Keep,
             };
         }
         let top = match self.told {
