@@ -9,7 +9,7 @@ use crate::counters::Watched;
 use crate::image::grow::Wanted;
 use crate::rundir::{Departure, State};
 use crate::serve::supervise::control::{
-    Answer, Ask, BACKLOG_MAX, Far, Figures, Greeting, PROTO, Request, SOCKET,
+    Answer, Ask, BACKLOG_MAX, Far, Figures, Greeting, PROTO, Request, SOCKET, TrackAsk,
 };
 use ploop_formats::{Error, Kind, Result};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -170,6 +170,15 @@ impl Remote {
         self.answer(id)
     }
 
+    /// Asks something about trackers. A set is complete only when what is being written has been.
+    pub fn track(&mut self, ask: TrackAsk) -> Result<Value> {
+        let waits = matches!(ask, TrackAsk::Start { .. } | TrackAsk::Seal { .. });
+        let patience = if waits { FREEZE_PATIENCE } else { PATIENCE };
+        self.due = Some(Instant::now() + patience);
+        let id = self.tell(Ask::Track(ask))?;
+        self.answer(id)
+    }
+
     /// Marks a frozen point temporary.
     pub fn mark(&mut self, uuid: String) -> Result<Value> {
         self.due = Some(Instant::now() + FREEZE_PATIENCE);
@@ -207,11 +216,12 @@ impl Remote {
         loop {
             self.due = Some(Instant::now() + BLINK);
             let news = match self.hear::<Answer>() {
-                Ok(answer) if answer.id != id => None,
+                // A keeper that does not understand knows no number, either.
+                Ok(answer) if answer.id != id && answer.error.is_none() => None,
                 Ok(answer) if answer.progress.is_none() => {
-                    let answer = answered(answer, id);
-                    return answer.map_err(|e| match ended {
-                        Some(why) if e.kind() == Kind::Cancelled => why,
+                    let answer_to = answer.id;
+                    return answered(answer, id).map_err(|e| match ended {
+                        Some(why) if e.kind() == Kind::Cancelled || answer_to != id => why,
                         _ => e,
                     });
                 }
@@ -227,7 +237,7 @@ impl Remote {
             }
             if let Err(why) = far(news) {
                 self.tell(Ask::Cancel { request: id })?;
-                due = Instant::now() + PATIENCE;
+                due = Instant::now() + FREEZE_PATIENCE;
                 ended = Some(why);
             }
         }

@@ -18,6 +18,7 @@ pub mod serve;
 pub mod stack;
 #[cfg(feature = "testkit")]
 pub mod testkit;
+pub mod tracker;
 
 pub use ploop_formats as formats;
 pub use ploop_formats::{Error, Kind, Result};

@@ -4,6 +4,7 @@
 //! make another's access fault, and only touched as atomics. Who only watches them gets a descriptor
 //! that can be read and no more. Bytes are sealed altogether.
 
+use crate::tracker;
 use ploop_formats::ledger::Words;
 use ploop_formats::{Error, Result};
 use rustix::fs::{
@@ -197,6 +198,22 @@ impl Words for SharedWords {
     fn store(&self, i: usize, value: u64) {
         if let Some(word) = self.words().get(i) {
             word.store(value, Ordering::Release);
+        }
+    }
+}
+
+impl tracker::Words for SharedWords {
+    fn count(&self) -> usize {
+        self.map.count
+    }
+
+    fn load(&self, i: usize) -> u64 {
+        Words::load(self, i)
+    }
+
+    fn add(&self, i: usize, bits: u64) {
+        if let Some(word) = self.words().get(i) {
+            word.fetch_or(bits, Ordering::AcqRel);
         }
     }
 }

@@ -228,6 +228,7 @@ impl Maker<'_> {
             snapshot,
             free: self.rng.below(3) as u32,
             leaks: self.rng.below(3) as u32,
+            counted_first: false,
             skip: 0,
         };
         image.make(self.rng)

@@ -36,7 +36,8 @@ fn image(extended: bool, clusters: Vec<(Held, bool)>) -> Image {
         clusters,
         free: 1,
         leaks: 0,
-        skip: 0,
+        counted_first: true,
+        skip: 4,
     }
 }
 

@@ -554,9 +554,15 @@ fn an_adoption_that_fails_half_way_gives_the_image_back() {
 
 /// The verbs that `--help` shows, and those beneath `snapshot`.
 fn verbs() -> Vec<String> {
-    let beneath = shown(&["snapshot", "--help"]).into_iter();
-    let beneath = beneath.map(|verb| format!("snapshot {verb}"));
-    shown(&["--help"]).into_iter().chain(beneath).collect()
+    let beneath = ["snapshot", "track"].map(|parent| {
+        let verbs = shown(&[parent, "--help"]).into_iter();
+        verbs.map(|verb| format!("{parent} {verb}")).collect()
+    });
+    [shown(&["--help"])]
+        .into_iter()
+        .chain(beneath)
+        .flatten()
+        .collect()
 }
 
 fn shown(help: &[&str]) -> Vec<String> {

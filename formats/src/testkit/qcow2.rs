@@ -11,6 +11,7 @@ use crate::store::mem::MemStore;
 use crate::store::pages::Pages;
 use crate::store::sim::POISON;
 use crate::units::SECTOR;
+use std::collections::BTreeMap;
 
 const COPIED: u64 = 1 << 63;
 const PACKED: u64 = 1 << 62;
@@ -55,6 +56,8 @@ pub struct Image {
     pub free: u32,
     /// Clusters that nobody names and whose refcount is 1.
     pub leaks: u32,
+    /// Whether the first refcount block is before the data: then the file may end with data.
+    pub counted_first: bool,
     /// Clusters that the first refcount blocks would tell of and that are holes, with refcount 0: the
     /// rest of the file is behind them.
     pub skip: u32,
@@ -132,6 +135,7 @@ impl Image {
         let l1_clusters = (entries * 8).div_ceil(draft.bytes());
         draft.take(1, 1);
         let reftable = draft.take(1, 1);
+        let block = self.counted_first.then(|| draft.take(1, 1));
         draft.take(u64::from(self.skip), 0);
         let l1 = draft.take(l1_clusters, 1);
         let snapshots = self
@@ -165,7 +169,7 @@ impl Image {
         if let Some((table, l1)) = snapshots {
             self.list_snapshot(&mut draft, table, l1, entries);
         }
-        self.count(&mut draft, reftable);
+        self.count(&mut draft, reftable, block);
         self.head(
             &mut draft,
             reftable,
@@ -274,10 +278,10 @@ impl Image {
         draft.pages.write(at + 8, &entry);
     }
 
-    /// Refcount blocks, which count themselves.
-    fn count(&self, draft: &mut Draft, reftable: u64) {
+    /// Refcount blocks, which count themselves; the first one may have its place.
+    fn count(&self, draft: &mut Draft, reftable: u64, first: Option<u64>) {
         let per_block = (draft.bytes() * 8) >> self.order;
-        let mut blocks = std::collections::BTreeMap::new();
+        let mut blocks: BTreeMap<u64, u64> = first.into_iter().map(|block| (0, block)).collect();
         loop {
             let needed = |n: &u64| {
                 let first = (n * per_block) as usize;
@@ -467,6 +471,7 @@ impl Image {
             snapshot,
             free: rng.below(3) as u32,
             leaks: if rng.one_in(4) { 2 } else { 0 },
+            counted_first: false,
             skip: if near { most as u32 - 600 } else { 0 },
         }
     }

@@ -174,6 +174,7 @@ impl Case {
             snapshot,
             free: 1,
             leaks: 0,
+            counted_first: false,
             skip: 0,
         };
         let bytes = image.make(&mut Rng::new(from ^ to)).to_vec();

@@ -9,7 +9,7 @@ use super::handshake::Terms;
 use super::limits;
 use super::meta::{self, Context};
 use super::proto::{Errno, Fields, Request, Style, command, with};
-use crate::device::{Device, GuestExtent, Zero};
+use crate::device::{Device, Zero};
 use bytes::{Bytes, BytesMut};
 use ploop_formats::{Error, Kind};
 use std::borrow::Cow;
@@ -102,29 +102,40 @@ pub struct Status {
     pub contexts: Selection,
 }
 
-/// A set of contexts.
+/// Some of the contexts that a connection has, by their place among them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Selection(u8);
+pub struct Selection(u64);
 
 impl Selection {
-    /// The set of these.
+    /// All of these.
     pub fn of(contexts: &[Context]) -> Self {
-        Self(
-            contexts
-                .iter()
-                .fold(0, |set, context| set | 1 << context.id()),
-        )
+        let bit = |n: usize| 1u64.checked_shl(n as u32).unwrap_or(0);
+        Self((0..contexts.len()).fold(0, |set, n| set | bit(n)))
     }
 
-    /// Its members.
-    pub fn iter(self) -> impl Iterator<Item = Context> {
-        Context::ALL
-            .into_iter()
-            .filter(move |context| self.holds(*context))
+    /// Its members among these, and their numbers on the wire.
+    pub fn of_them(self, contexts: &[Context]) -> impl Iterator<Item = (u32, &Context)> {
+        (1..).zip(contexts).filter(move |(id, _)| self.holds(*id))
     }
 
-    fn holds(self, context: Context) -> bool {
-        self.0 & 1 << context.id() != 0
+    fn len(self) -> usize {
+        self.0.count_ones() as usize
+    }
+
+    fn holds(self, id: u32) -> bool {
+        id.checked_sub(1)
+            .and_then(|n| self.0.checked_shr(n))
+            .is_some_and(|bits| bits & 1 != 0)
+    }
+
+    /// Whether it was not there before.
+    fn insert(&mut self, id: u32) -> bool {
+        let is_new = !self.holds(id);
+        self.0 |= id
+            .checked_sub(1)
+            .and_then(|n| 1u64.checked_shl(n))
+            .unwrap_or(0);
+        is_new
     }
 }
 
@@ -135,8 +146,8 @@ pub enum Answer {
     Done,
     /// The bytes read, at least 1.
     Data(BytesMut),
-    /// Extents, at least one, for each of the contexts.
-    Status(Selection, Vec<GuestExtent>),
+    /// The blocks of each context.
+    Status(Vec<meta::Blocks>),
     /// Failure.
     Failed(Refusal),
 }
@@ -314,14 +325,9 @@ impl Status {
         let len = fields.u64().unwrap_or(0);
         let (offered, mut contexts) = (Selection::of(&terms.contexts), Selection::default());
         while let Some(id) = fields.u32() {
-            match Context::with_id(id) {
-                Some(known) if offered.holds(known) && !contexts.holds(known) => {
-                    contexts.0 |= Selection::of(&[known]).0;
-                }
-                _ => {
-                    let text = "a context that is not selected, or named twice";
-                    return Err(Refusal::new(Errno::Inval, text));
-                }
+            if !offered.holds(id) || !contexts.insert(id) {
+                let text = "a context that is not selected, or named twice";
+                return Err(Refusal::new(Errno::Inval, text));
             }
         }
         Self {
@@ -342,7 +348,11 @@ impl Status {
     }
 
     fn extents_max(&self) -> usize {
-        if self.one { 1 } else { limits::EXTENTS_MAX }
+        match self.one {
+            true => 1,
+            // As much memory for many contexts as for two.
+            false => limits::EXTENTS_MAX * 2 / self.contexts.len().max(2),
+        }
     }
 }
 
@@ -352,15 +362,17 @@ impl Op {
     pub fn cost(&self) -> usize {
         match self {
             Op::Read { len, .. } | Op::Write { len, .. } => len.next_power_of_two(),
-            Op::Status(status) => status_cost(status.len, status.extents_max()),
-            Op::StatusPayload { one: false, .. } => status_cost(u64::MAX, limits::EXTENTS_MAX),
+            Op::Status(status) => {
+                status_cost(status.len, status.extents_max(), status.contexts.len())
+            }
+            Op::StatusPayload { one: false, .. } => status_cost(u64::MAX, limits::EXTENTS_MAX, 2),
             _ => 0,
         }
     }
 
     /// Does it. `data` is the payload of a write, or the buffer that a read fills, exactly as long
     /// as the request; empty for the others.
-    pub async fn run<D: Device>(self, device: &D, data: Payload) -> Answer {
+    pub async fn run<D: Device>(self, device: &D, terms: &Terms, data: Payload) -> Answer {
         let done = match (self, data) {
             (Op::Read { at, .. }, Payload::Room(room)) => {
                 return match device.read(at, room).await {
@@ -369,7 +381,7 @@ impl Op {
                 };
             }
             (Op::Write { at, fua, .. }, Payload::Data(data)) => device.write(at, data, fua).await,
-            (Op::Status(status), _) => return describe(device, status).await,
+            (Op::Status(status), _) => return describe(device, status, &terms.contexts).await,
             (Op::Flush, _) => device.flush().await,
             (Op::Trim { at, len, fua }, _) => trim(device, at, len, fua).await,
             (Op::Zero { at, len, how, fua }, _) => device.zero(at, len, how, fua).await,
@@ -400,11 +412,11 @@ pub enum Payload {
     Data(Bytes),
 }
 
-/// An extent needs 24 bytes in memory and up to 16 on the wire, for two contexts, and is at least
+/// An extent needs 24 bytes in memory, for each context 16 more and up to 16 on the wire, and is at least
 /// a sector long.
-fn status_cost(len: u64, max: usize) -> usize {
+fn status_cost(len: u64, max: usize, contexts: usize) -> usize {
     let extents = usize::try_from(len / 512).unwrap_or(max).min(max);
-    extents * (24 + 2 * 16 + 2 * 16)
+    extents * (24 + contexts * (16 + 16))
 }
 
 async fn trim<D: Device>(device: &D, at: u64, len: u64, fua: bool) -> ploop_formats::Result<()> {
@@ -412,16 +424,31 @@ async fn trim<D: Device>(device: &D, at: u64, len: u64, fua: bool) -> ploop_form
     if fua { device.flush().await } else { Ok(()) }
 }
 
-async fn describe<D: Device>(device: &D, status: Status) -> Answer {
+async fn describe<D: Device>(device: &D, status: Status, contexts: &[Context]) -> Answer {
     let max = status.extents_max();
-    let extents = match device.extents(status.at, status.len, max).await {
-        Ok(extents) => meta::clip(extents, status.len, max),
-        Err(error) => return failed(&error, false),
-    };
-    if extents.is_empty() {
-        return Answer::Failed(Refusal::new(Errno::Io, "the device described nothing"));
+    let (range, mut said) = (status.at..status.at + status.len, None);
+    let mut answer = Vec::new();
+    for (id, context) in status.contexts.of_them(contexts) {
+        let runs = match context {
+            Context::Dirty(_, set) => meta::marked(set, range.clone(), max),
+            Context::Allocation | Context::Depth => {
+                if said.is_none() {
+                    let extents = device.extents(status.at, status.len, max).await;
+                    said = match extents {
+                        Ok(extents) => Some(meta::clip(extents, status.len, max)),
+                        Err(error) => return failed(&error, false),
+                    };
+                }
+                let extents = said.as_deref().unwrap_or_default();
+                meta::join(extents, |extent| context.status(extent).unwrap_or(0))
+            }
+        };
+        if runs.is_empty() {
+            return Answer::Failed(Refusal::new(Errno::Io, "the device described nothing"));
+        }
+        answer.push(meta::Blocks { id, runs });
     }
-    Answer::Status(status.contexts, extents)
+    Answer::Status(answer)
 }
 
 fn failed(error: &Error, fast_zero: bool) -> Answer {
@@ -451,7 +478,7 @@ mod tests {
     fn terms(style: Style) -> Terms {
         let contexts = match style {
             Style::Simple => vec![],
-            _ => Context::ALL.to_vec(),
+            _ => Context::PLAIN.to_vec(),
         };
         Terms { style, contexts }
     }
@@ -615,7 +642,7 @@ mod tests {
             &terms(Style::Structured),
             WRITABLE,
         );
-        let contexts = Selection::of(&Context::ALL);
+        let contexts = Selection::of(&Context::PLAIN);
         assert_eq!(
             one,
             Ok(Op::Status(Status {
@@ -635,9 +662,10 @@ mod tests {
             ids.iter().for_each(|id| payload.extend(id.to_be_bytes()));
             Status::parse(512, false, &payload, terms, WRITABLE).map_err(|refusal| refusal.errno)
         };
-        let ok = parse(&both, 1024, &[Context::Depth.id()]).unwrap();
+        let ok = parse(&both, 1024, &[2]).unwrap();
         assert_eq!((ok.at, ok.len), (512, 1024));
-        assert_eq!(ok.contexts.iter().collect::<Vec<_>>(), [Context::Depth]);
+        let members: Vec<_> = ok.contexts.of_them(&both.contexts).collect();
+        assert_eq!(members, [(2, &Context::Depth)]);
         let only = Terms {
             contexts: vec![Context::Allocation],
             ..both.clone()
@@ -645,7 +673,9 @@ mod tests {
         for (terms, len, ids) in [
             (&both, 1024, &[1u32, 1][..]),
             (&both, 1024, &[1, 3]),
-            (&only, 1024, &[Context::Depth.id()]),
+            (&only, 1024, &[2]),
+            (&both, 1024, &[0]),
+            (&both, 1024, &[u32::MAX]),
             (&both, 0, &[1]),
             (&both, SIZE, &[1]),
         ] {
@@ -694,7 +724,7 @@ mod tests {
                 at: 0,
                 len,
                 one,
-                contexts: Selection::default(),
+                contexts: Selection::of(&Context::PLAIN),
             })
         };
         assert!(status(u64::MAX, false).cost() >= limits::EXTENTS_MAX * 24);

@@ -10,7 +10,7 @@ use super::proto::{self, Fields, Style, flag, hello, info, option, reply};
 use bytes::{Buf, BufMut, BytesMut};
 
 /// The export, as it is while a client negotiates.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Offer<'a> {
     /// Its name; the empty name means it too.
     pub name: &'a str,
@@ -22,6 +22,14 @@ pub struct Offer<'a> {
     pub read_only: bool,
     /// Bytes that are cheapest to transfer, a power of two.
     pub preferred: u32,
+    /// Contexts that it has besides those that every export has.
+    pub dirty: Vec<Context>,
+}
+
+impl Offer<'_> {
+    fn contexts(&self) -> Vec<Context> {
+        [&Context::PLAIN[..], &self.dirty].concat()
+    }
 }
 
 /// What was agreed for the transmission phase.
@@ -297,8 +305,8 @@ impl Handshake {
     fn list_contexts(&self, offer: &Offer, data: &[u8], out: &mut Vec<u8>) -> Answer {
         let (name, queries) = self.queries(data)?;
         check_name(offer, name)?;
-        for context in meta::found_by(&queries) {
-            context_reply(out, option::LIST_META_CONTEXT, 0, context);
+        for context in meta::found_by(&offer.contexts(), &queries) {
+            context_reply(out, option::LIST_META_CONTEXT, 0, &context);
         }
         Ok(())
     }
@@ -307,9 +315,9 @@ impl Handshake {
         self.selected = None;
         let (name, queries) = self.queries(data)?;
         check_name(offer, name)?;
-        let contexts = meta::selected_by(&queries);
-        for context in &contexts {
-            context_reply(out, option::SET_META_CONTEXT, context.id(), *context);
+        let contexts = meta::selected_by(&offer.contexts(), &queries);
+        for (id, context) in (1..).zip(&contexts) {
+            context_reply(out, option::SET_META_CONTEXT, id, context);
         }
         self.selected = Some((name.to_vec(), contexts));
         Ok(())
@@ -457,7 +465,7 @@ fn parse_queries(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {
     fields.is_empty().then_some((name, queries))
 }
 
-fn context_reply(out: &mut Vec<u8>, number: u32, id: u32, context: Context) {
+fn context_reply(out: &mut Vec<u8>, number: u32, id: u32, context: &Context) {
     let mut data = id.to_be_bytes().to_vec();
     data.put_slice(context.name().as_bytes());
     proto::option_reply(out, number, reply::META_CONTEXT, &data);
@@ -519,6 +527,7 @@ mod tests {
         size: 1 << 30,
         read_only: false,
         preferred: 65536,
+        dirty: Vec::new(),
     };
 
     /// A negotiation after the client flags.
@@ -773,12 +782,12 @@ mod tests {
         };
         let simple = flags(Style::Simple, &[], false);
         assert_eq!(
-            flags(Style::Structured, &Context::ALL, false),
+            flags(Style::Structured, &Context::PLAIN, false),
             simple | flag::SEND_DF
         );
         assert_eq!(flags(Style::Extended, &[], false), simple | flag::SEND_DF);
         let all = simple | flag::SEND_DF | flag::BLOCK_STATUS_PAYLOAD;
-        assert_eq!(flags(Style::Extended, &Context::ALL, false), all);
+        assert_eq!(flags(Style::Extended, &Context::PLAIN, false), all);
         let changes = flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO;
         assert_eq!(
             flags(Style::Simple, &[], true),

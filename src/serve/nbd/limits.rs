@@ -27,6 +27,8 @@ pub const REQUESTS_IN_FLIGHT: usize = 128;
 pub const BYTES_IN_FLIGHT: usize = 16 << 20;
 /// Extents in one block status reply: a chunk of 1 MiB, as QEMU sends at most.
 pub const EXTENTS_MAX: usize = 131_072;
+/// Contexts that a connection can have.
+pub const CONTEXTS_MAX: usize = 16;
 /// Bytes received at once between requests: a queue of 32 writes of 4 KiB arrives in one piece.
 pub const RECEIVE_BUFFER: usize = 256 << 10;
 /// A write payload from this size on is bulk: it is received where it stays.

@@ -84,13 +84,12 @@ impl Encoder {
                 batch.parts.push(data);
                 return len;
             }
-            Answer::Status(contexts, extents) => {
+            Answer::Status(contexts) => {
                 self.finish_heads(batch);
                 let mut status = BytesMut::new();
-                let mut left = contexts.iter().count();
-                for context in contexts.iter() {
-                    left -= 1;
-                    meta::describe(head, context, &extents, left == 0, &mut status);
+                let last = contexts.len().saturating_sub(1);
+                for (n, blocks) in contexts.iter().enumerate() {
+                    meta::describe(head, blocks, n == last, &mut status);
                 }
                 let len = status.len();
                 batch.parts.push(status.freeze());

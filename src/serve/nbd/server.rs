@@ -10,6 +10,7 @@ use super::handshake::{self, Handshake, Offer, Step, Terms};
 use super::intake::End;
 use super::limits;
 use super::link::Link;
+use super::meta::Context;
 use super::proto;
 use super::session::{self, Summary};
 use super::stop::{Stop, Watcher};
@@ -17,6 +18,7 @@ use crate::device::Device;
 use crate::io::exec::{self, Engine};
 use crate::sandbox;
 use crate::serve::complaints::Complaints;
+use crate::tracker::Registry;
 use bytes::{Bytes, BytesMut};
 use ploop_formats::{Error, Kind, Result};
 use std::cell::RefCell;
@@ -62,6 +64,8 @@ pub struct Options {
     pub end_with_last_client: bool,
     /// The process is in the sandbox: threads of clients give up what only starting needs.
     pub confined: bool,
+    /// Trackers whose generations clients may ask for.
+    pub registry: Arc<Registry>,
 }
 
 impl Default for Options {
@@ -72,6 +76,7 @@ impl Default for Options {
             max_connections: limits::CONNECTIONS_DEFAULT,
             end_with_last_client: false,
             confined: false,
+            registry: Arc::default(),
         }
     }
 }
@@ -311,6 +316,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             size: device.size(),
             read_only: device.read_only(),
             preferred: preferred.next_power_of_two() as u32,
+            dirty: Context::dirty(&options.registry),
         }
     }
 

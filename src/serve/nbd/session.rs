@@ -390,7 +390,7 @@ async fn perform<D: Device + 'static>(desk: Rc<Desk<D>>, job: Job) {
         Payload::Data(data) => data.clone(),
         _ => Bytes::new(),
     };
-    let answer = op.run(&*desk.device, data).await;
+    let answer = op.run(&*desk.device, &desk.terms, data).await;
     desk.pool.borrow_mut().give(written);
     if let Answer::Failed(refusal) = &answer {
         desk.note_failure(refusal);

@@ -11,6 +11,7 @@ use super::metrics::prometheus;
 use crate::counters::Stat;
 use crate::image::grow::Wanted;
 use crate::rundir::{Phase, State};
+use crate::tracker::Name;
 use ploop_formats::{Error, Result};
 use rustix::event::{PollFd, PollFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -148,11 +149,71 @@ pub enum Ask {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rate: Option<u64>,
     },
+    /// Something about what was written since it was looked at. Refused of a disk that is attached read-only.
+    Track(TrackAsk),
     /// Mark a frozen point temporary: nobody goes back to it, clones it or compares it from now on,
     /// and it goes when it can. Answered as a removal is.
     Mark {
         /// Its GUID.
         uuid: String,
+    },
+}
+
+/// What can be asked of trackers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "lowercase")]
+pub enum TrackAsk {
+    /// Begin to record. Answered once nothing is written any more that is not recorded, with `name`,
+    /// `granularity`, `generation` (0, which has every block) and `bytes`.
+    Start {
+        /// The new tracker.
+        name: Name,
+        /// Bytes of a block, a power of two from 4 KiB to 1 MiB; 64 KiB when none are given.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        granularity: Option<u64>,
+    },
+    /// Record in another set, and make a generation of the one so far. Answered once that is complete, with
+    /// `generation` and `bytes`: what is read of the disk from then on is what the generation is about, or
+    /// newer and in a later one.
+    Seal {
+        /// Which tracker.
+        name: Name,
+    },
+    /// What a generation has: `extents`, each with `offset`, `length` and `kind` (`data`, `zero` or `discard`, as
+    /// the disk is now), and `next`, where the next one begins, null when that is all.
+    Extents {
+        /// Which tracker.
+        name: Name,
+        /// Which of its generations.
+        generation: u64,
+        /// The first byte to tell of.
+        #[serde(default)]
+        from: u64,
+        /// Extents to tell of at most, 512 or less.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        max: Option<u32>,
+    },
+    /// What a generation has was copied: forget it.
+    Ack {
+        /// Which tracker.
+        name: Name,
+        /// Which of its generations.
+        generation: u64,
+    },
+    /// It was not: record it again.
+    Nack {
+        /// Which tracker.
+        name: Name,
+        /// Which of its generations.
+        generation: u64,
+    },
+    /// All trackers: `trackers`, each with `name`, `granularity`, `recorded` (bytes since the last seal), `unknown`
+    /// (whether that is all because nobody knows) and `generations` (`generation`, `bytes`, `age_s`).
+    Stat,
+    /// Record no more, and forget the tracker.
+    Stop {
+        /// Which.
+        name: Name,
     },
 }
 
@@ -238,6 +299,8 @@ pub(crate) struct Orders {
     pub(super) replacements: Vec<(Asker, String, String, Option<u64>)>,
     /// Points to mark temporary.
     pub(super) marks: Vec<(Asker, String)>,
+    /// What is asked of trackers.
+    pub(super) tracks: Vec<(Asker, TrackAsk)>,
 }
 
 /// Whom an answer belongs to that takes time.
@@ -470,6 +533,10 @@ impl Client {
             client: self.number,
             request: request.id,
         };
+        if self.cancelled == Some(request.id) {
+            // Another one of that number.
+            self.cancelled = None;
+        }
         let result = match request.ask {
             Ask::State => json!(oracle.state()),
             Ask::Stat => json!(oracle.stat()),
@@ -527,6 +594,7 @@ impl Client {
             Ask::Replace { uuid, file, rate } => {
                 return orders.replacements.push((asker, uuid, file, rate));
             }
+            Ask::Track(ask) => return orders.tracks.push((asker, ask)),
             Ask::Mark { uuid } => return orders.marks.push((asker, uuid)),
             Ask::Remove { uuid, rate } => return orders.removals.push((asker, uuid, rate)),
         };

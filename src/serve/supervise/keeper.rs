@@ -7,7 +7,7 @@
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
 use super::compaction::{self, Compaction};
-use super::control::{Asker, Control, Far, Figures, Oracle};
+use super::control::{Asker, Control, Far, Figures, Oracle, TrackAsk};
 use super::errand::{Errand, Task};
 use super::growth::{self, Growth};
 use super::host::{self, Footprint};
@@ -20,6 +20,7 @@ use super::restart::Restarts;
 use super::snapshot::{End, Next, Place, Snapshot, Turn};
 use super::space::Space;
 use super::still::{self, Still};
+use super::tracking::Tracking;
 use super::{inherit, leftover};
 use crate::counters::Counters;
 use crate::image::detached::random_guid;
@@ -34,6 +35,7 @@ use crate::serve::{fuse, loopdev};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::Value;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use std::fs::OpenOptions;
 use std::io::{self, Read};
@@ -101,6 +103,7 @@ struct Keeper {
     growth: Option<Growth>,
     /// Its file is being made shorter.
     compaction: Option<Compaction>,
+    tracking: Tracking,
     restarts: Restarts,
     space: Space,
     health: Health,
@@ -225,6 +228,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         still: None,
         growth: None,
         compaction: None,
+        tracking: Tracking::default(),
         restarts: Restarts::default(),
         space: Space::default(),
         health: Health::Sound,
@@ -341,11 +345,13 @@ impl Holdings {
     fn pack(
         &mut self,
         config: &KeeperConfig,
+        tracking: &Tracking,
         takeover: bool,
         health: Health,
         size: u64,
     ) -> Result<(WorkerConfig, Baggage)> {
         let mut bag = Baggage::default();
+        let trackers = tracking.pack(&mut bag)?;
         let dir_fd = bag.pack(&self.dir)?;
         let (ledger_fd, witness_fd) = match &self.ledger {
             Some(words) => (Some(bag.pack(words)?), Some(bag.pack(self.locks.top())?)),
@@ -406,6 +412,7 @@ impl Holdings {
             fence_ms: FENCE.as_millis() as u64,
             cache: config.cache,
             keep_free: config.keep_free,
+            trackers,
             mode,
         };
         Ok((config, bag))
@@ -627,11 +634,33 @@ impl Keeper {
                 self.control.answer(asker, Err(e));
             }
         }
+        for (asker, ask) in orders.tracks {
+            match self.track(asker, ask) {
+                Ok(None) => {}
+                Ok(Some(answer)) => self.control.answer(asker, Ok(answer)),
+                Err(e) => self.control.answer(asker, Err(e)),
+            }
+        }
         for (asker, uuid, rate) in orders.removals {
             if let Err(e) = self.begin_removal(asker, &uuid, rate) {
                 self.control.answer(asker, Err(e));
             }
         }
+    }
+
+    /// Does what is asked of trackers, or has the worker do it.
+    fn track(&mut self, asker: Asker, ask: TrackAsk) -> Result<Option<Value>> {
+        if self.config.read_only {
+            let what = "the disk is attached read-only: nothing is written to it";
+            return Err(Error::new(Kind::ReadOnly, what));
+        }
+        if self.state.state == Phase::Failed {
+            let what =
+                "the disk has failed, and nobody knows what it holds; see `ploopctl recover`";
+            return Err(Error::new(Kind::Poisoned, what));
+        }
+        let worker = self.worker.as_ref().filter(|worker| !worker.condemned);
+        self.tracking.ask(asker, ask, worker, self.state.size)
     }
 
     fn begin_mark(&mut self, asker: Asker, uuid: &str) -> Result<()> {
@@ -929,7 +958,12 @@ impl Keeper {
             Turn::Progress(done, total) => {
                 self.control.progress(*asker, Far { done, total });
             }
-            Turn::Take(next, unknown) => self.take_top(next, unknown),
+            Turn::Take(next, unknown) => {
+                if snapshot.goes_back() {
+                    self.tracking.doubt();
+                }
+                self.take_top(next, unknown);
+            }
             Turn::Limit(bytes) => self.set_limit(bytes),
         }
         self.end_snapshot();
@@ -1009,6 +1043,7 @@ impl Keeper {
             self.state.error = Some(format!("it cannot be looked at anew: {e}"));
             return self.publish();
         }
+        self.tracking.doubt();
         self.failure = None;
         self.state.error = None;
         self.state.state = Phase::Recovering;
@@ -1170,7 +1205,13 @@ impl Keeper {
         let capture = self.log.is_some();
         let started = self
             .held
-            .pack(&self.config, self.served, self.health, self.state.size)
+            .pack(
+                &self.config,
+                &self.tracking,
+                self.served,
+                self.health,
+                self.state.size,
+            )
             .and_then(|(config, bag)| Worker::start(&config, bag, capture));
         self.last_words = None;
         match started {
@@ -1314,6 +1355,7 @@ impl Keeper {
                 Event::Resized { size, stall_us } => {
                     match self.growth.as_mut() {
                         Some(growth) => {
+                            self.tracking.resized(self.state.size, size);
                             self.state.size = size;
                             growth.resized(size, stall_us);
                         }
@@ -1324,6 +1366,16 @@ impl Keeper {
                 Event::NotResized(why) => {
                     if let Some(growth) = self.growth.as_mut() {
                         growth.not_resized(why);
+                    }
+                }
+                event @ (Event::Tracked { .. }
+                | Event::NotTracked { .. }
+                | Event::Extents { .. }) => {
+                    let is_wanted = |asker| self.control.is_wanted(asker);
+                    let (size, worker) = (self.state.size, self.worker.as_ref());
+                    let answered = self.tracking.heard(event, worker, is_wanted, size);
+                    if let Some((asker, answer)) = answered {
+                        self.control.answer(asker, answer);
                     }
                 }
                 event @ (Event::Compacting { .. }
@@ -1344,6 +1396,7 @@ impl Keeper {
     /// A worker serves a disk of this size. A predecessor may have died after it had another.
     fn sized(&mut self, size: u64) {
         let old = std::mem::replace(&mut self.state.size, size);
+        self.tracking.resized(old, size);
         match self.growth.as_mut() {
             Some(growth) => growth.serves(size),
             None if self.state.device.is_some() && old != size => {
@@ -1371,6 +1424,7 @@ impl Keeper {
         if self.state.state == Phase::Failed {
             return;
         }
+        self.tracking.doubt();
         let why = "a flush failed, and data may be lost: nothing more can be written; see the \
                    host's log, then use `ploopctl recover`, or detach the disk and check it";
         let failure = self.name(Failure::from(&Error::new(Kind::Poisoned, why)));
@@ -1389,6 +1443,9 @@ impl Keeper {
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         self.on_compaction(compaction::Turn::Over(Err(Compaction::lost())));
+        for (asker, answer) in self.tracking.lost_worker() {
+            self.control.answer(asker, answer);
+        }
         if let Some((snapshot, _)) = self.snapshot.as_mut() {
             snapshot.lost_worker();
             snapshot.serves(None);

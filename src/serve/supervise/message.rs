@@ -5,6 +5,7 @@ use crate::image::target::{Format, Source};
 use crate::io::file;
 use crate::io::room::KeepFree;
 use crate::stack::NewSize;
+use crate::tracker::Name;
 use ploop_formats::{Error, Kind};
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -296,6 +297,8 @@ pub struct WorkerConfig {
     pub cache: Cache,
     /// Space that the disk leaves to the host.
     pub keep_free: KeepFree,
+    /// The trackers that mark what is written.
+    pub trackers: Vec<WorkerTracker>,
     /// How clients are reached.
     pub mode: WorkerMode,
 }
@@ -346,11 +349,107 @@ pub enum Order {
         /// In bytes; none for as much as there is.
         bytes: Option<u64>,
     },
+    /// Something about trackers, which is done beside everything else.
+    Track(Track),
     /// Go on after `Frozen`.
     Go {
         /// With the new top, or with the old one.
         new: bool,
     },
+}
+
+/// What a worker is told about trackers. What has a number to answer with is answered by that.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Track {
+    /// Record for this tracker. Brings the set to record in, and its first generation, which has every block
+    /// and may be told of once `Tracked` is answered.
+    Start {
+        /// Number of the answer.
+        ask: u64,
+        /// The tracker.
+        name: Name,
+        /// Bytes of a block, as a power of two.
+        log2: u32,
+    },
+    /// Record in another set, which comes along. `Tracked` says that the old one is complete.
+    Seal {
+        /// Number of the answer.
+        ask: u64,
+        /// The tracker.
+        name: Name,
+        /// What the old set is from then on.
+        generation: u64,
+        /// Bytes of a block, as a power of two.
+        log2: u32,
+    },
+    /// A generation is not wanted any more.
+    Forget {
+        /// The tracker.
+        name: Name,
+        /// Which.
+        generation: u64,
+    },
+    /// A tracker is not wanted any more.
+    Stop {
+        /// Which.
+        name: Name,
+    },
+    /// Say what a generation has, and how that is stored now.
+    Extents {
+        /// Number of the answer.
+        ask: u64,
+        /// The tracker.
+        name: Name,
+        /// Which.
+        generation: u64,
+        /// From this byte of the disk on.
+        from: u64,
+        /// At most so many.
+        max: u32,
+    },
+}
+
+/// What to do about a range to have another disk hold the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExtentKind {
+    /// Copy it.
+    Data,
+    /// It reads as zeros, and has its space.
+    Zero,
+    /// It reads as zeros, and has none.
+    Discard,
+}
+
+/// A range of the disk, in bytes, that a generation has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrackedExtent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// How it is stored.
+    pub kind: ExtentKind,
+}
+
+/// A tracker's set, for a worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerSet {
+    /// Its memfd, inherited.
+    pub fd: RawFd,
+    /// Bytes of a block, as a power of two.
+    pub log2: u32,
+}
+
+/// A tracker, for a worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerTracker {
+    /// Its name.
+    pub name: Name,
+    /// What it records in.
+    pub recording: WorkerSet,
+    /// Its generations.
+    pub sealed: Vec<(u64, WorkerSet)>,
 }
 
 /// What a worker says.
@@ -407,6 +506,27 @@ pub enum Event {
     },
     /// It was not compacted, or not all of it.
     NotCompacted(Failure),
+    /// A tracker's set is complete.
+    Tracked {
+        /// Number of the order.
+        ask: u64,
+    },
+    /// An order about a tracker came to nothing.
+    NotTracked {
+        /// Number of the order.
+        ask: u64,
+        /// Why.
+        why: Failure,
+    },
+    /// What a generation has.
+    Extents {
+        /// Number of the order.
+        ask: u64,
+        /// In order.
+        extents: Vec<TrackedExtent>,
+        /// Where the next one begins; none when that is all.
+        next: Option<u64>,
+    },
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
     /// more than four times a second.
     Low,

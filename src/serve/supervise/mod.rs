@@ -11,7 +11,7 @@
 //! [`control`] what others may ask, [`metrics`] what Prometheus reads, [`host`] what a disk takes on
 //! the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a top
 //! under a running guest while users of the device are kept [`still`], [`growth`] how they give the
-//! disk another size, [`compaction`] its file shorter, [`trim`] what its file system gives back,
+//! disk another size, [`compaction`] its file shorter, [`tracking`] and [`trackers`] how both know what was written, [`trim`] what its file system gives back,
 //! [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what
 //! is done while the host is nearly full.
 
@@ -38,6 +38,8 @@ mod restart;
 mod snapshot;
 mod space;
 mod still;
+mod trackers;
+mod tracking;
 pub mod trim;
 mod turnover;
 pub mod worker;

@@ -39,6 +39,7 @@ use crate::image::target::Source;
 use crate::io::beneath::{self, Access};
 use crate::io::lock::{self, Held};
 use crate::io::memfd::SharedWords;
+use ploop_formats::descriptor::Descriptor;
 use ploop_formats::guid::Guid;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
@@ -81,8 +82,7 @@ struct Landing {
 
 impl Landing {
     /// That of this point's merge: none when it has not begun, for it would be marked.
-    fn of(dir: impl AsFd, uuid: Guid) -> Result<Option<Self>> {
-        let disk = read_descriptor(&dir)?;
+    fn of(dir: impl AsFd, disk: &Descriptor, uuid: Guid) -> Result<Option<Self>> {
         let marked = disk.shot(uuid).filter(|shot| shot.mark.is_some());
         let Some(image) = marked.and_then(|_| disk.image(uuid)) else {
             return Ok(None);
@@ -133,10 +133,18 @@ enum What {
     Freeze,
     /// A point goes of which the guest need not know.
     Remove,
+    /// The descriptor says something else of a point, or of the disk.
+    Word,
     /// The top is merged into what it stands on.
     Fold,
     /// The top goes, and another one stands on a frozen point.
     Switch,
+}
+
+impl What {
+    fn freezes(self) -> bool {
+        !matches!(self, Self::Remove | Self::Word)
+    }
 }
 
 /// What there is to do when nothing is under way any more.
@@ -207,13 +215,13 @@ impl Snapshot {
         let wanted = Wanted::Mark {
             uuid: uuid.to_string(),
         };
-        Self::start(place, uuid, What::Remove, wanted)
+        Self::start(place, uuid, What::Word, wanted)
     }
 
     /// Begins to say what a delta may take of the host, in bytes.
     pub fn begin_limit(place: &Place<'_>, bytes: Option<u64>) -> Result<Self> {
         let wanted = Wanted::Limit { bytes };
-        Self::start(place, Guid::NONE, What::Remove, wanted)
+        Self::start(place, Guid::NONE, What::Word, wanted)
     }
 
     /// Begins to give a point another file, comparing so many bytes a second at most.
@@ -273,13 +281,18 @@ impl Snapshot {
             made: None,
             outcome: None,
             stall_us: None,
-            due: (what != What::Remove).then(|| Instant::now() + PATIENCE),
+            due: what.freezes().then(|| Instant::now() + PATIENCE),
         })
     }
 
     /// Whether the guest is to wait for it.
     fn freezes(&self) -> bool {
-        self.what != What::Remove
+        self.what.freezes()
+    }
+
+    /// Whether the disk is to hold again what it held at a frozen point.
+    pub fn goes_back(&self) -> bool {
+        self.what == What::Switch
     }
 
     /// What to wait for.
@@ -320,7 +333,7 @@ impl Snapshot {
 
     /// Gives it up for this reason, if that still can be: a merge before its commit.
     pub fn hurry(&mut self, why: &str) {
-        if !self.freezes() && !self.told {
+        if self.what == What::Remove && !self.told {
             self.give_up(Error::new(Kind::Cancelled, why));
         }
     }
@@ -550,9 +563,17 @@ impl Snapshot {
         Turn::Keep
     }
 
-    /// A merge was not committed: its target is looked at anew.
+    /// A changer is gone before it said what it made: a merge was not committed, and its target is looked at
+    /// anew; a point on which nothing stands may be gone.
     fn cut(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
-        match Landing::of(&dir, self.uuid) {
+        let landing = read_descriptor(&dir).and_then(|disk| {
+            if self.removal.is_some() && disk.shot(self.uuid).is_none() {
+                self.made = Some(Made::Dropped);
+                self.outcome = Some(Ok(()));
+            }
+            Landing::of(&dir, &disk, self.uuid)
+        });
+        match landing {
             Ok(None) => Turn::Keep,
             Ok(Some(landing)) => self.land(dir, worker, landing),
             Err(e) => {
@@ -635,7 +656,7 @@ impl Snapshot {
             // A changer that died before it could say so may have committed all the same.
             let committed = match self.what {
                 What::Freeze | What::Switch => Made::Top,
-                What::Fold | What::Remove => Made::Folded,
+                What::Fold | What::Remove | What::Word => Made::Folded,
             };
             let made = self.made.take().unwrap_or(committed);
             match removal.next(made, self.stall_us) {

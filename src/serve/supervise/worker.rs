@@ -7,8 +7,9 @@
 
 use super::child::{CONTROL_FD, MESSAGE_MAX};
 use super::inherit;
-use super::message::{Cache, Event, Failure, Order, WorkerConfig, WorkerMode, WorkerTls};
+use super::message::{Cache, Event, Failure, Order, Track, WorkerConfig, WorkerMode, WorkerTls};
 use super::packet;
+use super::trackers::{self, Clerk};
 use super::turnover::{self, Ordered, Turnover};
 use crate::counters::{Counted, Counters};
 use crate::device::Device;
@@ -24,6 +25,7 @@ use crate::serve::broken::Broken;
 use crate::serve::nbd::credentials::Credentials;
 use crate::serve::{fuse, nbd};
 use crate::stack::AnyLayer;
+use crate::tracker::{Registry, Tracked};
 use bytes::Bytes;
 use futures_util::future::{Either, select};
 use ploop_formats::descriptor::Descriptor;
@@ -144,10 +146,13 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let (top, watched) = watch::channel(disk.stack().top().store().clone());
     top.borrow().set_limit(limit);
     let disk = Arc::new(disk);
+    let registry = Arc::new(trackers::take(config.trackers)?);
     // What a predecessor had not answered is asked again, of this one.
     counters.forget_unanswered();
-    let device = Arc::new(Counted::new(Arc::clone(&disk), counters));
-    let transport = Transport::take(config.mode, &device, engine, config.sandbox)?;
+    let tracked = Tracked::new(Arc::clone(&disk), registry.recorder());
+    let device = Arc::new(Counted::new(Arc::new(tracked), counters));
+    let offered = Arc::clone(&registry);
+    let transport = Transport::take(config.mode, &device, offered, engine, config.sandbox)?;
     if config.sandbox && !matches!(transport, Transport::Nbd { .. }) {
         // The only thread there will be.
         sandbox::narrow()?;
@@ -166,7 +171,14 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     let (orders, ordered) = mpsc::unbounded_channel();
-    exec::spawn(hear(Arc::clone(control), stop, orders));
+    let (tracks, tracked) = mpsc::unbounded_channel();
+    exec::spawn(hear(Arc::clone(control), stop, orders, tracks));
+    let clerk = Clerk {
+        registry,
+        device: Arc::clone(&disk),
+        control: Arc::clone(control),
+    };
+    exec::spawn(clerk.run(tracked));
     exec::spawn(change(
         ledger.map(|ledger| Turnover {
             disk: Arc::clone(&disk),
@@ -253,7 +265,8 @@ async fn serve_errors(
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     let (orders, ordered) = mpsc::unbounded_channel();
-    exec::spawn(hear(Arc::clone(control), stop, orders));
+    let (tracks, _) = mpsc::unbounded_channel();
+    exec::spawn(hear(Arc::clone(control), stop, orders, tracks));
     exec::spawn(change(None, Arc::clone(control), ordered));
     let served = fuse::serve(fd, session, Arc::new(device), wait(stopped)).await;
     served.map(|_| ())
@@ -287,6 +300,7 @@ async fn hear(
     control: Arc<OwnedFd>,
     stop: watch::Sender<bool>,
     orders: mpsc::UnboundedSender<Ordered>,
+    tracks: mpsc::UnboundedSender<(Track, Vec<OwnedFd>)>,
 ) {
     loop {
         if exec::readable(&control).await.is_err() {
@@ -298,6 +312,7 @@ async fn hear(
                 stop.send_replace(true);
             }
             // Who changes nothing hears nothing.
+            Ok(Some((Order::Track(order), fds))) => drop(tracks.send((order, fds))),
             Ok(Some(ordered)) => drop(orders.send(ordered)),
             Err(_) => std::process::exit(1),
         }
@@ -380,7 +395,7 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
     }
 }
 
-type Served = Counted<Disk<FileStore>>;
+type Served = Counted<Tracked<Disk<FileStore>>>;
 
 /// TLS with the credentials that the keeper read.
 fn tls(given: WorkerTls) -> Result<nbd::Tls> {
@@ -414,6 +429,7 @@ impl Transport {
     fn take(
         mode: WorkerMode,
         device: &Arc<Served>,
+        registry: Arc<Registry>,
         engine: Engine,
         confined: bool,
     ) -> Result<Self> {
@@ -443,6 +459,7 @@ impl Transport {
                     tls: given.map(tls).transpose()?,
                     end_with_last_client: until_idle,
                     confined,
+                    registry,
                     ..Default::default()
                 };
                 let server = nbd::Server::new(Arc::clone(device), options, engine)?;

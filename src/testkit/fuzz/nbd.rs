@@ -3,11 +3,14 @@
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::io::exec::{self, Engine};
+use crate::io::memfd::SharedWords;
 use crate::serve::nbd::handshake::{Handshake, Offer, Step, Tls};
 use crate::serve::nbd::limits;
+use crate::serve::nbd::meta::Context;
 use crate::serve::nbd::proto::{IHAVEOPT, OPTION_REPLY, REQUEST, command, option};
 use crate::serve::nbd::{Options, Server};
 use crate::stack::AnyLayer;
+use crate::tracker::Blocks;
 use bytes::{Buf, BufMut, BytesMut};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::{Header, Ploop, Version, create};
@@ -22,14 +25,23 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const SIZE: u64 = 1 << 20;
-const OFFER: Offer = Offer {
-    name: "disk",
-    description: "a disk",
-    size: SIZE,
-    read_only: false,
-    preferred: 65536,
-};
-/// What a client gets for one option at most: one that lists contexts names two.
+const NAME: &str = "disk";
+
+/// A disk that has a tracker with a generation.
+fn offer() -> Offer<'static> {
+    let words = SharedWords::create(2).expect("two words");
+    let set = Arc::new(Blocks::new(words, 16).expect("a set"));
+    Offer {
+        name: NAME,
+        description: "a disk",
+        size: SIZE,
+        read_only: false,
+        preferred: 65536,
+        dirty: vec![Context::Dirty("b0".into(), set)],
+    }
+}
+
+/// What a client gets for one option at most: one that lists contexts names three.
 const REPLY_MAX: usize = 32 << 10;
 
 /// Bytes of a client from its flags on; the first byte says in how large pieces they arrive.
@@ -45,16 +57,17 @@ pub fn handshake(input: &[u8]) {
 
 fn negotiation(tls: Tls, piece: usize, input: &[u8]) {
     let (mut state, mut waiting) = (Handshake::new(tls), BytesMut::new());
+    let offer = offer();
     let mut silent = tls == Tls::Required;
     for bytes in input.chunks(piece) {
         waiting.extend_from_slice(bytes);
         loop {
             let mut out = Vec::new();
             let before = waiting.len();
-            let step = state.advance(&OFFER, &mut waiting, &mut out);
+            let step = state.advance(&offer, &mut waiting, &mut out);
             well_formed(&out);
             assert!(out.len() <= REPLY_MAX * (1 + before / 16));
-            let told = out.windows(4).any(|w| w == OFFER.name.as_bytes());
+            let told = out.windows(4).any(|w| w == NAME.as_bytes());
             assert!(!silent || !told && !matches!(step, Step::Start(_)));
             match step {
                 Step::More => break,
@@ -65,7 +78,7 @@ fn negotiation(tls: Tls, piece: usize, input: &[u8]) {
                 }
                 Step::Start(start) => {
                     let mut out = Vec::new();
-                    state.accept(&OFFER, &start, &mut out);
+                    state.accept(&offer, &start, &mut out);
                     assert!(!out.is_empty() && out.len() <= REPLY_MAX);
                     // As when all seats are taken: the negotiation goes on where it can.
                     let mut out = Vec::new();

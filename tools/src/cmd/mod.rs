@@ -26,6 +26,7 @@ pub mod snapshot;
 mod stat;
 mod top;
 mod tour;
+mod track;
 pub mod twin;
 pub mod umount;
 
@@ -84,6 +85,8 @@ pub enum Command {
     Replace(replace::Args),
     #[command(name = "restore-descriptor", after_help = restore::EXAMPLE)]
     RestoreDescriptor(restore::Args),
+    #[command(after_help = track::EXAMPLES)]
+    Track(track::Args),
     #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
     Delete(delete::Args),
     #[command(after_help = "Example: ploopctl recover /mnt/100")]
@@ -121,6 +124,7 @@ pub fn run(command: Command, global: &Global) -> Result<Answer> {
         Command::Convert(args) => convert::run(&args, global),
         Command::Replace(args) => replace::run(&args, global),
         Command::RestoreDescriptor(args) => restore::run(&args, global),
+        Command::Track(args) => track::run(args, output),
         Command::Delete(args) => delete::run(&args),
         Command::Recover(args) => recover::run(&args, global),
         Command::Doctor(args) => doctor::run(&args, global),

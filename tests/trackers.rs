@@ -1,0 +1,464 @@
+//! Trackers: generations have what was written and no more, stock tools are told the same, and who copies
+//! them has the disk, whatever happens to it meanwhile.
+
+#![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod common;
+
+use common::attach::{Attached, can_mount, child_of, kill, run_directory};
+use common::files::Random;
+use common::nbd::Client;
+use common::process::{eventually, ok};
+use common::programs::tool;
+use common::serve::{Disk, Server};
+use common::tree::{freeze, remove};
+use common::{count, have};
+use ploop::client::Remote;
+use ploop::image::grow::Wanted;
+use ploop::serve::supervise::control::TrackAsk;
+use ploop::tracker::Name;
+use ploop::{Kind, Result};
+use ploop_formats::guid::Guid;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+const SECTOR: u64 = 512;
+
+fn name() -> Name {
+    "b0".parse().unwrap()
+}
+
+/// Asks the keeper of a disk, whose worker may just be dead.
+fn ask(disk: &Disk, ask: &TrackAsk) -> Result<Value> {
+    Remote::connect(&run_directory(&disk.path()))?.track(ask.clone())
+}
+
+/// Starts a tracker, of a disk that may just begin to serve.
+fn start(disk: &Disk, granularity: u64) {
+    let name = name();
+    let granularity = Some(granularity);
+    let start = TrackAsk::Start { name, granularity };
+    eventually("a tracker", PATIENCE, || match ask(disk, &start) {
+        Err(e) if e.kind() == Kind::Busy => None,
+        started => Some(started.unwrap()),
+    });
+}
+
+fn done_with(disk: &Disk, generation: u64) {
+    let name = name();
+    ask(disk, &TrackAsk::Ack { name, generation }).unwrap();
+}
+
+fn seal(disk: &Disk) -> Result<u64> {
+    let said = ask(disk, &TrackAsk::Seal { name: name() })?;
+    Ok(said["generation"].as_u64().unwrap())
+}
+
+/// What a generation has, asked for in pieces of so many extents.
+fn extents(disk: &Disk, generation: u64, max: u32) -> Result<Vec<(Range<u64>, String)>> {
+    let (mut found, mut from) = (Vec::new(), Some(0));
+    while let Some(next) = from {
+        let said = ask(
+            disk,
+            &TrackAsk::Extents {
+                name: name(),
+                generation,
+                from: next,
+                max: Some(max),
+            },
+        )?;
+        for extent in said["extents"].as_array().unwrap() {
+            let number = |name: &str| extent[name].as_u64().unwrap();
+            let (offset, kind) = (number("offset"), extent["kind"].as_str().unwrap());
+            found.push((offset..offset + number("length"), kind.to_string()));
+        }
+        from = said["next"].as_u64();
+    }
+    Ok(found)
+}
+
+fn blocks_of(range: Range<u64>, granularity: u64) -> Range<u64> {
+    range.start / granularity..range.end.div_ceil(granularity)
+}
+
+/// What nbdinfo says of a bitmap.
+fn map_of(server: &Server, bitmap: &str) -> Vec<Range<u64>> {
+    let mut command = tool("nbdinfo");
+    command.arg(format!("--map=qemu:dirty-bitmap:{bitmap}"));
+    let said = ok(command.arg("--json").arg(server.uri()));
+    let runs: Value = serde_json::from_str(&said).unwrap();
+    let dirty = runs.as_array().unwrap().iter().filter(|r| r["type"] == 1);
+    let range = |run: &Value| {
+        let start = run["offset"].as_u64().unwrap();
+        start..start + run["length"].as_u64().unwrap()
+    };
+    dirty.map(range).collect()
+}
+
+/// A write that was answered, when it was asked for, and when it was answered.
+struct Written {
+    range: Range<u64>,
+    asked: Instant,
+    answered: Instant,
+}
+
+/// Writes and discards at random places until it is told to stop.
+fn write_on(socket: &Path, seed: u64, size: u64, stop: &AtomicBool) -> Vec<Written> {
+    let (mut random, mut journal) = (Random::new(seed), Vec::new());
+    let mut client = Client::connect(socket).unwrap();
+    while !stop.load(Ordering::Relaxed) {
+        let len = (1 + random.below(64)) * SECTOR;
+        let at = random.below((size - len) / SECTOR) * SECTOR;
+        let asked = Instant::now();
+        let error = match random.below(8) {
+            0 => client.trim(at, len as u32),
+            _ => client.write(at, &random.bytes(len as usize)),
+        };
+        assert_eq!(error.unwrap(), 0);
+        journal.push(Written {
+            range: at..at + len,
+            asked,
+            answered: Instant::now(),
+        });
+        thread::sleep(Duration::from_micros(random.below(3000)));
+    }
+    client.disconnect().unwrap();
+    journal
+}
+
+#[test]
+fn what_is_sealed_is_what_was_written_and_stock_tools_say_the_same() {
+    let test = "what_is_sealed_is_what_was_written_and_stock_tools_say_the_same";
+    if !have(test, &["nbdinfo"]) {
+        return;
+    }
+    let (seals, mut writes, mut random) = (30, 0, Random::new(7));
+    for granularity in [4096, 64 << 10, MIB] {
+        let size = 512 * MIB;
+        let disk = Disk::new("512M", &[]);
+        let server = disk.serve(&[]);
+        start(&disk, granularity);
+        done_with(&disk, 0);
+        let stop = AtomicBool::new(false);
+        let mut sealed: Vec<(Instant, Instant, BTreeSet<u64>)> = Vec::new();
+        let journal: Vec<Written> = thread::scope(|scope| {
+            let writer = |seed| {
+                let (socket, stop) = (server.socket(), &stop);
+                scope.spawn(move || write_on(socket, seed, size, stop))
+            };
+            let writers: Vec<_> = (0..4).map(writer).collect();
+            for n in 0..seals {
+                thread::sleep(Duration::from_millis(random.below(60)));
+                if n + 1 == seals {
+                    stop.store(true, Ordering::Relaxed);
+                    thread::sleep(Duration::from_millis(200));
+                }
+                let began = Instant::now();
+                let generation = seal(&disk).unwrap();
+                let ended = Instant::now();
+                let found = extents(&disk, generation, 1 + random.below(600) as u32).unwrap();
+                let joined = map_of(&server, "b0");
+                assert_eq!(joined, map_of(&server, &format!("b0.{generation}")));
+                let blocks = |ranges: &[Range<u64>]| -> BTreeSet<u64> {
+                    let blocks = ranges.iter().cloned();
+                    blocks.flat_map(|r| blocks_of(r, granularity)).collect()
+                };
+                let ranges: Vec<Range<u64>> = found.into_iter().map(|(r, _)| r).collect();
+                assert_eq!(blocks(&ranges), blocks(&joined), "generation {generation}");
+                sealed.push((began, ended, blocks(&ranges)));
+                done_with(&disk, generation);
+            }
+            let all = writers.into_iter().flat_map(|w| w.join().unwrap());
+            all.collect()
+        });
+        for (n, (began, ended, blocks)) in sealed.iter().enumerate() {
+            let before = n.checked_sub(1).map(|n| (sealed[n].0, sealed[n].1));
+            let (mut least, mut most) = (BTreeSet::new(), BTreeSet::new());
+            for write in &journal {
+                let touched = blocks_of(write.range.clone(), granularity);
+                let is_later = before.is_none_or(|(_, ended)| write.asked > ended);
+                if is_later && write.answered < *began {
+                    least.extend(touched.clone());
+                }
+                let may_be = before.is_none_or(|(began, _)| write.answered > began);
+                if may_be && write.asked < *ended {
+                    most.extend(touched);
+                }
+            }
+            assert!(
+                least.is_subset(blocks),
+                "generation {n} lacks what was written"
+            );
+            assert!(blocks.is_subset(&most), "generation {n} has what was not");
+        }
+        writes += journal.len();
+        server.stop();
+    }
+    println!("COUNT: {test}: {writes} writes, {seals} seals for each of 3 granularities");
+}
+
+/// Writes at random places, beginning anew when the connection ends, until it is told to stop.
+fn write_whatever(socket: &Path, seed: u64, size: u64, stop: &AtomicBool) -> u64 {
+    let (mut random, mut writes) = (Random::new(seed), 0);
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(mut client) = Client::connect(socket) else {
+            thread::sleep(Duration::from_millis(5));
+            continue;
+        };
+        while !stop.load(Ordering::Relaxed) {
+            let len = (1 + random.below(128)) * SECTOR;
+            let at = random.below((size - len) / SECTOR) * SECTOR;
+            let error = match random.below(8) {
+                0 => client.trim(at, len as u32),
+                _ => client.write(at, &random.bytes(len as usize)),
+            };
+            match error {
+                Ok(error) => assert_eq!(error, 0),
+                // What was asked for may have been done or not.
+                Err(_) => break,
+            }
+            writes += 1;
+            thread::sleep(Duration::from_micros(random.below(500)));
+        }
+    }
+    writes
+}
+
+/// A copy of a disk, brought up to date by generations.
+struct Copy {
+    file: File,
+    bytes: u64,
+}
+
+impl Copy {
+    /// Copies what a generation has. Fails where the worker died: then it is to be done again.
+    fn take(&mut self, disk: &Disk, server: &Server, generation: u64) -> Result<()> {
+        let found = extents(disk, generation, 100)?;
+        let mut client = Client::connect(server.socket())?;
+        for (range, _) in found {
+            for at in range.clone().step_by(MIB as usize) {
+                let len = (range.end - at).min(MIB);
+                let data = client.read(at, len as u32)?;
+                self.file.write_all_at(&data, at)?;
+                self.bytes += len;
+            }
+        }
+        Ok(())
+    }
+
+    /// Which byte is not what the disk has.
+    fn difference(&self, server: &Server, size: u64) -> Option<u64> {
+        let mut client = Client::connect(server.socket()).unwrap();
+        for at in (0..size).step_by(MIB as usize) {
+            let data = client.read(at, MIB as u32).unwrap();
+            let mut ours = vec![0; MIB as usize];
+            let got = self.file.read_at(&mut ours, at).unwrap();
+            ours[got..].fill(0);
+            if let Some(n) = (0..data.len()).find(|n| data[*n] != ours[*n]) {
+                return Some(at + n as u64);
+            }
+        }
+        None
+    }
+}
+
+/// One thing that happens to a disk while it is copied; how many workers that killed.
+fn happen(disk: &Disk, server: &Server, random: &mut Random, points: &mut Vec<Guid>) -> u64 {
+    match random.below(4) {
+        0 => {
+            if let Ok((point, _)) = freeze(disk, 0) {
+                points.push(point.uuid);
+            }
+            0
+        }
+        1 if !points.is_empty() => {
+            let uuid = points.remove(random.below(points.len() as u64) as usize);
+            let _ = remove(disk, uuid);
+            0
+        }
+        _ => match child_of(server.pid(), "--worker") {
+            Some(worker) => {
+                kill(worker);
+                1
+            }
+            None => 0,
+        },
+    }
+}
+
+#[test]
+fn who_copies_generations_has_the_disk_whatever_happened_to_it() {
+    let test = "who_copies_generations_has_the_disk_whatever_happened_to_it";
+    let (chains, rounds) = (count("PLOOP_TRACK_CHAINS", 3), 20);
+    let (killed, mut writes, mut copied) = (AtomicU64::new(0), 0, 0);
+    for chain in 0..chains {
+        let (size, mut random) = (96 * MIB, Random::new(chain + 100));
+        let disk = Disk::new("96M", &[]);
+        let server = disk.serve(&[]);
+        // Larger blocks would all be written all the time.
+        let granularity = 4096 << (2 * random.below(3));
+        start(&disk, granularity);
+        let mut options = File::options();
+        let file = options.read(true).write(true).create_new(true);
+        let mut copy = Copy {
+            file: file.open(disk.beside("copy")).unwrap(),
+            bytes: 0,
+        };
+        let (stop, points) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+        thread::scope(|scope| {
+            let writer = |seed| {
+                let (socket, stop) = (server.socket(), &stop);
+                scope.spawn(move || write_whatever(socket, seed, size, stop))
+            };
+            let writers: Vec<_> = (0..4).map(|n| writer(chain * 10 + n)).collect();
+            let mut generation = 0;
+            for round in 0..rounds {
+                let last = round + 1 == rounds;
+                if last {
+                    stop.store(true, Ordering::Relaxed);
+                } else {
+                    // In the middle of the copy and of the seal, and of neither.
+                    let wait = Duration::from_millis(random.below(80));
+                    let mut random = Random::new(chain * 1000 + round);
+                    let (disk, server, points, killed) = (&disk, &server, &points, &killed);
+                    scope.spawn(move || {
+                        thread::sleep(wait);
+                        let mut points = points.lock().unwrap();
+                        let count = happen(disk, server, &mut random, &mut points);
+                        killed.fetch_add(count, Ordering::Relaxed);
+                    });
+                }
+                match random.below(5) {
+                    // Given back, it is part of a later one.
+                    0 if generation > 0 => {
+                        let name = name();
+                        ask(&disk, &TrackAsk::Nack { name, generation }).unwrap();
+                    }
+                    _ => {
+                        eventually("a copy", PATIENCE, || {
+                            copy.take(&disk, &server, generation).ok()
+                        });
+                        done_with(&disk, generation);
+                    }
+                }
+                generation = eventually("a seal", PATIENCE, || seal(&disk).ok());
+            }
+            writes += writers.into_iter().map(|w| w.join().unwrap()).sum::<u64>();
+            // Nothing is written any more: one for what was on its way, and that is all.
+            for _ in 0..2 {
+                eventually("a copy", PATIENCE, || {
+                    copy.take(&disk, &server, generation).ok()
+                });
+                generation = eventually("a seal", PATIENCE, || seal(&disk).ok());
+            }
+        });
+        let wrong = copy.difference(&server, size);
+        assert_eq!(wrong, None, "chain {chain}, blocks of {granularity}");
+        copied += copy.bytes / MIB;
+        server.stop();
+    }
+    let killed = killed.into_inner();
+    println!(
+        "COUNT: {test}: {chains} chains of {rounds} rounds, {writes} writes, {killed} workers killed, {copied} MiB copied"
+    );
+    assert!(killed > 0, "no worker was killed");
+}
+
+#[test]
+fn a_tracker_that_was_stopped_leaves_nothing_to_its_namesake() {
+    let test = "a_tracker_that_was_stopped_leaves_nothing_to_its_namesake";
+    if !have(test, &["nbdinfo"]) {
+        return;
+    }
+    let disk = Disk::new("64M", &[]);
+    let server = disk.serve(&[]);
+    for round in 0..6 {
+        start(&disk, 64 << 10);
+        for _ in 0..3 {
+            seal(&disk).unwrap();
+        }
+        assert_eq!(map_of(&server, "b0"), []);
+        // The next worker is told of it, or hears nothing of it, or hears of its end.
+        kill(eventually("a worker", PATIENCE, || {
+            child_of(server.pid(), "--worker")
+        }));
+        thread::sleep(Duration::from_millis(5 * round));
+        done_with(&disk, 3);
+        ask(&disk, &TrackAsk::Stop { name: name() }).unwrap();
+        start(&disk, 64 << 10);
+        let (map, all) = (map_of(&server, "b0"), 0..64 * MIB);
+        assert_eq!(map.first(), Some(&all), "round {round}");
+        ask(&disk, &TrackAsk::Stop { name: name() }).unwrap();
+    }
+    // Who asks in vain, and often, is in nobody's way.
+    start(&disk, 64 << 10);
+    for _ in 0..3 {
+        kill(eventually("a worker", PATIENCE, || {
+            child_of(server.pid(), "--worker")
+        }));
+        for _ in 0..50 {
+            let _ = extents(&disk, 0, 5);
+        }
+    }
+    eventually("a seal", PATIENCE, || seal(&disk).ok());
+    server.stop();
+}
+
+#[test]
+fn growth_is_told_of_and_a_point_that_is_gone_back_to_makes_all_unknown() {
+    let test = "growth_is_told_of_and_a_point_that_is_gone_back_to_makes_all_unknown";
+    if !can_mount(test) {
+        return;
+    }
+    let disk = Disk::new("64M", &[]);
+    let attached = Attached::device_of(&disk);
+    start(&disk, 64 << 10);
+    done_with(&disk, 0);
+    let mut remote = Remote::connect(&run_directory(&disk.path())).unwrap();
+    remote.grow(Wanted::To(256 * MIB)).unwrap();
+    let device = File::options().write(true).open(&attached.device).unwrap();
+    device.write_all_at(&[1; 4096], 200 * MIB).unwrap();
+    device.sync_all().unwrap();
+    let generation = seal(&disk).unwrap();
+    let found = extents(&disk, generation, 512).unwrap();
+    let holds =
+        |(range, kind): &(Range<u64>, String)| range.contains(&(200 * MIB)) && kind == "data";
+    assert!(found.iter().any(holds), "{found:?}");
+    assert!(
+        found.iter().all(|(range, _)| range.start >= 64 * MIB),
+        "{found:?}"
+    );
+    device.write_all_at(&[2; 4096], 100 * MIB).unwrap();
+    device.sync_all().unwrap();
+    let generation = seal(&disk).unwrap();
+    let found = extents(&disk, generation, 512).unwrap();
+    let wanted = [(100 * MIB..100 * MIB + 4096, "data".to_string())];
+    assert_eq!(found.first(), wanted.first(), "exact again");
+    drop(device);
+    let (point, _) = freeze(&disk, 0).unwrap();
+    let stat = || ask(&disk, &TrackAsk::Stat).unwrap()["trackers"][0].clone();
+    assert_eq!(
+        (&stat()["unknown"], &stat()["recorded"]),
+        (&json!(false), &json!(0))
+    );
+    remote.switch(point.uuid.bare()).unwrap();
+    assert_eq!(stat()["unknown"], true);
+    let generation = eventually("another worker", PATIENCE, || seal(&disk).ok());
+    let found = extents(&disk, generation, 512).unwrap();
+    assert_eq!(
+        found.iter().map(|(r, _)| r.end - r.start).sum::<u64>(),
+        256 * MIB
+    );
+    assert_eq!(stat()["unknown"], false);
+    attached.detach();
+}
