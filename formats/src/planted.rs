@@ -74,6 +74,8 @@ pub enum Bug {
     BitsUnsaid,
     /// A place that others still read is given to somebody else.
     LeftPlaceFree,
+    /// A tracker hears of a write when that is over, and not before.
+    MarkOnlyAfter,
 }
 
 impl Bug {

@@ -14,6 +14,7 @@
 pub mod chains;
 pub mod changes;
 pub mod compacts;
+pub mod copies;
 pub mod crash;
 pub mod death;
 pub mod engine;

@@ -1,6 +1,8 @@
 //! What a campaign tests: something that opens a disk on simulated files.
 
 use crate::device::Device;
+use crate::io::memfd::SharedWords;
+use crate::tracker::Recorder;
 use ploop_formats::Result;
 use ploop_formats::ledger::{Ledger, LocalWords, Words};
 use ploop_formats::store::fault::{FaultStore, Faults};
@@ -69,6 +71,8 @@ pub struct Chain {
     pub raw_base: bool,
     /// What a predecessor had answered.
     pub ledger: Ledger,
+    /// Who marks what is written, where somebody does.
+    pub recorder: Arc<Recorder<SharedWords>>,
 }
 
 /// Something that opens a disk on simulated files.
@@ -105,6 +109,8 @@ pub struct Bench {
     pub mutator: Mutator,
     /// Whether the lowest file is a flat image.
     pub raw_base: bool,
+    /// Who marks what is written, where somebody does.
+    pub recorder: Arc<Recorder<SharedWords>>,
 }
 
 impl Bench {
@@ -117,6 +123,7 @@ impl Bench {
             stores,
             raw_base: self.raw_base,
             ledger: Ledger::new(words.clone()),
+            recorder: self.recorder.clone(),
         }
     }
 

@@ -11,6 +11,7 @@
 
 use super::blocks::{Blocks, Words};
 use super::sync::{Arc, Current, Mutex, lock};
+use ploop_formats::planted::{self, Bug};
 
 /// Sets that record at the same time.
 pub type Sets<W> = Vec<Arc<Blocks<W>>>;
@@ -45,7 +46,9 @@ impl<W: Words> Recorder<W> {
     /// Marks a write of `len` bytes, not 0, at `at`, which begins.
     pub fn begin(&self, at: u64, len: u64) -> Marking<'_, W> {
         let began = self.now.load_full();
-        mark(&began, at, len);
+        if !planted::is(Bug::MarkOnlyAfter) {
+            mark(&began, at, len);
+        }
         Marking {
             recorder: self,
             at,
@@ -67,6 +70,13 @@ impl<W: Words> Recorder<W> {
         // What who held it wrote happened before this is seen.
         past.retain_mut(|sets| Arc::get_mut(sets).is_none());
         past.is_empty()
+    }
+}
+
+impl<W: Words> Default for Recorder<W> {
+    /// One that records nothing.
+    fn default() -> Self {
+        Self::new(Vec::new())
     }
 }
 

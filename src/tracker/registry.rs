@@ -62,19 +62,10 @@ struct Known {
 }
 
 /// The trackers of a disk.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Registry {
     recorder: Arc<Recorder<SharedWords>>,
     known: Mutex<BTreeMap<Name, Known>>,
-}
-
-impl Default for Registry {
-    fn default() -> Self {
-        Self {
-            recorder: Arc::new(Recorder::new(Vec::new())),
-            known: Mutex::default(),
-        }
-    }
 }
 
 impl Registry {

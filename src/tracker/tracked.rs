@@ -19,6 +19,11 @@ impl<D> Tracked<D> {
     pub const fn new(device: Arc<D>, recorder: Arc<Recorder<SharedWords>>) -> Self {
         Self { device, recorder }
     }
+
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
 }
 
 impl<D: Device> Device for Tracked<D> {

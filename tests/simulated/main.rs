@@ -8,6 +8,7 @@ mod chains;
 mod changes;
 mod compact;
 mod conversions;
+mod copies;
 mod crash;
 mod engine;
 mod exports;
