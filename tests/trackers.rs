@@ -414,6 +414,58 @@ fn a_tracker_that_was_stopped_leaves_nothing_to_its_namesake() {
     server.stop();
 }
 
+/// Copies what is sealed from the device, however often it takes.
+fn copy_from(device: &Path, disk: &Disk, copy: &File) {
+    let generation = eventually("a seal", PATIENCE, || seal(disk).ok());
+    let found = eventually("extents", PATIENCE, || extents(disk, generation, 512).ok());
+    let device = File::open(device).unwrap();
+    for (range, _) in found {
+        let mut data = vec![0; (range.end - range.start) as usize];
+        device.read_exact_at(&mut data, range.start).unwrap();
+        copy.write_all_at(&data, range.start).unwrap();
+    }
+    done_with(disk, generation);
+}
+
+#[test]
+fn who_copies_a_disk_that_goes_back_has_what_it_went_back_to() {
+    let test = "who_copies_a_disk_that_goes_back_has_what_it_went_back_to";
+    if !can_mount(test) {
+        return;
+    }
+    let (disk, mut random) = (Disk::new("16M", &[]), Random::new(3));
+    let attached = Attached::device_of(&disk);
+    let device = &attached.device;
+    let write = |random: &mut Random| {
+        let file = File::options().write(true).open(device).unwrap();
+        for _ in 0..50 {
+            let at = random.below(15 * MIB / 4096) * 4096;
+            file.write_all_at(&random.bytes(8192), at).unwrap();
+        }
+        file.sync_all().unwrap();
+    };
+    write(&mut random);
+    start(&disk, 4096);
+    done_with(&disk, 0);
+    let copy = File::create_new(disk.beside("copy")).unwrap();
+    copy.set_len(16 * MIB).unwrap();
+    std::io::copy(&mut File::open(device).unwrap(), &mut &copy).unwrap();
+    let mut remote = Remote::connect(&run_directory(&disk.path())).unwrap();
+    for _ in 0..5 {
+        let (point, _) = freeze(&disk, 0).unwrap();
+        write(&mut random);
+        thread::scope(|scope| {
+            let copier = scope.spawn(|| (0..8).for_each(|_| copy_from(device, &disk, &copy)));
+            thread::sleep(Duration::from_millis(random.below(60)));
+            remote.switch(point.uuid.bare()).unwrap();
+            copier.join().unwrap();
+        });
+        copy_from(device, &disk, &copy);
+        common::files::assert_same(device, &disk.beside("copy"));
+    }
+    attached.detach();
+}
+
 #[test]
 fn growth_is_told_of_and_a_point_that_is_gone_back_to_makes_all_unknown() {
     let test = "growth_is_told_of_and_a_point_that_is_gone_back_to_makes_all_unknown";
