@@ -563,11 +563,16 @@ impl Snapshot {
         Turn::Keep
     }
 
-    /// A changer is gone before it said what it made: a merge was not committed, and its target is looked at
-    /// anew; a point on which nothing stands may be gone.
+    /// A changer is gone before it made anything that it could tell of: a merge was not committed, and its target
+    /// is looked at anew. Of one that was given up, a point on which nothing stands may be gone.
     fn cut(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
         let landing = read_descriptor(&dir).and_then(|disk| {
-            if self.removal.is_some() && disk.shot(self.uuid).is_none() {
+            let cancelled = |e: &Error| e.kind() == Kind::Cancelled;
+            let given_up = self
+                .outcome
+                .as_ref()
+                .is_some_and(|o| o.as_ref().is_err_and(cancelled));
+            if given_up && self.removal.is_some() && disk.shot(self.uuid).is_none() {
                 self.made = Some(Made::Dropped);
                 self.outcome = Some(Ok(()));
             }
