@@ -43,13 +43,13 @@ fn ask(disk: &Disk, ask: &TrackAsk) -> Result<Value> {
     Remote::connect(&run_directory(&disk.path()))?.track(ask.clone())
 }
 
-/// Starts a tracker, of a disk that may just begin to serve.
+/// Starts a tracker, of a disk whose worker may just begin to serve, or die.
 fn start(disk: &Disk, granularity: u64) {
     let name = name();
     let granularity = Some(granularity);
     let start = TrackAsk::Start { name, granularity };
     eventually("a tracker", PATIENCE, || match ask(disk, &start) {
-        Err(e) if e.kind() == Kind::Busy => None,
+        Err(e) if [Kind::Busy, Kind::Io].contains(&e.kind()) => None,
         started => Some(started.unwrap()),
     });
 }
