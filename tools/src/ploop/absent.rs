@@ -38,7 +38,7 @@ const ABSENT: &[Absent] = &[
     },
     Absent {
         names: &["cbt"],
-        why: "changed blocks are not tracked; `ploopctl snapshot diff` compares two snapshots",
+        why: "`ploopctl track` says what is written from now on, and `snapshot diff` compares two snapshots",
         code: Code::NoCbt,
     },
 ];
