@@ -212,33 +212,32 @@ impl Remote {
     /// Hears how far a request is, and its answer. What is ended is waited for, too: until then the
     /// disk is being changed.
     fn follow(&mut self, id: u64, far: &mut dyn FnMut(Option<Far>) -> Result<()>) -> Result<Value> {
-        let (mut due, mut ended) = (Instant::now() + FREEZE_PATIENCE, None);
+        let (mut heard, mut ended) = (Instant::now(), None);
         loop {
             self.due = Some(Instant::now() + BLINK);
             let news = match self.hear::<Answer>() {
-                // A keeper that does not understand knows no number, either.
+                Ok(answer) if answer.progress.is_some() => {
+                    heard = Instant::now();
+                    answer.progress
+                }
+                // To what ended it.
                 Ok(answer) if answer.id != id && answer.error.is_none() => None,
-                Ok(answer) if answer.progress.is_none() => {
-                    let answer_to = answer.id;
+                Ok(answer) => {
+                    // A keeper that does not understand the end of it knows no number, either.
+                    let is_other = answer.id != id;
                     return answered(answer, id).map_err(|e| match ended {
-                        Some(why) if e.kind() == Kind::Cancelled || answer_to != id => why,
+                        Some(why) if is_other || e.kind() == Kind::Cancelled => why,
                         _ => e,
                     });
                 }
-                Ok(answer) => answer.progress,
-                Err(e) if e.kind() == Kind::TimedOut && Instant::now() < due => None,
+                Err(e) if e.kind() == Kind::TimedOut && heard.elapsed() < FREEZE_PATIENCE => None,
                 Err(e) => return Err(ended.unwrap_or(e)),
             };
-            if ended.is_some() {
-                continue;
-            }
-            if news.is_some() {
-                due = Instant::now() + FREEZE_PATIENCE;
-            }
-            if let Err(why) = far(news) {
+            if ended.is_none()
+                && let Err(why) = far(news)
+            {
                 self.tell(Ask::Cancel { request: id })?;
-                due = Instant::now() + FREEZE_PATIENCE;
-                ended = Some(why);
+                (heard, ended) = (Instant::now(), Some(why));
             }
         }
     }
@@ -410,6 +409,12 @@ fn ask_some<P: AsRef<Path>>(runs: &[P], asks: &[Ask], patience: Duration) -> Vec
 /// An answer as what it should be.
 pub fn parse<T: DeserializeOwned>(value: Value, what: &str) -> Result<T> {
     serde_json::from_value(value).map_err(|e| Error::invalid(format!("{what}: {e}")))
+}
+
+/// A number that an answer of a keeper has.
+pub fn number(said: &Value, name: &str) -> Result<u64> {
+    let number = said.get(name).and_then(Value::as_u64);
+    number.ok_or_else(|| Error::invalid(format!("control socket: an answer without {name}")))
 }
 
 fn left(due: Instant) -> Duration {

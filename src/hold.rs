@@ -5,12 +5,13 @@
 //! writes to it any more. [`Hold::switch`] puts another stack in its place and lets everybody go, who
 //! then sees that one. Whether the change is durable is the caller's business, between the two.
 //!
-//! To give the disk another size, [`Hold::resize`] seals the top, opens it anew, which nobody else can
-//! see, has it grown or shrunk ([`ploop_formats::ploop::Ploop::grow`],
-//! [`ploop_formats::ploop::Ploop::shrink`], [`ploop_formats::qcow2::resize`]), and puts that in its place. So what is kept in memory of
-//! it, the index, the free clusters, and which of them were never written, is what its file says; its
-//! ledger was emptied by the seal. Who dies on the way leaves an image that is the old one or the new
-//! one. A request that waited meanwhile, and lies behind a new end, is refused.
+//! To give the disk another size, [`Hold::resize`] seals the top, opens it anew, which nobody else
+//! can see, has it grown or shrunk ([`ploop_formats::ploop::Ploop::grow`],
+//! [`ploop_formats::ploop::Ploop::shrink`], [`ploop_formats::qcow2::resize`]), and puts that in its
+//! place. So what is kept in memory of it, the index, the free clusters, and which of them were
+//! never written, is what its file says; its ledger was emptied by the seal. Who dies on the way
+//! leaves an image that is the old one or the new one. A request that waited meanwhile, and lies
+//! behind a new end, is refused.
 //!
 //! [`Hold::cut`] does the same and leaves the size: the seal has cut the file to its end.
 //!

@@ -217,7 +217,8 @@ fn what_is_discarded_over_a_merge_below_that_was_cut_does_not_come_back() {
     assert!(cut > 0, "no merge was cut");
 }
 
-/// Begins to delete a frozen point of an attached disk, so slowly that this tells of itself every few seconds only.
+/// Begins to delete a frozen point of an attached disk, so slowly that this tells of itself every
+/// few seconds only.
 fn delete_slowly(disk: &Disk, point: Guid) -> Guard {
     let mut command = ploopctl();
     command.args(["snapshot", "delete", "--rate", "256K"]);

@@ -26,6 +26,11 @@ mod sync {
             Arc::clone(&lock(&self.0))
         }
 
+        /// As the real one, whose guard is no count of the other's.
+        pub fn load(&self) -> Arc<T> {
+            self.load_full()
+        }
+
         pub fn swap(&self, value: Arc<T>) -> Arc<T> {
             std::mem::replace(&mut lock(&self.0), value)
         }

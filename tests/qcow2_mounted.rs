@@ -1,6 +1,6 @@
-//! File systems on qcow2 images that are written, over a raw and a ploop base, whose workers are killed
-//! under load: it costs a pause, and in the image leaks at worst, which a repair returns. QEMU looks at the image
-//! after each death, before there is another worker.
+//! File systems on qcow2 images that are written, over a raw and a ploop base, whose workers are
+//! killed under load: it costs a pause, and in the image leaks at worst, which a repair returns.
+//! QEMU looks at the image after each death, before there is another worker.
 //!
 //! `PLOOP_QCOW2_KILLS` says how many workers are killed on each.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]

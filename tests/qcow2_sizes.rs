@@ -11,6 +11,7 @@ use common::programs::{ploopctl, tool};
 use common::serve::Disk;
 use common::sizes::{bytes_of, room_of};
 use serde_json::Value;
+use std::fs;
 use std::path::Path;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -55,6 +56,9 @@ fn resizes_in_use(test: &str, fs: &str, options: &str, sizes: &[u64]) {
             assert_eq!(said["size"].as_u64(), Some(size), "{said}");
             assert_eq!(bytes_of(&attached.device), size);
             assert!(room_of(attached.folder()) > size * 8 / 10);
+            if let Ok(data) = fs::metadata(disk.beside("disk.data")) {
+                assert_eq!(data.len(), size);
+            }
             stalls.push(said["stall_us"].as_u64().unwrap());
             std::thread::sleep(Duration::from_millis(300));
             old = size;

@@ -22,6 +22,7 @@ use ploop_formats::guid::Guid;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -112,21 +113,27 @@ struct Written {
     answered: Instant,
 }
 
-/// Writes and discards at random places until it is told to stop.
+/// Writes or discards a range, and what came of it.
+fn change(client: &mut Client, random: &mut Random, size: u64) -> (Range<u64>, io::Result<u32>) {
+    let len = (1 + random.below(128)) * SECTOR;
+    let at = random.below((size - len) / SECTOR) * SECTOR;
+    let error = match random.below(8) {
+        0 => client.trim(at, len as u32),
+        _ => client.write(at, &random.bytes(len as usize)),
+    };
+    (at..at + len, error)
+}
+
+/// Does so at random places until it is told to stop.
 fn write_on(socket: &Path, seed: u64, size: u64, stop: &AtomicBool) -> Vec<Written> {
     let (mut random, mut journal) = (Random::new(seed), Vec::new());
     let mut client = Client::connect(socket).unwrap();
     while !stop.load(Ordering::Relaxed) {
-        let len = (1 + random.below(64)) * SECTOR;
-        let at = random.below((size - len) / SECTOR) * SECTOR;
         let asked = Instant::now();
-        let error = match random.below(8) {
-            0 => client.trim(at, len as u32),
-            _ => client.write(at, &random.bytes(len as usize)),
-        };
+        let (range, error) = change(&mut client, &mut random, size);
         assert_eq!(error.unwrap(), 0);
         journal.push(Written {
-            range: at..at + len,
+            range,
             asked,
             answered: Instant::now(),
         });
@@ -216,13 +223,7 @@ fn write_whatever(socket: &Path, seed: u64, size: u64, stop: &AtomicBool) -> u64
             continue;
         };
         while !stop.load(Ordering::Relaxed) {
-            let len = (1 + random.below(128)) * SECTOR;
-            let at = random.below((size - len) / SECTOR) * SECTOR;
-            let error = match random.below(8) {
-                0 => client.trim(at, len as u32),
-                _ => client.write(at, &random.bytes(len as usize)),
-            };
-            match error {
+            match change(&mut client, &mut random, size).1 {
                 Ok(error) => assert_eq!(error, 0),
                 // What was asked for may have been done or not.
                 Err(_) => break,

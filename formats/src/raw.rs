@@ -83,8 +83,8 @@ impl<S: Store> Raw<S> {
     }
 
     /// Grows the image to [`Raw::grown`] bytes; nothing is in flight on it. What is new reads as
-    /// zeros, and takes its space as it is written to. A cut leaves the old length or the new one. After an error but that of
-    /// [`Raw::grown`] it is opened anew.
+    /// zeros, and takes its space as it is written to. A cut leaves the old length or the new one.
+    /// After an error but that of [`Raw::grown`] it is opened anew.
     pub async fn grow(&mut self, size: u64) -> Result<()> {
         let new = self.grown(size)?;
         if new == self.geometry.size {

@@ -60,9 +60,10 @@ pub async fn open_at(
     files.stack(top, &header, image).await
 }
 
-/// The same as it is, for writing: `store` is that of the top, which is nobody else's, and `ledger` outlives this
-/// process. An external data file is taken for this process alone, once a predecessor's last writes to it
-/// have landed, for which `patience` is waited. What the top stands on is only read.
+/// The same as it is, for writing: `store` is that of the top, which is nobody else's, and `ledger`
+/// outlives this process. An external data file is taken for this process alone, once a
+/// predecessor's last writes to it have landed, for which `patience` is waited. What the top stands
+/// on is only read.
 pub async fn open_write(
     dir: BorrowedFd<'_>,
     top: &Path,

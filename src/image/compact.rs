@@ -1,8 +1,8 @@
 //! Compact: the file of a disk that is not attached gets shorter.
 //!
-//! Its top is opened as the disk that it is without the layers below it, which it takes nothing from:
-//! [`crate::disk::Disk::pack`] moves its clusters, and the close cuts it. A top that cannot be compacted to the end is
-//! closed all the same.
+//! Its top is opened as the disk that it is without the layers below it, which it takes nothing
+//! from: [`crate::disk::Disk::pack`] moves its clusters, and the close cuts it. A top that cannot
+//! be compacted to the end is closed all the same.
 
 use super::chain::Chain;
 use super::change;

@@ -106,8 +106,8 @@ pub fn whole(file: impl AsFd, hold: Hold, deadline: Instant) -> Result<()> {
     }
 }
 
-/// Whether no other description of `file` is locked exclusively; with [`fence`], that whoever wrote through it is
-/// gone, and all that it wrote has landed. Never waits.
+/// Whether no other description of `file` is locked exclusively; with [`fence`], that whoever wrote
+/// through it is gone, and all that it wrote has landed. Never waits.
 pub fn is_free(file: impl AsFd) -> Result<bool> {
     let fd = file.as_fd();
     match whole(fd, Hold::Shared, Instant::now()) {

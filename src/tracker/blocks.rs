@@ -186,7 +186,7 @@ impl<W: Words> Blocks<W> {
                 return (self.holds(at) == wanted).then_some(at);
             }
             let word = self.words.load((block / 64) as usize + 1);
-            let word = if wanted { word } else { !word } >> (block % 64);
+            let word = (if wanted { word } else { !word }) >> (block % 64);
             let skipped = match word {
                 0 => 64 - block % 64,
                 _ => u64::from(word.trailing_zeros()),

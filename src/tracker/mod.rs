@@ -1,11 +1,12 @@
 //! Tracker: which blocks of a disk were written since somebody looked, for who copies it.
 //!
 //! A tracker has a name, one set that records, and generations: sets that are complete, and stay
-//! until whoever copies says that it has them. Nothing is ever cleared: to seal is to record in another set, and
-//! only what was sealed before it was read counts. The sets are in memory of the keeper, which outlives
-//! whoever marks in them.
+//! until whoever copies says that it has them. Nothing is ever cleared: to seal is to record in
+//! another set, and only what was sealed before it was read counts. The sets are in memory of the
+//! keeper, which outlives whoever marks in them.
 //!
-//! This never says that a block is clean which is not. It may say of one that it was written although it holds what it held.
+//! This never says that a block is clean which is not. It may say of one that it was written
+//! although it holds what it held.
 
 mod blocks;
 mod recorder;
@@ -16,7 +17,7 @@ mod tracked;
 
 pub use blocks::{Blocks, LOG2, Words, words_for};
 pub use recorder::{Marking, Recorder};
-pub use registry::{Name, Registry, Set};
+pub use registry::{Name, Registry, Set, gone};
 pub use tracked::Tracked;
 
 /// What the recorder is made of: a model checker puts its own in their place.

@@ -1,10 +1,10 @@
 //! Recorder: marks what is written in every set that records, and says when one is complete.
 //!
 //! Ordering. A write marks its blocks in the sets of that moment before its data operation, and in
-//! those of its end when that is over, whatever came of it, before it is answered. Until then it holds the sets that it
-//! began with. A set is sealed by putting others in its place, and is complete once nobody holds the
-//! old ones any more: whoever reads the disk from then on finds what its marks are for, and what is
-//! written later is marked in the next one.
+//! those of its end when that is over, whatever came of it, before it is answered. Until then it
+//! holds the sets that it began with. A set is sealed by putting others in its place, and is
+//! complete once nobody holds the old ones any more: whoever reads the disk from then on finds what
+//! its marks are for, and what is written later is marked in the next one.
 //!
 //! The first mark is for the death of this process: what was not answered may land nevertheless,
 //! and nobody else knows where. The second is for a write that was made to wait while the sets were replaced.
@@ -60,17 +60,22 @@ impl<W: Words> Recorder<W> {
     /// From now on records in these.
     pub fn replace(&self, sets: Sets<W>) {
         let old = self.now.swap(Arc::new(sets));
-        lock(&self.past).push(old);
-        self.is_settled();
+        let mut past = lock(&self.past);
+        past.push(old);
+        let_go(&mut past);
     }
 
     /// Whether nobody holds sets any more that were replaced.
     pub fn is_settled(&self) -> bool {
         let mut past = lock(&self.past);
-        // What who held it wrote happened before this is seen.
-        past.retain_mut(|sets| Arc::get_mut(sets).is_none());
+        let_go(&mut past);
         past.is_empty()
     }
+}
+
+/// Drops those that nobody holds. What who held them wrote happened before that is seen.
+fn let_go<W>(past: &mut Vec<Arc<Sets<W>>>) {
+    past.retain_mut(|sets| Arc::get_mut(sets).is_none());
 }
 
 impl<W: Words> Default for Recorder<W> {
@@ -82,7 +87,7 @@ impl<W: Words> Default for Recorder<W> {
 
 impl<W: Words> Drop for Marking<'_, W> {
     fn drop(&mut self) {
-        mark(&self.recorder.now.load_full(), self.at, self.len);
+        mark(&self.recorder.now.load(), self.at, self.len);
     }
 }
 

@@ -53,6 +53,12 @@ impl fmt::Display for Name {
     }
 }
 
+/// That a tracker has no such generation.
+pub fn gone(name: &Name, generation: u64) -> Error {
+    let what = format!("tracker {name} has no generation {generation}");
+    Error::new(Kind::NotFound, what)
+}
+
 /// What one tracker has.
 #[derive(Debug, Clone)]
 struct Known {
@@ -87,8 +93,8 @@ impl Registry {
         self.tell(&known);
     }
 
-    /// Records in this set from now on: the `id` of the tracker, and the set that it recorded in before, which is
-    /// complete once the recorder is settled. None when there is no such tracker.
+    /// Records in this set from now on: the `id` of the tracker, and the set that it recorded in
+    /// before, which is complete once the recorder is settled. None when there is no such tracker.
     pub fn replace(&self, name: &Name, set: Set) -> Option<(u64, Set)> {
         let mut known = lock(&self.known);
         let tracker = known.get_mut(name)?;
@@ -98,7 +104,8 @@ impl Registry {
         Some((id, old))
     }
 
-    /// A generation that is complete, of the tracker of that `id`: it may have been stopped, and have a namesake.
+    /// A generation that is complete, of the tracker of that `id`: it may have been stopped, and
+    /// have a namesake.
     pub fn add(&self, name: &Name, id: u64, generation: u64, set: Set) {
         let mut known = lock(&self.known);
         if let Some(tracker) = known.get_mut(name).filter(|tracker| tracker.id == id) {
@@ -129,11 +136,7 @@ impl Registry {
     pub fn generation(&self, name: &Name, generation: u64) -> Result<Set> {
         let known = lock(&self.known);
         let found = known.get(name).and_then(|t| t.sealed.get(&generation));
-        let missing = || {
-            let what = format!("tracker {name} has no generation {generation}");
-            Error::new(Kind::NotFound, what)
-        };
-        found.map(Arc::clone).ok_or_else(missing)
+        found.map(Arc::clone).ok_or_else(|| gone(name, generation))
     }
 
     /// The generations there are, by the names that NBD clients ask for: the newest of a tracker by its

@@ -1,10 +1,10 @@
 //! Other implementations of qcow2 as second opinions: images that this engine made and wrote read alike to
 //! imago and to qcow2-rs, as far as each goes.
 //!
-//! They are not linked here, but in a program of its own, `tests/oracles`, which is built when it is wanted first.
-//! Where that cannot be, the tests say that they are skipped. Neither knows subclusters or zstd. qcow2-rs reads
-//! nothing below an image of version 2, nothing but qcow2 images that are no shorter, and no cluster of less
-//! than 4 KiB.
+//! They are not linked here, but in a program of its own, `tests/oracles`, which is built when it
+//! is wanted first. Where that cannot be, the tests say that they are skipped. Neither knows
+//! subclusters or zstd. qcow2-rs reads nothing below an image of version 2, nothing but qcow2
+//! images that are no shorter, and no cluster of less than 4 KiB.
 
 use super::common::process::{ok, ok_within, run_within};
 use super::common::programs::ploopctl;

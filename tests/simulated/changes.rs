@@ -57,14 +57,14 @@ fn all_barriers_of_a_change_that_writes_qcow2_images_are_missed() {
 }
 
 /// Barriers of each kind of change on a disk that nobody left anything of, and those that protect
-/// nothing there: in a "create", when the top was closed or raw, the mark of the recovery, and a pass
-/// in which nothing is pending; in a "mark" and at the beginning of a "merge" the names of a change
-/// that has made none but its record; before the latter, settling once more; in a "merge-top" that,
-/// and all that closes a top whose file goes; in a "fold" the same, but for the settling; in a
-/// "grow" and a "shrink" the mark of a top that was closed, and in the latter what is cleared behind the
-/// end, at which only other tools look, and its being closed; in a "flatten" the closing of the old top, and that of a
-/// new image that says nothing new. Of "convert", whose tables are more than a sector there, see
-/// `conversions`.
+/// nothing there: in a "create", when the top was closed or raw, the mark of the recovery, and a
+/// pass in which nothing is pending; in a "mark" and at the beginning of a "merge" the names of a
+/// change that has made none but its record; before the latter, settling once more; in a
+/// "merge-top" that, and all that closes a top whose file goes; in a "fold" the same, but for the
+/// settling; in a "grow" and a "shrink" the mark of a top that was closed, and in the latter what
+/// is cleared behind the end, at which only other tools look, and its being closed; in a "flatten"
+/// the closing of the old top, and that of a new image that says nothing new. Of "convert", whose
+/// tables are more than a sector there, see `conversions`.
 const BARRIERS: [(&str, u64, &[u64]); 13] = [
     ("settle", 1, &[]),
     ("create", 10, &[5, 7]),

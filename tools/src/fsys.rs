@@ -1,7 +1,8 @@
 //! File system: what is on the device of a disk, and the programs that give it another size.
 //!
-//! ext4, XFS and btrfs, on the whole disk or in its one partition. Where one is not mounted and its programs want it to
-//! be, it is mounted aside for as long as they run. No program is ended half-way.
+//! ext4, XFS and btrfs, on the whole disk or in its one partition. Where one is not mounted and its
+//! programs want it to be, it is mounted aside for as long as they run. No program is ended
+//! half-way.
 
 use crate::attach::{self, Attached};
 use crate::balloon;

@@ -89,9 +89,10 @@ impl<S: Store> Ploop<S> {
         Ok(())
     }
 
-    /// Guest clusters that the table on disk has at `limit` or behind it, and where to look further,
-    /// from entry `from` on; `None` at the end. One step, of bounded length and memory. What changes
-    /// meanwhile may be missed, or be elsewhere by now; what makes no sense is left to [`crate::layer::Layer::map`].
+    /// Guest clusters that the table on disk has at `limit` or behind it, and where to look
+    /// further, from entry `from` on; `None` at the end. One step, of bounded length and memory.
+    /// What changes meanwhile may be missed, or be elsewhere by now; what makes no sense is left to
+    /// [`crate::layer::Layer::map`].
     pub async fn placed_from(
         &self,
         from: VirtCluster,

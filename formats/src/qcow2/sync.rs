@@ -4,8 +4,9 @@
 //! 1. Freeze: the entries and frees that are pending now are what this pass covers.
 //! 2. New second-level tables are written where nobody names them yet. One that takes the place of a
 //!    shared table is a copy of it.
-//! 3. Data barrier, which covers them, too, and one of an external data file, always. Left out only when every frozen entry is fresh, its cluster
-//!    durably read as zeros, which the guest read there before, and so does what is new of a table.
+//! 3. Data barrier, which covers them, too, and one of an external data file, always. Left out only
+//!    when every frozen entry is fresh, its cluster durably read as zeros, which the guest read
+//!    there before, and so does what is new of a table.
 //! 4. Entries of tables that are there, and first-level entries that name the new ones. Refcounts of
 //!    what they name have been durable since it was handed out (`supply`).
 //! 5. Metadata barrier. Now the frozen entries are durable, and their words leave the ledger.
@@ -15,8 +16,9 @@
 //! A write of steps 2 to 4 that finds no space leaves everything pending and may be tried again. Every
 //! other failure is final and poisons the image.
 //!
-//! The clean end: a pass; refcounts of what was made ready and not used, and of places that others still
-//! read ([`super::Reserved::leave_old`]); barrier; the file is cut to what is used of it, or still read; barrier.
+//! The clean end: a pass; refcounts of what was made ready and not used, and of places that others
+//! still read ([`super::Reserved::leave_old`]); barrier; the file is cut to what is used of it, or
+//! still read; barrier.
 
 use super::blocks::{Change, Images, frozen, put};
 use super::image::Qcow2;

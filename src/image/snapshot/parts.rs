@@ -7,10 +7,11 @@
 //! through the upper one is the same at every cut. The cluster is named when all of it is written, and a
 //! pass of the lower delta makes the data durable first.
 //!
-//! A running disk may read both meanwhile: where the upper delta has a part only, it looks for the rest in
-//! the lower one, by tables that may be older than the merge. What those say stays true. A place is filled
-//! before it is named, those that were named are written where the upper one hides them, and what gets
-//! another place leaves the old one as it is ([`AnyReserved::leave_old`](crate::stack::AnyReserved::leave_old)).
+//! A running disk may read both meanwhile: where the upper delta has a part only, it looks for the
+//! rest in the lower one, by tables that may be older than the merge. What those say stays true. A
+//! place is filled before it is named, those that were named are written where the upper one hides
+//! them, and what gets another place leaves the old one as it is
+//! ([`AnyReserved::leave_old`](crate::stack::AnyReserved::leave_old)).
 //!
 //! One cluster is written by one future, in steps: where blocks of the file are larger than subclusters,
 //! what is around them is read and written again.

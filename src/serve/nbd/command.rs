@@ -102,15 +102,15 @@ pub struct Status {
     pub contexts: Selection,
 }
 
-/// Some of the contexts that a connection has, by their place among them.
+/// Some of the contexts that a connection has: a bit for the number of each on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Selection(u64);
 
 impl Selection {
     /// All of these.
     pub fn of(contexts: &[Context]) -> Self {
-        let bit = |n: usize| 1u64.checked_shl(n as u32).unwrap_or(0);
-        Self((0..contexts.len()).fold(0, |set, n| set | bit(n)))
+        let each = (1..).zip(contexts);
+        each.fold(Self::default(), |all, (id, _)| all.with(id))
     }
 
     /// Its members among these, and their numbers on the wire.
@@ -123,19 +123,11 @@ impl Selection {
     }
 
     fn holds(self, id: u32) -> bool {
-        id.checked_sub(1)
-            .and_then(|n| self.0.checked_shr(n))
-            .is_some_and(|bits| bits & 1 != 0)
+        self.0.checked_shr(id).is_some_and(|bits| bits & 1 != 0)
     }
 
-    /// Whether it was not there before.
-    fn insert(&mut self, id: u32) -> bool {
-        let is_new = !self.holds(id);
-        self.0 |= id
-            .checked_sub(1)
-            .and_then(|n| 1u64.checked_shl(n))
-            .unwrap_or(0);
-        is_new
+    fn with(self, id: u32) -> Self {
+        Self(self.0 | 1u64.checked_shl(id).unwrap_or(0))
     }
 }
 
@@ -325,10 +317,11 @@ impl Status {
         let len = fields.u64().unwrap_or(0);
         let (offered, mut contexts) = (Selection::of(&terms.contexts), Selection::default());
         while let Some(id) = fields.u32() {
-            if !offered.holds(id) || !contexts.insert(id) {
+            if !offered.holds(id) || contexts.holds(id) {
                 let text = "a context that is not selected, or named twice";
                 return Err(Refusal::new(Errno::Inval, text));
             }
+            contexts = contexts.with(id);
         }
         Self {
             at,
@@ -426,29 +419,24 @@ async fn trim<D: Device>(device: &D, at: u64, len: u64, fua: bool) -> ploop_form
 
 async fn describe<D: Device>(device: &D, status: Status, contexts: &[Context]) -> Answer {
     let max = status.extents_max();
-    let (range, mut said) = (status.at..status.at + status.len, None);
-    let mut answer = Vec::new();
-    for (id, context) in status.contexts.of_them(contexts) {
-        let runs = match context {
-            Context::Dirty(_, set) => meta::marked(set, range.clone(), max),
-            Context::Allocation | Context::Depth => {
-                if said.is_none() {
-                    let extents = device.extents(status.at, status.len, max).await;
-                    said = match extents {
-                        Ok(extents) => Some(meta::clip(extents, status.len, max)),
-                        Err(error) => return failed(&error, false),
-                    };
-                }
-                let extents = said.as_deref().unwrap_or_default();
-                meta::join(extents, |extent| context.status(extent).unwrap_or(0))
-            }
-        };
-        if runs.is_empty() {
-            return Answer::Failed(Refusal::new(Errno::Io, "the device described nothing"));
-        }
-        answer.push(meta::Blocks { id, runs });
+    let asks = |(_, context): (u32, &Context)| context.is_plain();
+    let extents = match status.contexts.of_them(contexts).any(asks) {
+        true => device.extents(status.at, status.len, max).await,
+        false => Ok(Vec::new()),
+    };
+    let extents = match extents {
+        Ok(extents) => meta::clip(extents, status.len, max),
+        Err(error) => return failed(&error, false),
+    };
+    let blocks = |(id, context): (u32, &Context)| {
+        let runs = context.runs(status.at..status.at + status.len, &extents, max);
+        meta::Blocks { id, runs }
+    };
+    let blocks: Vec<_> = status.contexts.of_them(contexts).map(blocks).collect();
+    match blocks.iter().any(|blocks| blocks.runs.is_empty()) {
+        true => Answer::Failed(Refusal::new(Errno::Io, "the device described nothing")),
+        false => Answer::Status(blocks),
     }
-    Answer::Status(answer)
 }
 
 fn failed(error: &Error, fast_zero: bool) -> Answer {

@@ -7,10 +7,11 @@
 use super::limits;
 use super::meta::{self, Context};
 use super::proto::{self, Fields, Style, flag, hello, info, option, reply};
+use crate::tracker::Registry;
 use bytes::{Buf, BufMut, BytesMut};
 
 /// The export, as it is while a client negotiates.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Copy)]
 pub struct Offer<'a> {
     /// Its name; the empty name means it too.
     pub name: &'a str,
@@ -22,13 +23,15 @@ pub struct Offer<'a> {
     pub read_only: bool,
     /// Bytes that are cheapest to transfer, a power of two.
     pub preferred: u32,
-    /// Contexts that it has besides those that every export has.
-    pub dirty: Vec<Context>,
+    /// Trackers whose generations it has contexts for.
+    pub registry: Option<&'a Registry>,
 }
 
 impl Offer<'_> {
+    /// The contexts that there are now.
     fn contexts(&self) -> Vec<Context> {
-        [&Context::PLAIN[..], &self.dirty].concat()
+        let dirty = self.registry.map(Context::dirty).unwrap_or_default();
+        [&Context::PLAIN[..], &dirty].concat()
     }
 }
 
@@ -527,7 +530,7 @@ mod tests {
         size: 1 << 30,
         read_only: false,
         preferred: 65536,
-        dirty: Vec::new(),
+        registry: None,
     };
 
     /// A negotiation after the client flags.

@@ -54,12 +54,18 @@ impl Context {
         }
     }
 
-    /// The status of what a device says, in the contexts that are about that.
-    pub const fn status(&self, extent: &GuestExtent) -> Option<u32> {
+    /// Whether it is about what the device says.
+    pub const fn is_plain(&self) -> bool {
+        matches!(self, Context::Allocation | Context::Depth)
+    }
+
+    /// The blocks of a range, which is not empty, from its start on, at most `max`; `extents` are
+    /// what the device says of it.
+    pub fn runs(&self, range: Range<u64>, extents: &[GuestExtent], max: usize) -> Vec<(u64, u32)> {
         match self {
-            Context::Allocation => Some(extent.hole as u32 | (extent.zero as u32) << 1),
-            Context::Depth => Some(extent.depth),
-            Context::Dirty(..) => None,
+            Context::Allocation => join(extents, |e| e.hole as u32 | (e.zero as u32) << 1),
+            Context::Depth => join(extents, |e| e.depth),
+            Context::Dirty(_, set) => marked(set, range, max),
         }
     }
 
@@ -136,7 +142,7 @@ pub fn describe(head: Head, blocks: &Blocks, last: bool, out: &mut BytesMut) {
 }
 
 /// What a device said as a context sees it, equal neighbours joined.
-pub fn join(extents: &[GuestExtent], status: impl Fn(&GuestExtent) -> u32) -> Vec<(u64, u32)> {
+fn join(extents: &[GuestExtent], status: impl Fn(&GuestExtent) -> u32) -> Vec<(u64, u32)> {
     let mut joined: Vec<(u64, u32)> = Vec::with_capacity(extents.len());
     for extent in extents {
         let status = status(extent);
@@ -149,7 +155,7 @@ pub fn join(extents: &[GuestExtent], status: impl Fn(&GuestExtent) -> u32) -> Ve
 }
 
 /// What a set has of a range, which is not empty: at most `max` runs from its start on.
-pub fn marked(set: &Set, range: Range<u64>, max: usize) -> Vec<(u64, u32)> {
+fn marked(set: &Set, range: Range<u64>, max: usize) -> Vec<(u64, u32)> {
     let mut runs = Vec::new();
     let mut at = range.start;
     for run in set.runs(range.clone()) {
@@ -186,7 +192,7 @@ mod tests {
     }
 
     fn joined(context: &Context, extents: &[GuestExtent]) -> Vec<(u64, u32)> {
-        join(extents, |extent| context.status(extent).unwrap())
+        context.runs(0..u64::MAX, extents, usize::MAX)
     }
 
     fn blocks(context: &Context, extents: &[GuestExtent]) -> Blocks {

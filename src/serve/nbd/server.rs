@@ -10,7 +10,6 @@ use super::handshake::{self, Handshake, Offer, Step, Terms};
 use super::intake::End;
 use super::limits;
 use super::link::Link;
-use super::meta::Context;
 use super::proto;
 use super::session::{self, Summary};
 use super::stop::{Stop, Watcher};
@@ -65,7 +64,7 @@ pub struct Options {
     /// The process is in the sandbox: threads of clients give up what only starting needs.
     pub confined: bool,
     /// Trackers whose generations clients may ask for.
-    pub registry: Arc<Registry>,
+    pub registry: Option<Arc<Registry>>,
 }
 
 impl Default for Options {
@@ -76,7 +75,7 @@ impl Default for Options {
             max_connections: limits::CONNECTIONS_DEFAULT,
             end_with_last_client: false,
             confined: false,
-            registry: Arc::default(),
+            registry: None,
         }
     }
 }
@@ -316,7 +315,7 @@ impl<D: Device + Send + Sync + 'static> Server<D> {
             size: device.size(),
             read_only: device.read_only(),
             preferred: preferred.next_power_of_two() as u32,
-            dirty: Context::dirty(&options.registry),
+            registry: options.registry.as_deref(),
         }
     }
 

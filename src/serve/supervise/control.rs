@@ -123,9 +123,10 @@ pub enum Ask {
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         smaller: bool,
     },
-    /// Move clusters of the top to where they leave no holes in its file, and cut it, while the disk
-    /// is used. Answered when that is done, with `moved` (clusters), `length` (bytes of the file when
-    /// it was cut) and `stall_us`, the time that requests waited in the end; before, answers that have `progress` and neither result nor error tell how far it is. Who hangs up
+    /// Move clusters of the top to where they leave no holes in its file, and cut it, while the
+    /// disk is used. Answered when that is done, with `moved` (clusters), `length` (bytes of the
+    /// file when it was cut) and `stall_us`, the time that requests waited in the end; before,
+    /// answers that have `progress` and neither result nor error tell how far it is. Who hangs up
     /// before ends it.
     Compact {
         /// Bytes a second to copy at most.
@@ -179,8 +180,9 @@ pub enum TrackAsk {
         /// Which tracker.
         name: Name,
     },
-    /// What a generation has: `extents`, each with `offset`, `length` and `kind` (`data`, `zero` or `discard`, as
-    /// the disk is now), and `next`, where the next one begins, null when that is all.
+    /// What a generation has: `extents`, each with `offset`, `length` and `kind` (`data`, `zero` or
+    /// `discard`, as the disk is now), and `next`, where the next one begins, null when that is
+    /// all.
     Extents {
         /// Which tracker.
         name: Name,
@@ -207,8 +209,9 @@ pub enum TrackAsk {
         /// Which of its generations.
         generation: u64,
     },
-    /// All trackers: `trackers`, each with `name`, `granularity`, `recorded` (bytes since the last seal), `unknown`
-    /// (whether that is all because nobody knows) and `generations` (`generation`, `bytes`, `age_s`).
+    /// All trackers: `trackers`, each with `name`, `granularity`, `recorded` (bytes since the last
+    /// seal), `unknown` (whether that is all because nobody knows) and `generations` (`generation`,
+    /// `bytes`, `age_s`).
     Stat,
     /// Record no more, and forget the tracker.
     Stop {

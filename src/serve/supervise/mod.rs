@@ -6,14 +6,14 @@
 //! and serves. When it dies, the keeper starts another one, which waits for the fence, overlays
 //! the ledger and asks the kernel to send the unanswered requests again.
 //!
-//! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may
-//! die, [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
-//! [`control`] what others may ask, [`metrics`] what Prometheus reads, [`host`] what a disk takes on
-//! the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a top
-//! under a running guest while users of the device are kept [`still`], [`growth`] how they give the
-//! disk another size, [`compaction`] its file shorter, [`tracking`] and [`trackers`] how both know what was written, [`trim`] what its file system gives back,
-//! [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what
-//! is done while the host is nearly full.
+//! The pieces: [`message`] is what they say to each other, [`restart`] how often a worker may die,
+//! [`log`] where both write, [`listen`] the sockets, [`mounts`] what the kernel has mounted,
+//! [`control`] what others may ask, [`metrics`] what Prometheus reads, [`host`] what a disk takes
+//! on the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a
+//! top under a running guest while users of the device are kept [`still`], [`growth`] how they give
+//! the disk another size, [`compaction`] its file shorter, [`tracking`] and [`trackers`] how both
+//! know what was written, [`trim`] what its file system gives back, [`leftover`] what a dead keeper
+//! leaves behind, [`space`] and [`brake`] what is done while the host is nearly full.
 
 mod announce;
 mod brake;

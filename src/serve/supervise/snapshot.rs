@@ -563,8 +563,9 @@ impl Snapshot {
         Turn::Keep
     }
 
-    /// A changer is gone before it made anything that it could tell of: a merge was not committed, and its target
-    /// is looked at anew. Of one that was given up, a point on which nothing stands may be gone.
+    /// A changer is gone before it made anything that it could tell of: a merge was not committed,
+    /// and its target is looked at anew. Of one that was given up, a point on which nothing stands
+    /// may be gone.
     fn cut(&mut self, dir: impl AsFd, worker: Option<&Worker>) -> Turn {
         let landing = read_descriptor(&dir).and_then(|disk| {
             let cancelled = |e: &Error| e.kind() == Kind::Cancelled;

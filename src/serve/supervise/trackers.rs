@@ -157,7 +157,7 @@ async fn extents<D: Device>(
     for run in set.runs(from..device.size()) {
         let mut offset = run.start;
         while offset < run.end {
-            if offset - from.min(offset) >= SPAN {
+            if offset - from >= SPAN {
                 return Ok((found, Some(offset)));
             }
             let piece = (run.end - offset).min(PIECE);

@@ -1,17 +1,18 @@
 //! Tracking: the trackers of an attached disk as its keeper has them, who outlives the workers that mark.
 //!
-//! Every set is memory of the keeper. A worker is told which to mark in, and says when one that it marks in no more is
-//! complete; until then a generation is not there. A worker that dies before has marked in the old set or the
-//! new one, and what it has not answered may land: both together go on recording, and nothing was sealed.
+//! Every set is memory of the keeper. A worker is told which to mark in, and says when one that it
+//! marks in no more is complete; until then a generation is not there. A worker that dies before
+//! has marked in the old set or the new one, and what it has not answered may land: both together
+//! go on recording, and nothing was sealed.
 //!
-//! Where what the disk holds changes without a write of its guest, every tracker takes all of it for written: after
-//! a failure, and when it goes back to a frozen point.
+//! Where what the disk holds changes without a write of its guest, every tracker takes all of it
+//! for written: after a failure, and when it goes back to a frozen point.
 
 use super::child::{Baggage, Worker};
 use super::control::{Asker, TrackAsk};
 use super::message::{Event, Order, Track, WorkerSet, WorkerTracker};
 use crate::io::memfd::SharedWords;
-use crate::tracker::{Blocks, LOG2, Name, Set, words_for};
+use crate::tracker::{Blocks, LOG2, Name, Set, gone, words_for};
 use ploop_formats::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -101,7 +102,9 @@ impl Tracking {
                 max,
             } => {
                 let worker = serving()?;
-                self.tracker(&name)?.generation(&name, generation)?;
+                if !self.tracker(&name)?.sealed.contains_key(&generation) {
+                    return Err(gone(&name, generation));
+                }
                 let ask = self.expect(asker, Asked::Extents)?;
                 let max = max.unwrap_or(EXTENTS_MAX).clamp(1, EXTENTS_MAX);
                 let order = Track::Extents {
@@ -247,14 +250,11 @@ impl Tracking {
     }
 
     fn remove(&mut self, worker: Option<&Worker>, name: &Name, generation: u64) -> Result<Set> {
-        let tracker = self.tracker(name)?;
-        tracker.generation(name, generation)?;
-        let sealed = tracker.sealed.remove(&generation);
+        let sealed = self.tracker(name)?.sealed.remove(&generation);
+        let sealed = sealed.ok_or_else(|| gone(name, generation))?;
         let name = name.clone();
         tell(worker, Track::Forget { name, generation });
-        sealed
-            .map(|sealed| sealed.set)
-            .ok_or_else(|| gone(generation))
+        Ok(sealed.set)
     }
 
     /// What a worker said, if that is about trackers. Who asked for a set to be sealed and is not there
@@ -412,13 +412,6 @@ impl Tracker {
         let successor = self.successor.as_ref();
         successor.map_or(&self.recording, |(_, set)| set)
     }
-
-    fn generation(&self, name: &Name, generation: u64) -> Result<()> {
-        match self.sealed.contains_key(&generation) {
-            true => Ok(()),
-            false => Err(gone(generation).at(format!("tracker {name}"))),
-        }
-    }
 }
 
 impl Sealed {
@@ -429,13 +422,6 @@ impl Sealed {
             "age_s": self.since.elapsed().as_secs(),
         })
     }
-}
-
-fn gone(generation: u64) -> Error {
-    Error::new(
-        Kind::NotFound,
-        format!("there is no generation {generation}"),
-    )
 }
 
 fn tell(worker: Option<&Worker>, order: Track) {

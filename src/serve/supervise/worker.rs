@@ -171,14 +171,14 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     let (orders, ordered) = mpsc::unbounded_channel();
-    let (tracks, tracked) = mpsc::unbounded_channel();
+    let (tracks, asked) = mpsc::unbounded_channel();
     exec::spawn(hear(Arc::clone(control), stop, orders, tracks));
     let clerk = Clerk {
         registry,
         device: Arc::clone(&disk),
         control: Arc::clone(control),
     };
-    exec::spawn(clerk.run(tracked));
+    exec::spawn(clerk.run(asked));
     exec::spawn(change(
         ledger.map(|ledger| Turnover {
             disk: Arc::clone(&disk),
@@ -459,7 +459,7 @@ impl Transport {
                     tls: given.map(tls).transpose()?,
                     end_with_last_client: until_idle,
                     confined,
-                    registry,
+                    registry: Some(registry),
                     ..Default::default()
                 };
                 let server = nbd::Server::new(Arc::clone(device), options, engine)?;

@@ -6,11 +6,10 @@ use crate::io::exec::{self, Engine};
 use crate::io::memfd::SharedWords;
 use crate::serve::nbd::handshake::{Handshake, Offer, Step, Tls};
 use crate::serve::nbd::limits;
-use crate::serve::nbd::meta::Context;
 use crate::serve::nbd::proto::{IHAVEOPT, OPTION_REPLY, REQUEST, command, option};
 use crate::serve::nbd::{Options, Server};
 use crate::stack::AnyLayer;
-use crate::tracker::Blocks;
+use crate::tracker::{Blocks, Name, Registry};
 use bytes::{Buf, BufMut, BytesMut};
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::{Header, Ploop, Version, create};
@@ -21,23 +20,31 @@ use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 const SIZE: u64 = 1 << 20;
 const NAME: &str = "disk";
 
-/// A disk that has a tracker with a generation.
-fn offer() -> Offer<'static> {
+/// A tracker with a generation.
+static REGISTRY: LazyLock<Registry> = LazyLock::new(|| {
     let words = SharedWords::create(2).expect("two words");
     let set = Arc::new(Blocks::new(words, 16).expect("a set"));
+    let name: Name = "b0".parse().expect("a name");
+    let registry = Registry::default();
+    registry.begin(&name, 0, Arc::clone(&set));
+    registry.add(&name, 0, 0, set);
+    registry
+});
+
+fn offer() -> Offer<'static> {
     Offer {
         name: NAME,
         description: "a disk",
         size: SIZE,
         read_only: false,
         preferred: 65536,
-        dirty: vec![Context::Dirty("b0".into(), set)],
+        registry: Some(&REGISTRY),
     }
 }
 

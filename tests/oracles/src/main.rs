@@ -1,8 +1,8 @@
 //! Oracle: what another implementation of qcow2 reads in an image, with all that it stands on, as a flat
 //! file. It only reads; a program of its own, because one of them ends the process at what it does not like.
 //!
-//! Names inside an image are opened without asking, and by one of them from the current folder: it is for images that
-//! a test made, and is started where they are.
+//! Names inside an image are opened without asking, and by one of them from the current folder: it
+//! is for images that a test made, and is started where they are.
 #![forbid(unsafe_code)]
 
 use futures::executor::block_on;

@@ -11,7 +11,7 @@ use crate::cancel::Cancel;
 use crate::global::Global;
 use crate::meter::Meter;
 use crate::{rate, size};
-use ploop::client::Remote;
+use ploop::client::{Remote, number};
 use ploop::image::compact::{self, Compacted};
 use ploop::image::detached::Detached;
 use ploop::image::lock::{Access, DiskLocks};
@@ -195,14 +195,10 @@ fn running(
     let mut far = |far| meter.hear("compacting", far);
     let rate = rate.map(NonZeroU64::get);
     let said = Remote::connect(&attached.run)?.compact(rate, &mut far)?;
-    let number = |name: &str| {
-        let number = said.get(name).and_then(Value::as_u64);
-        number.ok_or_else(|| Error::invalid(format!("control socket: an answer without {name}")))
-    };
     Ok(Outcome {
         compacted: Compacted {
-            moved: number("moved")?,
-            length: number("length")?,
+            moved: number(&said, "moved")?,
+            length: number(&said, "length")?,
         },
         trimmed,
         stall_us: said.get("stall_us").cloned().unwrap_or_default(),

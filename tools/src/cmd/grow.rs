@@ -4,7 +4,7 @@ use super::{FormatArg, confine, snapshot};
 use crate::answer::Answer;
 use crate::attach::{self, Attached};
 use crate::size;
-use ploop::client::Remote;
+use ploop::client::{Remote, number};
 use ploop::image::detached::Detached;
 use ploop::image::grow::{self, Sizes, Wanted};
 use ploop::image::lock::{Access, DiskLocks};
@@ -96,14 +96,10 @@ pub fn smaller(e: Error) -> Error {
 /// Has the keeper of an attached disk do it.
 pub fn running(attached: &Attached, wanted: Wanted) -> Result<Grown> {
     let said = Remote::connect(&attached.run)?.grow(wanted)?;
-    let bytes = |name: &str| {
-        let bytes = said.get(name).and_then(Value::as_u64);
-        bytes.ok_or_else(|| Error::invalid(format!("control socket: an answer without {name}")))
-    };
     Ok(Grown {
         sizes: Sizes {
-            old: bytes("old")?,
-            new: bytes("size")?,
+            old: number(&said, "old")?,
+            new: number(&said, "size")?,
         },
         stall_us: said.get("stall_us").cloned().unwrap_or_default(),
     })

@@ -16,9 +16,9 @@ use std::path::PathBuf;
 /// Say how much each delta of a disk may take on the host
 ///
 /// Beyond that the users of the disk are told that there is no space, as on a full host, where they
-/// write what has no place yet; what has one is written as ever. They go on when something is deleted
-/// and trimmed, or the limit is raised, which takes effect at once. A snapshot begins a new delta, which may take as
-/// much again. Merging and growing are not held to it.
+/// write what has no place yet; what has one is written as ever. They go on when something is
+/// deleted and trimmed, or the limit is raised, which takes effect at once. A snapshot begins a new
+/// delta, which may take as much again. Merging and growing are not held to it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, or its DiskDescriptor.xml

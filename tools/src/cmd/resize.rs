@@ -29,11 +29,12 @@ use std::path::{Path, PathBuf};
 
 /// Make a disk and the file system on it larger or smaller
 ///
-/// ext4, XFS and btrfs, on the whole disk or in its one partition. A mounted one grows as it is; ext4
-/// needs CAP_SYS_RESOURCE for that. Smaller gets ext4 when it is not mounted, and btrfs always; a mounted ext4 or
-/// XFS is given a space limit instead, which a larger size takes away: a file in it takes the difference, and the
-/// host has its space. One that is not mounted is attached, and mounted where that is needed, for as long as it
-/// takes; ext4 is checked before. A failure names the step, and the command that goes on with it.
+/// ext4, XFS and btrfs, on the whole disk or in its one partition. A mounted one grows as it is;
+/// ext4 needs CAP_SYS_RESOURCE for that. Smaller gets ext4 when it is not mounted, and btrfs
+/// always; a mounted ext4 or XFS is given a space limit instead, which a larger size takes away: a
+/// file in it takes the difference, and the host has its space. One that is not mounted is
+/// attached, and mounted where that is needed, for as long as it takes; ext4 is checked before. A
+/// failure names the step, and the command that goes on with it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Image directory, its DiskDescriptor.xml, or a bare image file

@@ -5,7 +5,7 @@ use crate::attach::{self, Attached};
 use crate::report::Output;
 use crate::size;
 use crate::table::{Align, render};
-use ploop::client::Remote;
+use ploop::client::{Remote, number};
 use ploop::serve::supervise::control::TrackAsk;
 use ploop::tracker::Name;
 use ploop::{Error, Result};
@@ -29,7 +29,8 @@ An incremental copy: copy generation 0, which is all of the disk, then `track ac
 /// it is acknowledged, or given back to be recorded again. NBD clients find the newest generation as
 /// qemu:dirty-bitmap:NAME, and each as qemu:dirty-bitmap:NAME.GENERATION.
 ///
-/// Trackers end with the disk's attachment. When it fails, or goes back to a snapshot, all of it counts as written.
+/// Trackers end with the disk's attachment. When it fails, or goes back to a snapshot, all of it
+/// counts as written.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -240,11 +241,6 @@ fn line(extent: &Value) -> Result<String> {
         number(extent, "length")?,
         extent["kind"].as_str().unwrap_or_default()
     ))
-}
-
-fn number(said: &Value, name: &str) -> Result<u64> {
-    let number = said.get(name).and_then(Value::as_u64);
-    number.ok_or_else(|| Error::invalid(format!("control socket: an answer without {name}")))
 }
 
 fn stat(disk: &Path, name: Option<&Name>) -> Result<Answer> {

@@ -1,7 +1,8 @@
 //! Check: whether a qcow2 image keeps the rules of its format, and what is wrong when it does not.
 //!
-//! The check only reads, and `repair` makes use of what it knows. Counts who names each cluster of the file, compares with the refcounts that are
-//! stored, and judges every entry on the way. Its order:
+//! The check only reads, and `repair` makes use of what it knows. Counts who names each cluster of
+//! the file, compares with the refcounts that are stored, and judges every entry on the way. Its
+//! order:
 //!
 //! 1. `areas`: the places that are named by the header, by snapshots and by bitmaps.
 //! 2. `refs`: what the entries in them name, each byte of a table looked at once however often it

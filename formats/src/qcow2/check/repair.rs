@@ -94,9 +94,9 @@ pub(in super::super) async fn clean<S: Store>(store: &S, watch: &mut dyn Watch) 
     }
 }
 
-/// Gives the host back what a change took that failed, and that nobody names: refcounts of it go down, the
-/// file is cut, and has holes behind `len`, the bytes that it had before. An image with an error stays as it is:
-/// such space may be what a broken entry named. Fails as [`repair`].
+/// Gives the host back what a change took that failed, and that nobody names: refcounts of it go
+/// down, the file is cut, and has holes behind `len`, the bytes that it had before. An image with
+/// an error stays as it is: such space may be what a broken entry named. Fails as [`repair`].
 pub async fn give_back<S: Store>(store: &S, len: u64) -> Result<()> {
     let survey = Survey::take(store, &mut ()).await?;
     if survey.report.errors > 0 {
