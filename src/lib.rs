@@ -11,6 +11,7 @@ pub mod hold;
 pub mod image;
 pub mod io;
 pub mod merged;
+pub mod migrate;
 pub mod policy;
 pub mod rundir;
 pub mod sandbox;

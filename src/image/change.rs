@@ -71,7 +71,7 @@ pub async fn settle_synced<F: Folder>(folder: &F) -> Result<Descriptor> {
 }
 
 /// Names in a disk's folder that are no delta's, whatever a descriptor says.
-const RESERVED: [&str; 10] = [
+const RESERVED: [&str; 14] = [
     DESCRIPTOR,
     NEXT,
     LAST,
@@ -82,10 +82,14 @@ const RESERVED: [&str; 10] = [
     names::FILE,
     names::ASIDE,
     views::FOLDER,
+    members::MIGRATION,
+    members::MIGRATION_ASIDE,
+    members::SEALED,
+    members::INCOMING,
 ];
 
 /// Whether a delta may have this name: a record that comes with a foreign disk may name anything.
-pub(super) fn is_delta(name: &str) -> bool {
+pub(crate) fn is_delta(name: &str) -> bool {
     policy::allow(name).is_ok() && !RESERVED.contains(&name)
 }
 
@@ -230,7 +234,8 @@ pub async fn fill_delta<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> 
     }
 }
 
-async fn fill_qcow2<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
+/// The same, a qcow2 image whatever the descriptor says.
+pub async fn fill_qcow2<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
     // What it stands on, the descriptor says.
     let wanted = Create {
         extended: shape.subclusters,
@@ -239,8 +244,9 @@ async fn fill_qcow2<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Resu
     qcow2::create::create(file, &wanted).await
 }
 
-/// Its table has its space from the start: a full host must never stop an index write.
-async fn fill_ploop<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
+/// The same, a ploop image. Its table has its space from the start: a full host must never stop an
+/// index write.
+pub async fn fill_ploop<S: Store>(file: &S, disk: &Descriptor, shape: Shape) -> Result<()> {
     let header = Header::new(shape.version, shape.size, disk.cluster())?;
     let len = create::blank_len(&header);
     let table = len.saturating_sub(limits::PAGE);

@@ -30,6 +30,15 @@ pub const RESTORED: &str = "DiskDescriptor.xml.restored";
 /// The descriptor of a disk that is being deleted: no ploop opens it.
 pub const DELETED: &str = "DiskDescriptor.xml.deleted";
 
+/// The descriptor of a disk that has gone to another host: no ploop opens it.
+pub const SEALED: &str = "DiskDescriptor.xml.migrated";
+/// The descriptor of a disk that comes from another host: no ploop opens it.
+pub const INCOMING: &str = "DiskDescriptor.xml.incoming";
+/// What either side of a migration has written down.
+pub const MIGRATION: &str = "migration.json";
+/// Where that is written before it is renamed. Found without its writer, a draft.
+pub const MIGRATION_ASIDE: &str = "migration.json.tmp";
+
 /// What the file system was like when it was last unmounted, as ploop keeps it.
 pub const STATS: &str = ".statfs";
 
@@ -67,14 +76,16 @@ impl Members {
         let changed = changed(&dir, descriptor);
         let copies = copies(descriptor);
         for name in beneath::entries(&dir)? {
-            let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE, STATS];
-            let own = known.iter().any(|k| name == OsStr::new(k))
+            let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE, STATS]
+                .into_iter()
+                .chain([MIGRATION, SEALED]);
+            let own = known.clone().any(|k| name == OsStr::new(k))
                 || name == OsStr::new(views::FOLDER) && views::are_alone(&dir)?
                 || found.layers.iter().any(|l| l.name == name);
             if own {
                 continue;
             }
-            let aside = [ASIDE, RESTORED, names::ASIDE]
+            let aside = [ASIDE, RESTORED, names::ASIDE, MIGRATION_ASIDE]
                 .iter()
                 .any(|k| name == OsStr::new(k));
             match aside || is_record(&name) || changed.contains(&name) || copies.contains(&name) {

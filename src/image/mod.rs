@@ -9,7 +9,7 @@
 //! larger, [`compact`] its file shorter, [`survey`] looks without opening, [`check`] looks closely,
 //! [`members`] tells a disk's files from others, [`delete`] removes a disk. A disk whose tree is
 //! changed while nobody serves it is [`detached`], [`site`] is where a clone comes to be, and
-//! [`views`] are clones to look at a point. Nothing here knows who serves the disk or who asked for
+//! [`views`] are clones to look at a point, [`witness`] tells whether anybody has written. Nothing here knows who serves the disk or who asked for
 //! it.
 
 pub mod adopt;
@@ -37,3 +37,4 @@ pub mod snapshot;
 pub mod survey;
 pub mod target;
 pub mod views;
+pub mod witness;

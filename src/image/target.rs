@@ -4,7 +4,7 @@
 //! stated. Formats are never guessed: a guest can write any signature into its own disk.
 
 use super::chain::Chain;
-use super::members::{ASIDE, DELETED};
+use super::members::{ASIDE, DELETED, INCOMING, SEALED};
 use crate::io::beneath;
 use ploop_formats::descriptor::{ImageType, LayerFormat};
 use ploop_formats::{Error, Kind, Result};
@@ -117,6 +117,22 @@ impl Identity {
     }
 }
 
+/// Why a directory without a descriptor is no disk.
+fn why_none(dir: &Path) -> String {
+    let has = |name| dir.join(name).exists();
+    match () {
+        () if has(DELETED) => "its deletion was interrupted; `ploopctl delete` finishes it".into(),
+        () if has(SEALED) => {
+            "its disk has gone to another host; `ploopctl migrate resolve` says more".into()
+        }
+        () if has(INCOMING) => {
+            "it comes from another host; `ploopctl migrate resolve` says more".into()
+        }
+        () if has(ASIDE) => "it was not made to its end; `ploopctl delete` removes it".into(),
+        () => format!("no {DESCRIPTOR} here, so this is not a disk"),
+    }
+}
+
 /// The folder that a file's path leads to.
 pub(super) fn parent(path: &Path) -> PathBuf {
     match path.parent() {
@@ -155,12 +171,7 @@ impl Target {
             Err(e) => return Err(Error::from(e).at(descriptor.display())),
         };
         if !there {
-            let why = match (dir.join(DELETED).exists(), dir.join(ASIDE).exists()) {
-                (true, _) => "its deletion was interrupted; `ploopctl delete` finishes it".into(),
-                (_, true) => "it was not made to its end; `ploopctl delete` removes it".into(),
-                _ => format!("no {DESCRIPTOR} here, so this is not a disk"),
-            };
-            let what = format!("{}: {why}", dir.display());
+            let what = format!("{}: {}", dir.display(), why_none(&dir));
             return Err(Error::new(Kind::NotFound, what));
         }
         Ok(Self::Bundle { dir })

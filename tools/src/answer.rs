@@ -6,6 +6,7 @@
 use crate::report::{self, Output};
 use serde_json::{Value, json};
 use std::io::Write;
+use std::mem::take;
 use std::process::ExitCode;
 
 /// What a verb has to say.
@@ -29,13 +30,24 @@ impl Answer {
         }
     }
 
+    /// Says it on standard error; what is left to print is nothing.
+    pub fn aside(mut self, output: Output) -> Self {
+        let _ = writeln!(std::io::stderr(), "{}", self.take(output).trim_end());
+        self
+    }
+
+    fn take(&mut self, output: Output) -> String {
+        let (text, json) = (take(&mut self.text), take(&mut self.json));
+        match output {
+            Output::Text => text,
+            Output::Json if json.is_null() => String::new(),
+            Output::Json => with_schema(json).to_string(),
+        }
+    }
+
     /// Prints it, and gives the exit code.
-    pub fn print(self, output: Output) -> ExitCode {
-        let text = match output {
-            Output::Text => self.text,
-            Output::Json if self.json.is_null() => String::new(),
-            Output::Json => with_schema(self.json).to_string(),
-        };
+    pub fn print(mut self, output: Output) -> ExitCode {
+        let text = self.take(output);
         if !text.is_empty() {
             let mut out = std::io::stdout().lock();
             let end = if text.ends_with('\n') { "" } else { "\n" };

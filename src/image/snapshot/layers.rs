@@ -65,6 +65,19 @@ pub async fn seal<F: Folder>(folder: &F, disk: &Descriptor) -> Result<()> {
     layer.close().await.map_err(|e| e.at(&top.file))
 }
 
+/// What a delta is itself.
+pub async fn shape<F: Folder>(folder: &F, disk: &Descriptor, image: &ImageRef) -> Result<Shape> {
+    let layer = open_read(folder, disk, image).await?;
+    Ok(Shape {
+        version: match &layer {
+            AnyLayer::Ploop(ploop) => ploop.header().version,
+            AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => Version::V2,
+        },
+        size: layer.geometry().size,
+        subclusters: may_have_parts(&layer),
+    })
+}
+
 /// What a delta above `shot` has to be, once all layers below it are fit to be read.
 pub async fn shape_above<F: Folder>(folder: &F, disk: &Descriptor, shot: Guid) -> Result<Shape> {
     let mut shape = Shape {

@@ -14,7 +14,7 @@ pub const FILE: &str = "snapshots.json";
 /// Where it is written before it is renamed. Found without its writer, a draft.
 pub const ASIDE: &str = "snapshots.json.tmp";
 /// Bytes that are read at all.
-const FILE_MAX: u64 = 1 << 20;
+pub(crate) const FILE_MAX: u64 = 1 << 20;
 /// Characters of a name.
 const NAME_MAX: usize = 128;
 

@@ -15,6 +15,7 @@ pub mod init;
 mod limit;
 mod list;
 mod map;
+mod migrate;
 pub mod mount;
 mod orphans;
 mod recover;
@@ -87,6 +88,8 @@ pub enum Command {
     RestoreDescriptor(restore::Args),
     #[command(after_help = track::EXAMPLES)]
     Track(track::Args),
+    #[command(after_help = migrate::EXAMPLES)]
+    Migrate(migrate::Args),
     #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
     Delete(delete::Args),
     #[command(after_help = "Example: ploopctl recover /mnt/100")]
@@ -125,6 +128,7 @@ pub fn run(command: Command, global: &Global) -> Result<Answer> {
         Command::Replace(args) => replace::run(&args, global),
         Command::RestoreDescriptor(args) => restore::run(&args, global),
         Command::Track(args) => track::run(args, output),
+        Command::Migrate(args) => migrate::run(args, global),
         Command::Delete(args) => delete::run(&args),
         Command::Recover(args) => recover::run(&args, global),
         Command::Doctor(args) => doctor::run(&args, global),

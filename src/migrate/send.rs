@@ -1,0 +1,385 @@
+//! Send: the source's side of a migration: every delta, what it has of its own, and then the disk.
+//!
+//! What the other side has is what it said, and nothing more is ever assumed of it. This side stays
+//! what it was until the target is ready; then it is sealed ([`depart`]), and the word is sent.
+
+use super::frame::{DATA_MAX, Frame};
+use super::record::{Proof, Record, Secret, Source, SourcePhase, Words};
+use super::talk::{self, Delta, Hello, PROTO, ToSource, ToTarget};
+use crate::device::Device;
+use crate::disk::Disk;
+use crate::image::change;
+use crate::image::members::SEALED;
+use crate::image::snapshot::copy::{self, Work};
+use crate::image::snapshot::{layers, names};
+use crate::image::target::DESCRIPTOR;
+use bytes::Bytes;
+use futures_util::stream::{FuturesOrdered, StreamExt};
+use ploop_formats::descriptor::Descriptor;
+use ploop_formats::folder::{self, Folder};
+use ploop_formats::guid::Guid;
+use ploop_formats::ploop::header::Version;
+use ploop_formats::progress::Progress;
+use ploop_formats::{Error, Kind, Result, buf};
+use uuid::Uuid;
+
+/// Bytes sent after which the other side is asked to make them durable.
+const STEP: u64 = 64 << 20;
+/// Times that it may still owe the answer.
+const OWED_MAX: u64 = 2;
+/// Reads at once, each of [`DATA_MAX`] bytes at most.
+const AT_ONCE: usize = 8;
+/// Extents asked for at once, and bytes of the range that they may be of.
+const EXTENTS: usize = 512;
+const SPAN: u64 = 1 << 30;
+
+/// The other side.
+#[allow(async_fn_in_trait, reason = "futures of a simulated peer are not Send")]
+pub trait Peer {
+    /// Sends it a frame. Those before a message may wait for that.
+    async fn send(&mut self, frame: Frame) -> Result<()>;
+
+    /// What it says next. `Io` when it is gone.
+    async fn hear(&mut self) -> Result<ToSource>;
+}
+
+/// What was sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    /// Bytes of data.
+    pub bytes: u64,
+    /// Deltas.
+    pub deltas: usize,
+}
+
+/// A disk that nobody uses, and that is to be sent.
+pub struct Sender<'f, F> {
+    folder: &'f F,
+    disk: Descriptor,
+    record: Source,
+    deltas: Vec<Delta>,
+}
+
+impl<'f, F> Sender<'f, F>
+where
+    F: Folder,
+    F::File: 'static,
+{
+    /// Closes what an unclean end left open, and writes down what is going to be sent. What was begun
+    /// goes on where `witness`, asked before anything is written, says what it said then.
+    pub async fn prepare(
+        folder: &'f F,
+        witness: impl Fn(&Descriptor) -> Result<String>,
+    ) -> Result<Self> {
+        let disk = change::settle_synced(folder).await?;
+        refuse_marked(&disk)?;
+        let begun = match Record::read(folder).await? {
+            Some(Record::Source(source)) if source.phase != SourcePhase::Moved => Some(source),
+            _ => None,
+        };
+        let begun = match begun {
+            Some(source) if source.witness == witness(&disk)? => Some(source),
+            _ => None,
+        };
+        let record = match begun {
+            Some(source) => Source {
+                phase: SourcePhase::Sending,
+                ..source
+            },
+            None => {
+                layers::seal(folder, &disk).await?;
+                Source {
+                    session: Uuid::new_v4(),
+                    phase: SourcePhase::Sending,
+                    word: Secret::random(),
+                    witness: witness(&disk)?,
+                }
+            }
+        };
+        Record::Source(record.clone()).write(folder).await?;
+        let mut deltas = Vec::new();
+        for guid in in_order(&disk) {
+            deltas.push(delta(folder, &disk, guid).await?);
+        }
+        Ok(Self {
+            folder,
+            disk,
+            record,
+            deltas,
+        })
+    }
+
+    /// Sends it, and gives the disk away. An error says which side has it.
+    pub async fn send(mut self, peer: &mut impl Peer, work: &mut Work<'_>) -> Result<Sent> {
+        let ready = self.send_all(peer, work).await;
+        let (sent, words) = ready.map_err(|e| Error::new(e.kind(), format!("{e}; {GOES_ON}")))?;
+        let sealed = depart(self.folder, &mut self.record, words.clone()).await;
+        sealed.map_err(|e| Error::new(e.kind(), format!("sealing the disk: {e}; {ASK}")))?;
+        let given = self.give(peer, &words).await;
+        given.map_err(|e| Error::new(Kind::Io, format!("{e}; {IN_DOUBT}")))?;
+        Ok(sent)
+    }
+
+    async fn send_all(
+        &self,
+        peer: &mut impl Peer,
+        work: &mut Work<'_>,
+    ) -> Result<(Sent, Words<Proof>)> {
+        let hello = self.hello().await?;
+        say(peer, &ToTarget::Hello(hello)).await?;
+        let (have, words) = match hear(peer).await? {
+            ToSource::Welcome { have, words } => (have, words),
+            _ => return Err(strange()),
+        };
+        let mut sent = Sent::default();
+        for (index, delta) in self.deltas.iter().enumerate() {
+            if index < have.delta {
+                continue;
+            }
+            let from = if index == have.delta { have.at } else { 0 };
+            say(peer, &ToTarget::Delta { index, from }).await?;
+            let disk = open(self.folder, &self.disk, delta.guid).await?;
+            let image = layers::image(&self.disk, delta.guid)?;
+            work.watch().enter(&image.file);
+            sent.bytes += send_own(&disk, from, peer, work)
+                .await
+                .map_err(|e| e.at(&image.file))?;
+            sent.deltas += 1;
+        }
+        say(peer, &ToTarget::End).await?;
+        match hear(peer).await? {
+            ToSource::Ready => {}
+            _ => return Err(strange()),
+        }
+        // The last moment at which it can be ended.
+        work.watch().tell(Progress {
+            phase: "handing over",
+            done: 0,
+            total: 0,
+        })?;
+        Ok((sent, words))
+    }
+
+    async fn hello(&self) -> Result<Hello> {
+        let text = String::from_utf8(self.disk.encode());
+        let descriptor = text.map_err(|_| Error::damaged("a descriptor that is not UTF-8"))?;
+        let names = match folder::load(self.folder, names::FILE, names::FILE_MAX).await {
+            Ok(names) => String::from_utf8(names.to_vec()).ok(),
+            // They are remarks.
+            Err(_) => None,
+        };
+        Ok(Hello {
+            proto: PROTO,
+            session: self.record.session,
+            descriptor,
+            deltas: self.deltas.clone(),
+            names,
+            go: self.record.word.proof(),
+        })
+    }
+
+    async fn give(&mut self, peer: &mut impl Peer, words: &Words<Proof>) -> Result<()> {
+        let word = self.record.word.clone();
+        say(peer, &ToTarget::Go { word }).await?;
+        match hear(peer).await? {
+            ToSource::Done { taken } => words.taken.check(&taken)?,
+            _ => return Err(strange()),
+        }
+        self.record.phase = SourcePhase::Moved;
+        if let Err(e) = Record::Source(self.record.clone()).write(self.folder).await {
+            tracing::warn!("the disk has gone, but that could not be written down: {e}");
+        }
+        Ok(())
+    }
+}
+
+const GOES_ON: &str = "nothing was changed here, and the same command goes on where this ended";
+const ASK: &str =
+    "`ploopctl migrate resolve` says whether it can be used here; the other side cannot";
+const IN_DOUBT: &str = "the disk is sealed here, and it is not known whether the other side has it: \
+    neither is used until `ploopctl migrate resolve` has been asked on both";
+
+/// Makes the disk one that nobody opens, durably so.
+pub async fn depart<F: Folder>(folder: &F, record: &mut Source, words: Words<Proof>) -> Result<()> {
+    record.phase = SourcePhase::Sealed { words };
+    Record::Source(record.clone()).write(folder).await?;
+    folder.rename(DESCRIPTOR, SEALED).await?;
+    folder.sync().await
+}
+
+/// What is to be merged away is no promise, and not sent.
+fn refuse_marked(disk: &Descriptor) -> Result<()> {
+    match disk.shots().iter().find(|shot| shot.mark.is_some()) {
+        None => Ok(()),
+        Some(shot) => Err(Error::new(
+            Kind::Busy,
+            format!(
+                "snapshot {0} is being merged away: `ploopctl snapshot delete` it first",
+                shot.guid.bare()
+            ),
+        )),
+    }
+}
+
+/// The deltas of a disk, each after the one that it stands on, the top last.
+fn in_order(disk: &Descriptor) -> Vec<Guid> {
+    let mut order = Vec::new();
+    let mut ways = vec![disk.base().guid];
+    while let Some(guid) = ways.pop() {
+        if guid != disk.top() {
+            order.push(guid);
+        }
+        ways.extend(disk.children(guid).map(|shot| shot.guid));
+    }
+    order.push(disk.top());
+    order
+}
+
+async fn delta<F: Folder>(folder: &F, disk: &Descriptor, guid: Guid) -> Result<Delta> {
+    let image = layers::image(disk, guid)?;
+    let own = layers::shape(folder, disk, &image).await?;
+    Ok(Delta {
+        guid,
+        size: own.size,
+        version: match own.version {
+            Version::V1 => 1,
+            Version::V2 => 2,
+        },
+        subclusters: own.subclusters,
+    })
+}
+
+/// The disk as it was at a point, to be read.
+async fn open<F: Folder>(folder: &F, disk: &Descriptor, guid: Guid) -> Result<Disk<F::File>> {
+    let mut stack = Vec::new();
+    for image in disk.chain(guid)? {
+        stack.push(layers::open_read(folder, disk, &image).await?);
+    }
+    Disk::new(stack, true)
+}
+
+/// Sends what the top layer of a device has of its own, from `from` on; the bytes of data.
+async fn send_own(
+    disk: &impl Device,
+    from: u64,
+    peer: &mut impl Peer,
+    work: &mut Work<'_>,
+) -> Result<u64> {
+    let (total, mut at) = (disk.size(), from);
+    let (mut sent, mut unsynced, mut owed) = (0, 0, 0);
+    while at < total {
+        let extents = disk.extents(at, SPAN.min(total - at), EXTENTS).await?;
+        let mut reads = FuturesOrdered::new();
+        let mut pieces = extents.into_iter().flat_map(|extent| {
+            let start = at;
+            at += extent.len;
+            pieces(start, extent.len, extent.depth == 1, extent.zero)
+        });
+        loop {
+            while reads.len() < AT_ONCE
+                && let Some(piece) = pieces.next()
+            {
+                reads.push_back(read(disk, piece));
+            }
+            let Some(frame) = reads.next().await else {
+                break;
+            };
+            let frame = frame?;
+            let (end, data) = match &frame {
+                Frame::Data { at, bytes } => (at + bytes.len() as u64, bytes.len() as u64),
+                Frame::Zero { at, len } => (at + len, 0),
+                Frame::Message(_) => continue,
+            };
+            work.wait(data).await;
+            peer.send(frame).await?;
+            sent += data;
+            unsynced += data;
+            if unsynced >= STEP {
+                say(peer, &ToTarget::Sync { at: end }).await?;
+                (unsynced, owed) = (0, owed + 1);
+            }
+            while owed > OWED_MAX {
+                synced(peer).await?;
+                owed -= 1;
+            }
+            work.watch().tell(Progress {
+                phase: "sending",
+                done: end,
+                total,
+            })?;
+        }
+    }
+    say(peer, &ToTarget::Whole).await?;
+    for _ in 0..=owed {
+        synced(peer).await?;
+    }
+    Ok(sent)
+}
+
+/// A part of the device, and whether it is known to read as zeros.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Piece {
+    at: u64,
+    len: u64,
+    zero: bool,
+}
+
+/// The pieces of an extent that are sent: none where it is not the top's own. Those with data end where
+/// a multiple of [`DATA_MAX`] ends, so that each is of one cluster or of whole ones.
+fn pieces(at: u64, len: u64, own: bool, zero: bool) -> impl Iterator<Item = Piece> {
+    let (mut at, end) = (at, if own { at + len } else { at });
+    std::iter::from_fn(move || {
+        let step = DATA_MAX as u64;
+        let next = if zero {
+            end
+        } else {
+            end.min((at / step + 1) * step)
+        };
+        let piece = (at < end).then_some(Piece {
+            at,
+            len: next - at,
+            zero,
+        });
+        at = next;
+        piece
+    })
+}
+
+async fn read(disk: &impl Device, piece: Piece) -> Result<Frame> {
+    let Piece { at, len, zero } = piece;
+    if zero {
+        return Ok(Frame::Zero { at, len });
+    }
+    let bytes: Bytes = disk.read(at, buf::aligned(len as usize)).await?.freeze();
+    Ok(match copy::is_zero(&bytes) {
+        // Said, and not left out: what is below may be something else.
+        true => Frame::Zero { at, len },
+        false => Frame::Data { at, bytes },
+    })
+}
+
+async fn say(peer: &mut impl Peer, message: &ToTarget) -> Result<()> {
+    peer.send(talk::frame(message)?).await
+}
+
+/// What the other side says, unless that is why it cannot go on.
+async fn hear(peer: &mut impl Peer) -> Result<ToSource> {
+    match peer.hear().await? {
+        ToSource::Failed { message } => {
+            let what = format!("the other side ended it: {message}");
+            Err(Error::new(Kind::Io, what))
+        }
+        said => Ok(said),
+    }
+}
+
+async fn synced(peer: &mut impl Peer) -> Result<()> {
+    match hear(peer).await? {
+        ToSource::Synced => Ok(()),
+        _ => Err(strange()),
+    }
+}
+
+fn strange() -> Error {
+    Error::damaged("the other side answered something else")
+}
