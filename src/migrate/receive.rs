@@ -333,6 +333,7 @@ async fn prepare<F: Folder>(folder: &F, disk: &Descriptor, hello: &Hello) -> Res
     if let Some(names) = &hello.names {
         folder::save(folder, names::FILE, names.as_bytes()).await?;
     }
+    folder.sync().await?;
     Record::Target(target.clone()).write(folder).await?;
     Ok(target)
 }
@@ -386,19 +387,25 @@ async fn create<F: Folder>(
     folder.sync().await
 }
 
-/// Refuses an image that has anything wrong. What was said to be durable is looked at, not what the
-/// page cache has of it.
+/// Gives back what a receiver that was cut left lying about in an image, and refuses one that has
+/// anything else wrong. What was said to be durable is looked at, not what the page cache has of it.
 async fn check<F: Folder>(folder: &F, image: &ImageRef, watch: &mut dyn Watch) -> Result<()> {
     let store = folder.open(&image.file, Access::Write).await?;
     let is_clean = match image.format {
         LayerFormat::Raw => true,
         LayerFormat::Ploop => {
-            let found = ploop::check::check_watched(&store, watch).await?;
-            found.is_clean()
+            use ploop::check::{Repair, check_watched, repair_watched};
+            check_watched(&store, watch).await?.is_clean()
+                || repair_watched(&store, &Repair::default(), watch)
+                    .await?
+                    .is_clean()
         }
         LayerFormat::Qcow2 => {
-            let found = qcow2::check::check_watched(&store, watch).await?;
-            found.is_clean()
+            use qcow2::check::{Repair, check_watched, repair_watched};
+            check_watched(&store, watch).await?.is_clean()
+                || repair_watched(&store, &Repair::default(), watch)
+                    .await?
+                    .is_clean()
         }
     };
     store.settle().await;

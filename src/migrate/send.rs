@@ -23,12 +23,8 @@ use ploop_formats::progress::Progress;
 use ploop_formats::{Error, Kind, Result, buf};
 use uuid::Uuid;
 
-/// Bytes sent after which the other side is asked to make them durable.
-const STEP: u64 = 64 << 20;
-/// Times that it may still owe the answer.
+/// Times that the other side may still owe the answer that something is durable.
 const OWED_MAX: u64 = 2;
-/// Reads at once, each of [`DATA_MAX`] bytes at most.
-const AT_ONCE: usize = 8;
 /// Extents asked for at once, and bytes of the range that they may be of.
 const EXTENTS: usize = 512;
 const SPAN: u64 = 1 << 30;
@@ -265,7 +261,9 @@ async fn send_own(
     peer: &mut impl Peer,
     work: &mut Work<'_>,
 ) -> Result<u64> {
-    let (total, mut at) = (disk.size(), from);
+    let (total, mut at, window) = (disk.size(), from, work.window());
+    let step = window.step.min(DATA_MAX as u64);
+    let at_once = window.memory / step;
     let (mut sent, mut unsynced, mut owed) = (0, 0, 0);
     while at < total {
         let extents = disk.extents(at, SPAN.min(total - at), EXTENTS).await?;
@@ -273,10 +271,12 @@ async fn send_own(
         let mut pieces = extents.into_iter().flat_map(|extent| {
             let start = at;
             at += extent.len;
-            pieces(start, extent.len, extent.depth == 1, extent.zero)
+            // What is not the top's own is not sent.
+            let end = if extent.depth == 1 { at } else { start };
+            pieces(start, end, extent.zero, step)
         });
         loop {
-            while reads.len() < AT_ONCE
+            while (reads.len() as u64) < at_once
                 && let Some(piece) = pieces.next()
             {
                 reads.push_back(read(disk, piece));
@@ -294,7 +294,7 @@ async fn send_own(
             peer.send(frame).await?;
             sent += data;
             unsynced += data;
-            if unsynced >= STEP {
+            if unsynced >= window.unsynced {
                 say(peer, &ToTarget::Sync { at: end }).await?;
                 (unsynced, owed) = (0, owed + 1);
             }
@@ -324,12 +324,10 @@ struct Piece {
     zero: bool,
 }
 
-/// The pieces of an extent that are sent: none where it is not the top's own. Those with data end where
-/// a multiple of [`DATA_MAX`] ends, so that each is of one cluster or of whole ones.
-fn pieces(at: u64, len: u64, own: bool, zero: bool) -> impl Iterator<Item = Piece> {
-    let (mut at, end) = (at, if own { at + len } else { at });
+/// The pieces of an extent that are sent. Those with data end where a multiple of `step` ends, so that
+/// each is of one cluster or of whole ones.
+fn pieces(mut at: u64, end: u64, zero: bool, step: u64) -> impl Iterator<Item = Piece> {
     std::iter::from_fn(move || {
-        let step = DATA_MAX as u64;
         let next = if zero {
             end
         } else {

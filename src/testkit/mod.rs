@@ -23,6 +23,7 @@ pub mod forest;
 pub mod fuzz;
 pub mod grows;
 pub mod judge;
+pub mod migrations;
 pub mod models;
 pub mod mutate;
 pub mod orders;

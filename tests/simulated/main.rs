@@ -15,6 +15,7 @@ mod exports;
 mod faults;
 mod forest;
 mod grow;
+mod migrations;
 mod model;
 mod parts;
 mod switch;

@@ -5,6 +5,7 @@
 
 mod control;
 mod image;
+mod migration;
 mod nbd;
 mod ops;
 mod qcow2;
@@ -24,7 +25,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     Target {
         name: "ploop_open",
         run: image::run,
@@ -59,6 +60,11 @@ pub const TARGETS: [Target; 8] = [
         name: "qcow2_open",
         run: qcow2::open,
         seeds: qcow2::images,
+    },
+    Target {
+        name: "migration",
+        run: migration::run,
+        seeds: migration::seeds,
     },
     Target {
         name: "qcow2_ops",

@@ -7,7 +7,8 @@ use clap::{Parser, Subcommand};
 use ploop::testkit::forest::{self, Answers};
 use ploop::testkit::trees::Formats;
 use ploop::testkit::{
-    Engine, Report, changes, compacts, crash, death, faults, grows, models, mutate, switches,
+    Engine, Report, changes, compacts, copies, crash, death, faults, grows, migrations, models,
+    mutate, switches,
 };
 use ploop_formats::planted::Bug;
 use std::process::ExitCode;
@@ -42,6 +43,10 @@ enum Campaign {
     Changes(Effort),
     /// Random sequences of all verbs on several disks at once, against a model.
     Forest(Effort),
+    /// A copy is kept by what a tracker says, and the process that marks dies.
+    Copies(Effort),
+    /// A disk goes from one folder to another, and the link is cut or a side dies.
+    Migrations(Effort),
     /// Every planted bug and broken barrier must be caught.
     Mutate(Effort),
 }
@@ -142,6 +147,11 @@ fn main() -> ExitCode {
         ),
         Campaign::Forest(effort) => timed(
             |seed, sequences| forest::campaign(seed, sequences, &mut Answers::new()),
+            effort,
+        ),
+        Campaign::Copies(effort) => timed(copies::campaign, effort),
+        Campaign::Migrations(effort) => timed(
+            |seed, states| migrations::campaign(Formats::Mixed, seed, states),
             effort,
         ),
         Campaign::Mutate(effort) => power(effort),

@@ -1,5 +1,6 @@
 //! `tour`: the newcomer's two minutes. Makes a disk, uses it, kills the process that serves it in
-//! the middle of a write, freezes it, spoils it, goes back, clones it, and finds every byte again.
+//! the middle of a write, freezes it, spoils it, goes back, clones it, moves the clone as if to another
+//! host, and finds every byte again.
 //! Everything happens in a temporary folder.
 
 use super::doctor::is_on_path;
@@ -112,7 +113,7 @@ impl Folder {
 
 impl Drop for Folder {
     fn drop(&mut self) {
-        for disk in [self.disk(), self.dir.join("clone")] {
+        for disk in [self.disk(), self.dir.join("moved")] {
             if let Ok(attached) = attach::find(&disk) {
                 let _ = attach::stop(&attached);
             }
@@ -203,23 +204,35 @@ fn spoil(diary: &mut Diary<'_>, place: &mut impl Place) -> Result<()> {
     })
 }
 
-/// Shows what was spoiled and takes the disk back to the snapshot; it and a clone of that.
+/// Shows what was spoiled and takes the disk back to the snapshot; it, and a clone of that, which was
+/// moved.
 fn go_back(folder: &Folder, diary: &mut Diary<'_>, disk: &str, uuid: &str) -> Result<[String; 2]> {
-    let clone = folder.dir.join("clone");
-    let clone = text(&clone)?;
+    let (clone, moved) = (folder.dir.join("clone"), folder.dir.join("moved"));
+    let (clone, moved) = (text(&clone)?, text(&moved)?);
+    let own = std::env::current_exe()?;
     let point = format!("{disk}@{uuid}");
-    let verbs: [&[&str]; 4] = [
+    let verbs: [&[&str]; 5] = [
         &["check", disk],
         &["snapshot", "diff", disk, uuid, "top"],
         &["snapshot", "switch", disk, uuid],
         &["clone", &point, clone],
+        &[
+            "migrate",
+            "send",
+            clone,
+            "--",
+            text(&own)?,
+            "migrate",
+            "receive",
+            moved,
+        ],
     ];
     for args in verbs {
         diary.step(format!("ploopctl {}", args.join(" ")), || {
             folder.ploopctl(args)
         })?;
     }
-    Ok([disk.to_string(), clone.to_string()])
+    Ok([disk.to_string(), moved.to_string()])
 }
 
 fn served(folder: &Folder, diary: &mut Diary<'_>) -> Result<()> {
