@@ -71,7 +71,7 @@ pub async fn settle_synced<F: Folder>(folder: &F) -> Result<Descriptor> {
 }
 
 /// Names in a disk's folder that are no delta's, whatever a descriptor says.
-const RESERVED: [&str; 14] = [
+const RESERVED: [&str; 15] = [
     DESCRIPTOR,
     NEXT,
     LAST,
@@ -84,6 +84,7 @@ const RESERVED: [&str; 14] = [
     views::FOLDER,
     members::MIGRATION,
     members::MIGRATION_ASIDE,
+    members::WITNESS,
     members::SEALED,
     members::INCOMING,
 ];

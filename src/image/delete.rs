@@ -9,7 +9,7 @@
 
 use super::chain::read_descriptor_at;
 use super::lock::{Access, DiskLocks};
-use super::members::{self, ASIDE, DELETED, MIGRATION, Member, Members, STATS};
+use super::members::{self, ASIDE, DELETED, MIGRATION, Member, Members, STATS, WITNESS};
 use super::snapshot::names;
 use super::target::{DESCRIPTOR, Source, Target};
 use super::views;
@@ -110,7 +110,7 @@ fn bundle(path: &Path) -> Result<Deleted> {
         remove(&dir, draft)?;
     }
     sync(&dir)?;
-    for name in [names::FILE, STATS, MIGRATION, DISK_LOCK, DELETED] {
+    for name in [names::FILE, STATS, MIGRATION, WITNESS, DISK_LOCK, DELETED] {
         remove(&dir, OsStr::new(name))?;
     }
     remove_directory(path, &dir)?;

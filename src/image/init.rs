@@ -6,7 +6,7 @@
 //! mistaken for one.
 
 use super::change;
-use super::members::ASIDE;
+use super::members::{ASIDE, INCOMING, SEALED};
 use super::target::DESCRIPTOR;
 use crate::io::exec::{self, Engine};
 use crate::io::file::{Cache, FileStore};
@@ -267,7 +267,7 @@ impl Draft {
     /// A directory with a disk in it, or with half of one, is no place for another.
     fn refuse_disk(&self) -> Result<()> {
         let there = |name: &&&str| fs::symlink_metadata(self.dir.join(name)).is_ok();
-        match [DESCRIPTOR, ASIDE].iter().find(there) {
+        match [DESCRIPTOR, ASIDE, SEALED, INCOMING].iter().find(there) {
             None => Ok(()),
             Some(name) => Err(Error::new(
                 Kind::Exists,

@@ -6,6 +6,7 @@
 
 use super::chain::Chain;
 use super::target::Source;
+use super::witness;
 use crate::io::beneath::{self, Access as Open};
 use crate::io::lock::{self, DISK_LOCK, Held, Hold};
 use ploop_formats::{Error, Kind, Result};
@@ -57,7 +58,9 @@ impl DiskLocks {
             }
         };
         // What he did to names may be seen and still be lost with the power; from now on it is not.
+        // Nor does anything vouch any more for what was there before we write.
         if matches!(source, Source::Bundle) {
+            witness::forget(&dir)?;
             let synced = rustix::fs::fsync(&dir);
             synced
                 .map_err(|e| Error::from(std::io::Error::from(e)).at("fsync of the directory"))?;

@@ -39,6 +39,10 @@ pub const MIGRATION: &str = "migration.json";
 /// Where that is written before it is renamed. Found without its writer, a draft.
 pub const MIGRATION_ASIDE: &str = "migration.json.tmp";
 
+/// What the disk was when a migration of it began. Whoever is about to write to the disk takes it away
+/// first, durably so.
+pub const WITNESS: &str = "migration.witness";
+
 /// What the file system was like when it was last unmounted, as ploop keeps it.
 pub const STATS: &str = ".statfs";
 
@@ -78,7 +82,7 @@ impl Members {
         for name in beneath::entries(&dir)? {
             let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE, STATS]
                 .into_iter()
-                .chain([MIGRATION, SEALED]);
+                .chain([MIGRATION, WITNESS, SEALED]);
             let own = known.clone().any(|k| name == OsStr::new(k))
                 || name == OsStr::new(views::FOLDER) && views::are_alone(&dir)?
                 || found.layers.iter().any(|l| l.name == name);

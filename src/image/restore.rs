@@ -9,7 +9,7 @@
 //! the name of a new disk's descriptor says that they are worth nothing.
 
 use super::change::{LAST, NEXT};
-use super::members::{ASIDE, DELETED, RESTORED};
+use super::members::{ASIDE, DELETED, INCOMING, RESTORED, SEALED};
 use super::snapshot::layers;
 use super::target::{DESCRIPTOR, Format};
 use crate::policy;
@@ -190,6 +190,17 @@ async fn is_full<F: Folder>(
 pub async fn refuse_described<F: Folder>(folder: &F) -> Result<()> {
     if folder::has(folder, DESCRIPTOR).await? {
         return Err(taken());
+    }
+    for moved in [SEALED, INCOMING] {
+        if folder::has(folder, moved).await? {
+            return Err(Error::new(
+                Kind::Exists,
+                format!(
+                    "{moved}: the disk goes to another host, or comes from one; `ploopctl migrate \
+                     resolve` says more"
+                ),
+            ));
+        }
     }
     for record in [NEXT, LAST, ASIDE, DELETED] {
         if folder::has(folder, record).await? {

@@ -10,6 +10,8 @@ use std::io::{self, ErrorKind, Read, Write};
 
 /// Most bytes of data in one.
 pub const DATA_MAX: usize = 1 << 20;
+/// Most bytes that are said to be zeros at once: what a disk does about them takes time.
+pub const ZERO_MAX: u64 = 1 << 30;
 /// Bytes before what it carries.
 const HEAD: usize = 12;
 /// Most bytes of a message: one of them carries a descriptor, as a string of JSON.
@@ -70,7 +72,7 @@ impl Frame {
     }
 
     /// Reads the next one; none where the stream ends before it. `Io` where it ends within one,
-    /// `Damaged` for what no sender of ours writes.
+    /// and for what no sender of ours writes.
     pub fn read(input: &mut impl Read) -> Result<Option<Self>> {
         let mut head = [0; HEAD];
         match fill(input, &mut head)? {
@@ -93,7 +95,7 @@ impl Frame {
         };
         if !fits {
             let what = format!("the stream has no frame here (kind {kind}, {len} bytes)");
-            return Err(Error::damaged(what));
+            return Err(Error::new(Kind::Io, what));
         }
         // Where direct I/O could begin, data begins.
         let mut place = [0; 8];
@@ -106,9 +108,10 @@ impl Frame {
             return Err(cut());
         }
         if checksum(&head[..8], &[place, &body]) != crc {
-            return Err(Error::damaged("a frame of the stream has another checksum"));
+            let what = "a frame of the stream has another checksum";
+            return Err(Error::new(Kind::Io, what));
         }
-        Ok(Some(match kind {
+        let frame = match kind {
             DATA => Frame::Data {
                 at: (&*place).get_u64_le(),
                 bytes: body.freeze(),
@@ -118,7 +121,14 @@ impl Frame {
                 len: body.get_u64_le(),
             },
             _ => Frame::Message(body.freeze()),
-        }))
+        };
+        match frame {
+            Frame::Zero { len, .. } if len > ZERO_MAX => {
+                let what = format!("the stream says of {len} bytes at once that they are zeros");
+                Err(Error::new(Kind::Io, what))
+            }
+            frame => Ok(Some(frame)),
+        }
     }
 }
 
@@ -201,7 +211,7 @@ mod tests {
             stream.extend(u32::MAX.to_le_bytes());
             stream.extend([0; 64]);
             let refused = Frame::read(&mut &stream[..]).map_err(|e| e.kind());
-            assert_eq!(refused, Err(Kind::Damaged), "{kind}");
+            assert_eq!(refused, Err(Kind::Io), "{kind}");
         }
     }
 }

@@ -5,7 +5,7 @@
 //! it as fits a bounded queue. Nobody is waited for after the link is gone.
 
 use super::frame::Frame;
-use super::send::Peer;
+use super::send::{Peer, failed};
 use super::talk::{self, ToSource};
 use ploop_formats::{Error, Kind, Result};
 use std::io::{BufWriter, Read, Write};
@@ -14,9 +14,11 @@ use std::thread;
 use std::time::Duration;
 
 /// Frames that were read and not taken.
-const WAITING: usize = 16;
+const WAITING: usize = 4;
 /// Bytes that are written together.
 const TOGETHER: usize = 64 << 10;
+/// How long a side may take to go.
+const FAREWELL: Duration = Duration::from_secs(5);
 /// How long it may not be asked whether it is still wanted.
 const BLINK: Duration = Duration::from_millis(50);
 
@@ -25,7 +27,7 @@ pub struct Link<'a> {
     came: Receiver<Result<Frame>>,
     out: BufWriter<Box<dyn Write + Send>>,
     /// Asked while nothing comes: an error ends the wait.
-    goes_on: &'a dyn Fn() -> Result<()>,
+    goes_on: Option<&'a dyn Fn() -> Result<()>>,
 }
 
 impl<'a> Link<'a> {
@@ -51,7 +53,7 @@ impl<'a> Link<'a> {
         Ok(Self {
             came,
             out: BufWriter::with_capacity(TOGETHER, Box::new(out)),
-            goes_on,
+            goes_on: Some(goes_on),
         })
     }
 
@@ -61,7 +63,9 @@ impl<'a> Link<'a> {
             match self.came.recv_timeout(BLINK) {
                 Ok(frame) => return frame.map(Some),
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => (self.goes_on)()?,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.goes_on.map_or(Ok(()), |goes_on| goes_on())?
+                }
             }
         }
     }
@@ -74,18 +78,42 @@ impl<'a> Link<'a> {
         });
         written.map_err(|e| Error::new(Kind::Io, format!("the link is gone: {e}")))
     }
+
+    /// Returns when the other side is gone, too, or takes long for that.
+    pub fn end(self) {
+        drop(self.out);
+        while let Ok(Ok(_)) = self.came.recv_timeout(FAREWELL) {}
+    }
+
+    /// Why the other side went, if it said so.
+    fn last_words(&self) -> Option<String> {
+        loop {
+            let came = self.came.recv_timeout(FAREWELL).ok()?.ok()?;
+            let Frame::Message(text) = came else {
+                return None;
+            };
+            if let ToSource::Failed { message } = talk::parse(&text).ok()? {
+                return Some(message);
+            }
+        }
+    }
 }
 
 impl Peer for Link<'_> {
     async fn send(&mut self, frame: Frame) -> Result<()> {
-        self.write(&frame)
+        let written = self.write(&frame);
+        written.map_err(|e| self.last_words().map_or(e, |why| failed(&why)))
     }
 
     async fn hear(&mut self) -> Result<ToSource> {
         match self.next()? {
             Some(Frame::Message(text)) => talk::parse(&text),
-            Some(_) => Err(Error::damaged("the other side sent data")),
+            Some(_) => Err(Error::new(Kind::Io, "the other side sent data")),
             None => Err(Error::new(Kind::Io, "the other side is gone")),
         }
+    }
+
+    fn is_given(&mut self) {
+        self.goes_on = None;
     }
 }

@@ -16,7 +16,9 @@
 //! 4. The target's descriptor gets its name, durably so; then it says that it is done.
 //!
 //! Who is cut off before the third step has the disk as it was, and the same command goes on where
-//! this one ended. Between the third and the fourth nobody can use it until a human carries a word
+//! this one ended, unless somebody has opened the disk for writing meanwhile: the witness of what it was
+//! is taken away, durably so, before that. Each attempt has a word of its own, so that a target which
+//! was given up never takes the word that another one was sent. Between the third and the fourth nobody can use it until a human carries a word
 //! from one side to the other: the source's to the target, or, that the target has thrown its copy
 //! away, the target's to the source.
 

@@ -5,7 +5,7 @@
 //! says is believed: what it sends can fill the disk that it describes and nothing else.
 
 use super::frame::Frame;
-use super::record::{Place, Record, Secret, Target, TargetPhase, Words};
+use super::record::{Place, Proof, Record, Secret, Target, TargetPhase, Words};
 use super::talk::{self, Delta, Hello, PROTO, ToSource, ToTarget};
 use crate::device::{Device, Zero};
 use crate::disk::Disk;
@@ -97,41 +97,47 @@ where
     /// Begins, or goes on with what was begun; what the other side is answered. The caller has locked
     /// the folder, in which is nothing else.
     pub async fn begin(folder: &'f F, hello: Hello) -> Result<(Self, ToSource)> {
-        let disk = described(&hello)?;
-        let known = match Record::read(folder).await? {
-            None => None,
-            Some(Record::Target(target)) if target.session == hello.session => Some(target),
-            Some(_) => return Err(other()),
-        };
-        let record = match known {
-            Some(target) => target,
+        let (disk, deltas) = described(&hello)?;
+        let record = match Record::read(folder).await? {
             None => prepare(folder, &disk, &hello).await?,
+            Some(Record::Target(target)) if target.session == hello.session => {
+                if change::read(folder, INCOMING).await? != disk {
+                    return Err(other(target.phase));
+                }
+                target
+            }
+            Some(Record::Target(target)) => return Err(other(target.phase)),
+            Some(Record::Source(_)) => return Err(other(TargetPhase::Discarded)),
         };
-        let have = match record.phase {
-            TargetPhase::Receiving { have } => have,
-            TargetPhase::Ready => Place {
-                delta: hello.deltas.len(),
-                at: 0,
-            },
-            TargetPhase::Discarded => return Err(other()),
-        };
-        if change::read(folder, INCOMING).await? != disk {
-            return Err(other());
-        }
-        let welcome = ToSource::Welcome {
-            have,
-            words: record.words.proofs(),
-        };
-        let receiver = Self {
+        let mut receiver = Self {
             folder,
+            have: Place::default(),
             record,
             disk,
-            deltas: hello.deltas,
-            have,
+            deltas,
             open: None,
             is_done: false,
         };
+        let welcome = receiver.welcome(hello.go).await?;
         Ok((receiver, welcome))
+    }
+
+    /// The word of an earlier time is worth nothing from now on.
+    async fn welcome(&mut self, go: Proof) -> Result<ToSource> {
+        self.have = match self.record.phase {
+            TargetPhase::Receiving { have } => have,
+            TargetPhase::Ready => Place {
+                delta: self.deltas.len(),
+                at: 0,
+            },
+            TargetPhase::Discarded => return Err(other(TargetPhase::Discarded)),
+        };
+        self.record.go = go;
+        self.note(self.record.phase).await?;
+        Ok(ToSource::Welcome {
+            have: self.have,
+            words: self.record.words.proofs(),
+        })
     }
 
     /// The disk.
@@ -148,7 +154,10 @@ where
             }
             _ => "what came is kept, and the same command goes on with it",
         };
-        Error::new(e.kind(), format!("{e}; {left}"))
+        match e.kind() {
+            Kind::Cancelled => Error::new(e.kind(), format!("cancelled by a signal; {left}")),
+            _ => Error::new(e.kind(), format!("{e}; {left}")),
+        }
     }
 
     /// Whether the disk is here, and can be used.
@@ -161,15 +170,13 @@ where
     pub async fn take(&mut self, frame: Frame, watch: &mut dyn Watch) -> Result<Option<ToSource>> {
         match frame {
             Frame::Data { at, bytes } => {
-                let open = self.delta()?;
-                watch.tell(Progress {
-                    phase: "receiving",
-                    done: at,
-                    total: open.disk.size(),
-                })?;
+                let open = self.watched(at, watch)?;
                 open.write(at, bytes).await.map(|()| None)
             }
-            Frame::Zero { at, len } => self.delta()?.zero(at, len).await.map(|()| None),
+            Frame::Zero { at, len } => {
+                let open = self.watched(at, watch)?;
+                open.zero(at, len).await.map(|()| None)
+            }
             Frame::Message(text) => match talk::parse(&text)? {
                 ToTarget::Hello(_) => Err(strange("a second greeting")),
                 ToTarget::Delta { index, from } => self.begin_delta(index, from).await,
@@ -179,6 +186,16 @@ where
                 ToTarget::Go { word } => self.go(&word).await,
             },
         }
+    }
+
+    fn watched(&mut self, at: u64, watch: &mut dyn Watch) -> Result<&mut Open<F::File>> {
+        let open = self.delta()?;
+        watch.tell(Progress {
+            phase: "receiving",
+            done: at,
+            total: open.disk.size(),
+        })?;
+        Ok(open)
     }
 
     fn delta(&mut self) -> Result<&mut Open<F::File>> {
@@ -266,19 +283,26 @@ pub async fn become_disk<F: Folder>(folder: &F, record: &Target, word: &Secret) 
 }
 
 fn strange(what: &str) -> Error {
-    Error::damaged(format!("the other side sent {what}"))
+    Error::new(Kind::Io, format!("the other side sent {what}"))
 }
 
-fn other() -> Error {
-    Error::new(
-        Kind::Exists,
-        "here is what another migration left; `ploopctl migrate resolve` says what it is, and takes it \
-         away",
-    )
+/// Why a directory takes nothing of this migration.
+fn other(phase: TargetPhase) -> Error {
+    let what = match phase {
+        TargetPhase::Receiving { .. } | TargetPhase::Ready => {
+            "here is what another migration, or the same disk before it was changed, has sent; `ploopctl \
+             migrate resolve` says how that stands, and --discard throws it away"
+        }
+        TargetPhase::Discarded => {
+            "here is the record of another migration; `ploopctl migrate resolve` says whether anybody still \
+             needs it, else the directory can go"
+        }
+    };
+    Error::new(Kind::Exists, what)
 }
 
-/// The descriptor that the disk gets here. What the other side says of it must hold together.
-fn described(hello: &Hello) -> Result<Descriptor> {
+/// The descriptor that the disk gets here, and its deltas. What the other side says of it must hold together.
+fn described(hello: &Hello) -> Result<(Descriptor, Vec<Delta>)> {
     if hello.proto != PROTO {
         let what = format!("the other side speaks version {} of migration", hello.proto);
         return Err(Error::unsupported(what));
@@ -308,8 +332,20 @@ fn described(hello: &Hello) -> Result<Descriptor> {
     if hello.deltas.len() != disk.shots().len() {
         return Err(strange("other deltas than its descriptor has"));
     }
-    // The new images take the space that they need.
-    disk.edit(|edit| edit.set_preallocated(false))
+    // The new images take the space that they need. An odd name of the top goes with any edit.
+    let new = disk.edit(|edit| edit.set_preallocated(false))?;
+    let deltas = hello
+        .deltas
+        .iter()
+        .map(|delta| match delta.guid == disk.top() {
+            true => Delta {
+                guid: new.top(),
+                ..*delta
+            },
+            false => *delta,
+        });
+    let deltas = deltas.collect();
+    Ok((new, deltas))
 }
 
 /// Writes down what is going to come to be in an empty folder.
@@ -379,7 +415,7 @@ async fn create<F: Folder>(
     };
     let file = folder.create(&image.file).await?;
     match image.format {
-        LayerFormat::Raw => file.set_len(wanted.size).await?,
+        LayerFormat::Raw => file.lengthen(wanted.size).await?,
         LayerFormat::Ploop => change::fill_ploop(&file, disk, shape).await?,
         LayerFormat::Qcow2 => change::fill_qcow2(&file, disk, shape).await?,
     }

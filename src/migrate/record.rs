@@ -34,8 +34,8 @@ pub struct Source {
     pub phase: SourcePhase,
     /// Shown to the target once this side cannot be used any more.
     pub word: Secret,
-    /// What the disk was when the migration began, to tell whether it still is.
-    pub witness: String,
+    /// The word that proves that the disk came here, where it did.
+    pub came: Option<Secret>,
 }
 
 /// How far the source is.

@@ -44,38 +44,46 @@ pub enum Side {
 
 /// How the side in a folder stands. `NotFound` where nothing is of a migration, and no disk.
 pub async fn standing<F: Folder>(folder: &F) -> Result<Standing> {
-    let record = Record::read(folder).await?;
+    // A rename that is seen may still be lost, and with it all that would be decided by it.
+    folder.sync().await?;
     let is_usable = folder::has(folder, DESCRIPTOR).await?;
-    let (session, side, word) = match record {
+    let (session, side, word) = match Record::read(folder).await? {
         None if is_usable => (None, Side::Usable, None),
-        None => {
-            let what = "neither a disk nor what a migration left";
-            return Err(Error::new(Kind::NotFound, what));
+        // The word is worth nothing before the source cannot be used.
+        Some(Record::Source(source)) if is_usable => {
+            (Some(source.session), Side::Usable, source.came)
+        }
+        // The descriptor has its name: nothing else proves that it has the disk.
+        Some(Record::Target(target)) if is_usable => {
+            (Some(target.session), Side::Usable, Some(target.words.taken))
         }
         Some(Record::Source(source)) => match source.phase {
-            // The word is worth nothing before the source cannot be used.
-            _ if is_usable => (Some(source.session), Side::Usable, None),
-            SourcePhase::Moved => (Some(source.session), Side::Moved, None),
-            SourcePhase::Sending | SourcePhase::Sealed { .. } => {
+            SourcePhase::Moved => (Some(source.session), Side::Moved, source.came),
+            SourcePhase::Sealed { .. } if folder::has(folder, SEALED).await? => {
                 (Some(source.session), Side::Sealed, Some(source.word))
             }
+            SourcePhase::Sealed { .. } | SourcePhase::Sending => return Err(nothing()),
         },
-        Some(Record::Target(target)) => {
-            let (side, word) = match target.phase {
-                // The descriptor has its name: nothing else proves that it has the disk.
-                _ if is_usable => (Side::Usable, Some(target.words.taken)),
-                TargetPhase::Receiving { .. } => (Side::Receiving, None),
-                TargetPhase::Ready => (Side::Ready, None),
-                TargetPhase::Discarded => (Side::Discarded, Some(target.words.discarded)),
-            };
-            (Some(target.session), side, word)
-        }
+        Some(Record::Target(target)) => match target.phase {
+            TargetPhase::Receiving { .. } => (Some(target.session), Side::Receiving, None),
+            TargetPhase::Ready => (Some(target.session), Side::Ready, None),
+            TargetPhase::Discarded => {
+                let word = target.words.discarded;
+                (Some(target.session), Side::Discarded, Some(word))
+            }
+        },
+        None => return Err(nothing()),
     };
     Ok(Standing {
         session,
         side,
         word,
     })
+}
+
+fn nothing() -> Error {
+    let what = "neither a disk nor what a migration left";
+    Error::new(Kind::NotFound, what)
 }
 
 /// Makes a target that is ready the one that has the disk: the source has shown its word.
@@ -119,20 +127,25 @@ const NOT_SEALED: &str = "only a sealed source takes a word of its target";
 
 /// Makes a source whose disk has gone one that is being deleted: `delete` finishes it.
 pub async fn give_up<F: Folder>(folder: &F) -> Result<()> {
-    match standing(folder).await?.side {
+    let side = standing(folder).await?.side;
+    match side {
+        // It was begun before.
+        Side::Moved if folder::has(folder, DELETED).await? => Ok(()),
         Side::Moved => {
             folder.rename(SEALED, DELETED).await?;
             folder.sync().await
         }
-        side => Err(side.refuse("only a source whose disk has gone is deleted so")),
+        _ => Err(side.refuse("only a source whose disk has gone is deleted so")),
     }
 }
 
-/// Throws away what a target has received; the word that proves it.
+/// Throws away what a target has received.
 ///
 /// In order: that the word of the source is never taken is written down, durably so; then the files
-/// go. What is left of them when this is cut goes when it is asked for again.
-pub async fn discard<F: Folder>(folder: &F) -> Result<Secret> {
+/// go. What is left of them when this is cut goes when it is asked for again. The record stays: its
+/// source may want to see the word that it has. One that never was ready no source waits for, and
+/// nothing is left of it.
+pub async fn discard<F: Folder>(folder: &F) -> Result<()> {
     let side = standing(folder).await?.side;
     let record = Record::read(folder).await?;
     let (Side::Receiving | Side::Ready | Side::Discarded, Some(Record::Target(mut target))) =
@@ -140,9 +153,10 @@ pub async fn discard<F: Folder>(folder: &F) -> Result<Secret> {
     else {
         return Err(side.refuse("only a target that has not got the disk throws its copy away"));
     };
-    target.phase = TargetPhase::Discarded;
-    let word = target.words.discarded.clone();
-    Record::Target(target).write(folder).await?;
+    if side == Side::Ready {
+        target.phase = TargetPhase::Discarded;
+        Record::Target(target).write(folder).await?;
+    }
     if let Ok(disk) = change::read(folder, INCOMING).await {
         let files = disk.images().iter().map(|image| image.file.as_str());
         for file in files.filter(|file| is_delta(file)) {
@@ -153,7 +167,11 @@ pub async fn discard<F: Folder>(folder: &F) -> Result<Secret> {
         folder.remove(file).await?;
     }
     folder.sync().await?;
-    Ok(word)
+    if side == Side::Receiving {
+        folder.remove(MIGRATION).await?;
+        folder.sync().await?;
+    }
+    Ok(())
 }
 
 impl Side {

@@ -3,16 +3,17 @@
 //! What the other side has is what it said, and nothing more is ever assumed of it. This side stays
 //! what it was until the target is ready; then it is sealed ([`depart`]), and the word is sent.
 
-use super::frame::{DATA_MAX, Frame};
+use super::frame::{DATA_MAX, Frame, ZERO_MAX};
 use super::record::{Proof, Record, Secret, Source, SourcePhase, Words};
 use super::talk::{self, Delta, Hello, PROTO, ToSource, ToTarget};
 use crate::device::Device;
 use crate::disk::Disk;
 use crate::image::change;
-use crate::image::members::SEALED;
+use crate::image::members::{SEALED, WITNESS};
 use crate::image::snapshot::copy::{self, Work};
 use crate::image::snapshot::{layers, names};
 use crate::image::target::DESCRIPTOR;
+use crate::stack::AnyLayer;
 use bytes::Bytes;
 use futures_util::stream::{FuturesOrdered, StreamExt};
 use ploop_formats::descriptor::Descriptor;
@@ -25,9 +26,8 @@ use uuid::Uuid;
 
 /// Times that the other side may still owe the answer that something is durable.
 const OWED_MAX: u64 = 2;
-/// Extents asked for at once, and bytes of the range that they may be of.
+/// Extents asked for at once.
 const EXTENTS: usize = 512;
-const SPAN: u64 = 1 << 30;
 
 /// The other side.
 #[allow(async_fn_in_trait, reason = "futures of a simulated peer are not Send")]
@@ -37,6 +37,9 @@ pub trait Peer {
 
     /// What it says next. `Io` when it is gone.
     async fn hear(&mut self) -> Result<ToSource>;
+
+    /// From now on nobody may end it: what is left is to hear whether the other side has the disk.
+    fn is_given(&mut self) {}
 }
 
 /// What was sent.
@@ -62,41 +65,47 @@ where
     F::File: 'static,
 {
     /// Closes what an unclean end left open, and writes down what is going to be sent. What was begun
-    /// goes on where `witness`, asked before anything is written, says what it said then.
+    /// goes on where `witness` says what the stored one, `begun`, said that nobody took away.
+    ///
+    /// Each time the word is another one: a target of an earlier time never takes it.
     pub async fn prepare(
         folder: &'f F,
+        begun: Option<&str>,
         witness: impl Fn(&Descriptor) -> Result<String>,
     ) -> Result<Self> {
         let disk = change::settle_synced(folder).await?;
         refuse_marked(&disk)?;
-        let begun = match Record::read(folder).await? {
-            Some(Record::Source(source)) if source.phase != SourcePhase::Moved => Some(source),
-            _ => None,
-        };
-        let begun = match begun {
-            Some(source) if source.witness == witness(&disk)? => Some(source),
-            _ => None,
-        };
-        let record = match begun {
-            Some(source) => Source {
-                phase: SourcePhase::Sending,
-                ..source
-            },
-            None => {
-                layers::seal(folder, &disk).await?;
-                Source {
-                    session: Uuid::new_v4(),
-                    phase: SourcePhase::Sending,
-                    word: Secret::random(),
-                    witness: witness(&disk)?,
-                }
-            }
-        };
-        Record::Source(record.clone()).write(folder).await?;
         let mut deltas = Vec::new();
         for guid in in_order(&disk) {
             deltas.push(delta(folder, &disk, guid).await?);
         }
+        let known = Record::read(folder).await?;
+        let is_same = match begun {
+            Some(begun) => *begun == witness(&disk)?,
+            None => false,
+        };
+        let session = match &known {
+            Some(Record::Source(source)) if is_same => source.session,
+            _ => {
+                layers::seal(folder, &disk).await?;
+                Uuid::new_v4()
+            }
+        };
+        let record = Source {
+            session,
+            phase: SourcePhase::Sending,
+            word: Secret::random(),
+            came: match known {
+                Some(Record::Source(source)) => source.came,
+                Some(Record::Target(target)) => Some(target.words.taken),
+                None => None,
+            },
+        };
+        Record::Source(record.clone()).write(folder).await?;
+        // It vouches for what that record is about.
+        folder.remove(WITNESS).await?;
+        folder::save(folder, WITNESS, witness(&disk)?.as_bytes()).await?;
+        folder.sync().await?;
         Ok(Self {
             folder,
             disk,
@@ -108,9 +117,10 @@ where
     /// Sends it, and gives the disk away. An error says which side has it.
     pub async fn send(mut self, peer: &mut impl Peer, work: &mut Work<'_>) -> Result<Sent> {
         let ready = self.send_all(peer, work).await;
-        let (sent, words) = ready.map_err(|e| Error::new(e.kind(), format!("{e}; {GOES_ON}")))?;
+        let (sent, words) = ready.map_err(explain)?;
         let sealed = depart(self.folder, &mut self.record, words.clone()).await;
         sealed.map_err(|e| Error::new(e.kind(), format!("sealing the disk: {e}; {ASK}")))?;
+        peer.is_given();
         let given = self.give(peer, &words).await;
         given.map_err(|e| Error::new(Kind::Io, format!("{e}; {IN_DOUBT}")))?;
         Ok(sent)
@@ -189,7 +199,16 @@ where
     }
 }
 
-const GOES_ON: &str = "nothing was changed here, and the same command goes on where this ended";
+/// An error before the disk was given away.
+fn explain(e: Error) -> Error {
+    match e.kind() {
+        Kind::Cancelled => Error::new(e.kind(), format!("cancelled by a signal; {GOES_ON}")),
+        Kind::Io => Error::new(e.kind(), format!("{e}; {GOES_ON}")),
+        _ => Error::new(e.kind(), format!("{e}; the disk stays here")),
+    }
+}
+
+const GOES_ON: &str = "the disk stays here, and the same command goes on where this ended";
 const ASK: &str =
     "`ploopctl migrate resolve` says whether it can be used here; the other side cannot";
 const IN_DOUBT: &str = "the disk is sealed here, and it is not known whether the other side has it: \
@@ -233,7 +252,28 @@ fn in_order(disk: &Descriptor) -> Vec<Guid> {
 
 async fn delta<F: Folder>(folder: &F, disk: &Descriptor, guid: Guid) -> Result<Delta> {
     let image = layers::image(disk, guid)?;
-    let own = layers::shape(folder, disk, &image).await?;
+    let layer = layers::open_read(folder, disk, &image).await?;
+    match layers::inner_snapshots(&layer) {
+        0 => {}
+        n => {
+            return Err(Error::unsupported(format!(
+                "{}: {n} snapshots inside this image would stay behind; delete them, or have `ploopctl \
+                 convert --flatten` make one image of what the disk is now",
+                image.file
+            )));
+        }
+    }
+    if guid != disk.top() {
+        layers::refuse_unclosed(&layer, &image)?;
+    }
+    let own = layers::shape_of(&layer);
+    let ragged = disk.cluster().within(own.size);
+    if matches!(layer, AnyLayer::Ploop(_)) && ragged != 0 {
+        return Err(Error::unsupported(format!(
+            "{}: it ends within a cluster, which no new image does; make it larger first",
+            image.file
+        )));
+    }
     Ok(Delta {
         guid,
         size: own.size,
@@ -266,7 +306,7 @@ async fn send_own(
     let at_once = window.memory / step;
     let (mut sent, mut unsynced, mut owed) = (0, 0, 0);
     while at < total {
-        let extents = disk.extents(at, SPAN.min(total - at), EXTENTS).await?;
+        let extents = disk.extents(at, ZERO_MAX.min(total - at), EXTENTS).await?;
         let mut reads = FuturesOrdered::new();
         let mut pieces = extents.into_iter().flat_map(|extent| {
             let start = at;
@@ -363,12 +403,14 @@ async fn say(peer: &mut impl Peer, message: &ToTarget) -> Result<()> {
 /// What the other side says, unless that is why it cannot go on.
 async fn hear(peer: &mut impl Peer) -> Result<ToSource> {
     match peer.hear().await? {
-        ToSource::Failed { message } => {
-            let what = format!("the other side ended it: {message}");
-            Err(Error::new(Kind::Io, what))
-        }
+        ToSource::Failed { message } => Err(failed(&message)),
         said => Ok(said),
     }
+}
+
+/// That the other side cannot go on.
+pub fn failed(message: &str) -> Error {
+    Error::invalid(format!("the other side ended it: {message}"))
 }
 
 async fn synced(peer: &mut impl Peer) -> Result<()> {
@@ -379,5 +421,5 @@ async fn synced(peer: &mut impl Peer) -> Result<()> {
 }
 
 fn strange() -> Error {
-    Error::damaged("the other side answered something else")
+    Error::new(Kind::Io, "the other side answered something else")
 }

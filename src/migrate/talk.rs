@@ -3,7 +3,7 @@
 use super::frame::Frame;
 use super::record::{Place, Proof, Secret, Words};
 use ploop_formats::guid::Guid;
-use ploop_formats::{Error, Result};
+use ploop_formats::{Error, Kind, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::io;
@@ -108,7 +108,7 @@ pub fn frame(message: &impl Serialize) -> Result<Frame> {
 /// The message that a frame is.
 pub fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T> {
     serde_json::from_slice(text)
-        .map_err(|e| Error::damaged(format!("a message of the stream: {e}")))
+        .map_err(|e| Error::new(Kind::Io, format!("a message of the stream: {e}")))
 }
 
 /// A GUID without braces.

@@ -8,15 +8,18 @@
 use super::report::{Report, Tally};
 use super::trees::{self, Formats, Tree};
 use crate::image::change;
-use crate::image::members::{INCOMING, SEALED};
+use crate::image::members::{INCOMING, SEALED, WITNESS};
 use crate::image::snapshot::copy::{Window, Work};
+use crate::image::snapshot::layers;
 use crate::image::target::DESCRIPTOR;
 use crate::migrate::frame::Frame;
 use crate::migrate::receive::Receiver;
-use crate::migrate::record::Secret;
+use crate::migrate::record::{Record, Secret};
 use crate::migrate::resolve::{self, Side};
 use crate::migrate::send::{Peer, Sender};
 use crate::migrate::talk::{self, ToSource, ToTarget};
+use ploop_formats::descriptor::Descriptor;
+use ploop_formats::folder;
 use ploop_formats::store::Store;
 use ploop_formats::store::fault::Faults;
 use ploop_formats::store::mutate::Mutator;
@@ -58,7 +61,7 @@ pub fn campaign(formats: Formats, seed: u64, states: u64) -> Report {
 pub fn run(seed: u64, tally: &mut Tally, formats: Formats, mutator: &Mutator) -> Checked {
     let mut rng = Rng::new(seed);
     let (folder, tree) = trees::make(&mut rng, formats, POINTS);
-    if tree.disk.shots().iter().any(|shot| shot.mark.is_some()) {
+    if !may_go(&folder, &tree.disk) {
         return Ok(());
     }
     folder.sibling(TARGET);
@@ -74,6 +77,22 @@ pub fn run(seed: u64, tally: &mut Tally, formats: Formats, mutator: &Mutator) ->
     tally.states += case.states;
     tally.requests += 1;
     outcome.map_err(|e| format!("{:?}: {e}", trees::shape(&case.tree.disk)))
+}
+
+/// Whether nothing of a disk would stay behind: it has no marked point, and no image with snapshots in
+/// itself.
+pub fn may_go(folder: &SimFolder, disk: &Descriptor) -> bool {
+    folder.sim().instant(true);
+    let inner = |guid| {
+        let image = layers::image(disk, guid)?;
+        now(layers::open_read(folder, disk, &image)).map(|l| layers::inner_snapshots(&l))
+    };
+    let may_go = disk
+        .shots()
+        .iter()
+        .all(|shot| shot.mark.is_none() && inner(shot.guid).is_ok_and(|n| n == 0));
+    folder.sim().instant(false);
+    may_go
 }
 
 /// The other side, in the same process: it takes each frame when that is sent.
@@ -121,6 +140,57 @@ fn cut() -> Error {
     Error::new(Kind::Io, "the link was cut")
 }
 
+/// A disk is sent to one target, all of it, and, before it is given away, to another. The first never
+/// takes a word of the source.
+pub fn changed_its_mind(seed: u64) -> Checked {
+    let mut rng = Rng::new(seed);
+    let (source, tree) = trees::make(&mut rng, Formats::Ploop, POINTS);
+    if !may_go(&source, &tree.disk) {
+        return Ok(());
+    }
+    let (first, second) = (source.sibling(TARGET), source.sibling(TARGET + 1));
+    source.sim().instant(true);
+    let ready = (0..).find(|left| {
+        let attempt = migrate(
+            source.clone(),
+            first.clone(),
+            Window::default(),
+            Some(*left),
+        );
+        let parted = now(attempt).is_err();
+        let side = now(resolve::standing(&first)).map(|standing| standing.side);
+        !parted || side.is_ok_and(|side| side == Side::Ready)
+    });
+    let usable = |folder| now(resolve::standing(folder)).is_ok_and(|s| s.side == Side::Usable);
+    if ready.is_none() || !usable(&source) {
+        return Err("the link was not cut before the disk was given away".into());
+    }
+    now(migrate(
+        source.clone(),
+        second.clone(),
+        Window::default(),
+        None,
+    ))
+    .map_err(|e| e.to_string())?;
+    for record in [now(Record::read(&source)), now(Record::read(&second))] {
+        let words = match record.map_err(|e| e.to_string())? {
+            Some(Record::Source(source)) => vec![source.word],
+            Some(Record::Target(target)) => vec![target.words.taken, target.words.discarded],
+            None => Vec::new(),
+        };
+        if words
+            .iter()
+            .any(|word| now(resolve::go(&first, word)).is_ok())
+        {
+            return Err("the first target took the word of the second".into());
+        }
+    }
+    match usable(&second) && !usable(&first) {
+        true => Ok(()),
+        false => Err("the disk is not where it was sent".into()),
+    }
+}
+
 /// One migration, from the beginning or from where the last one ended.
 async fn migrate(
     source: SimFolder,
@@ -136,7 +206,9 @@ async fn migrate(
         answers: VecDeque::new(),
         left,
     };
-    let sender = Sender::prepare(&source, |_| Ok("as it was".into())).await?;
+    let begun = folder::load(&source, WITNESS, 1 << 10).await.ok();
+    let begun = begun.and_then(|text| String::from_utf8(text.to_vec()).ok());
+    let sender = Sender::prepare(&source, begun.as_deref(), |_| Ok("as it was".into())).await?;
     sender.send(&mut wire, &mut work).await.map(drop)
 }
 
@@ -283,10 +355,12 @@ impl Case {
             self.holds(target)?;
             return self.finish(source, target);
         }
-        let back = now(resolve::discard(target)).map_err(|e| format!("discard: {e}"))?;
+        now(resolve::discard(target)).map_err(|e| format!("discard: {e}"))?;
         if now(resolve::go(target, &go)).is_ok() {
             return Err("the target took the word after it had thrown its copy away".into());
         }
+        let back = self.word(target)?;
+        target.sim().instant(true);
         now(resolve::back(source, &back)).map_err(|e| format!("back: {e}"))?;
         self.holds(source)
     }

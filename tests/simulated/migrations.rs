@@ -16,6 +16,13 @@ fn a_disk_that_moves_is_on_one_side_and_whole_whatever_is_cut() {
     }
 }
 
+#[test]
+fn a_target_that_was_given_up_never_takes_the_word_of_a_later_one() {
+    for seed in SEED..SEED + 40 {
+        migrations::changed_its_mind(seed).unwrap();
+    }
+}
+
 /// Barriers that one disk's way has at least.
 const BARRIERS: u64 = 33;
 /// Of those, what another covers: the close of a source that was closed, the first name of a delta.

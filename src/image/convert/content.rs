@@ -396,10 +396,10 @@ pub fn refuse_snapshots(disk: &Descriptor, flatten: bool) -> Result<()> {
 
 /// The same of snapshots that a qcow2 image keeps in itself.
 fn refuse_inner<S: Store>(stack: &Stack<S>, flatten: bool) -> Result<()> {
-    let inner = stack.layers().iter().map(|layer| match &**layer {
-        AnyLayer::Qcow2(image) => u64::from(image.header().snapshots.count),
-        AnyLayer::Ploop(_) | AnyLayer::Raw(_) => 0,
-    });
+    let inner = stack
+        .layers()
+        .iter()
+        .map(|layer| layers::inner_snapshots(layer));
     match inner.sum() {
         0u64 => Ok(()),
         _ if flatten => Ok(()),

@@ -10,6 +10,7 @@ use ploop_formats::guid::Guid;
 use ploop_formats::layer::Layer;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::ploop::header::Version;
+use ploop_formats::store::Store;
 use ploop_formats::{Error, Kind, Result};
 
 /// Refuses, in the words of `refusal`, a file that has several names: who knows another one may read
@@ -66,16 +67,23 @@ pub async fn seal<F: Folder>(folder: &F, disk: &Descriptor) -> Result<()> {
 }
 
 /// What a delta is itself.
-pub async fn shape<F: Folder>(folder: &F, disk: &Descriptor, image: &ImageRef) -> Result<Shape> {
-    let layer = open_read(folder, disk, image).await?;
-    Ok(Shape {
-        version: match &layer {
+pub fn shape_of<S: Store>(layer: &AnyLayer<S>) -> Shape {
+    Shape {
+        version: match layer {
             AnyLayer::Ploop(ploop) => ploop.header().version,
             AnyLayer::Raw(_) | AnyLayer::Qcow2(_) => Version::V2,
         },
         size: layer.geometry().size,
-        subclusters: may_have_parts(&layer),
-    })
+        subclusters: may_have_parts(layer),
+    }
+}
+
+/// Snapshots that a qcow2 image keeps in itself.
+pub fn inner_snapshots<S: Store>(layer: &AnyLayer<S>) -> u64 {
+    match layer {
+        AnyLayer::Qcow2(image) => u64::from(image.header().snapshots.count),
+        AnyLayer::Ploop(_) | AnyLayer::Raw(_) => 0,
+    }
 }
 
 /// What a delta above `shot` has to be, once all layers below it are fit to be read.
@@ -125,10 +133,7 @@ fn refuse_ragged(image: &ImageRef, size: u64, disk: &Descriptor) -> Result<()> {
 }
 
 /// A frozen delta that was not closed may lack what stands on it was written over.
-pub fn refuse_unclosed<S: ploop_formats::store::Store>(
-    layer: &AnyLayer<S>,
-    image: &ImageRef,
-) -> Result<()> {
+pub fn refuse_unclosed<S: Store>(layer: &AnyLayer<S>, image: &ImageRef) -> Result<()> {
     match delta::is_unclosed(layer) {
         true => Err(Error::damaged(format!(
             "{}: this frozen delta was not closed; check it first",

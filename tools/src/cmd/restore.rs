@@ -11,6 +11,7 @@ use ploop::image::change;
 use ploop::image::convert::version::copy_name;
 use ploop::image::detached::random_guid;
 use ploop::image::lock::{Access, DiskLocks};
+use ploop::image::members;
 use ploop::image::restore;
 use ploop::image::snapshot::names;
 use ploop::image::target::{Format, Source};
@@ -121,7 +122,15 @@ fn only_image(dir: &Path) -> Result<Vec<String>> {
     for entry in std::fs::read_dir(dir).map_err(|e| Error::from(e).at(dir.display()))? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let own = [DISK_LOCK, names::FILE, names::ASIDE, views::FOLDER];
+        let own = [
+            DISK_LOCK,
+            names::FILE,
+            names::ASIDE,
+            views::FOLDER,
+            members::MIGRATION,
+            members::MIGRATION_ASIDE,
+            members::WITNESS,
+        ];
         let known = own.contains(&name.as_str()) || name.starts_with("DiskDescriptor.xml");
         if !known && entry.file_type()?.is_file() {
             found.push(name);

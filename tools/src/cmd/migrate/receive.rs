@@ -72,11 +72,11 @@ async fn receive(folder: &DirFolder, link: &mut Link<'_>, watch: &mut dyn Watch)
     let hello = match link.next()?.ok_or_else(gone)? {
         Frame::Message(text) => talk::parse(&text)?,
         Frame::Data { .. } | Frame::Zero { .. } => {
-            return Err(Error::damaged("the other side did not greet"));
+            return Err(Error::new(Kind::Io, "the other side did not greet"));
         }
     };
     let ToTarget::Hello(hello) = hello else {
-        return Err(Error::damaged("the other side did not greet"));
+        return Err(Error::new(Kind::Io, "the other side did not greet"));
     };
     let (mut receiver, welcome) = Receiver::begin(folder, hello).await?;
     link.write(&talk::frame(&welcome)?)?;

@@ -9,7 +9,7 @@ use ploop::io::folder::DirFolder;
 use ploop::io::lock;
 use ploop::migrate::record::Secret;
 use ploop::migrate::resolve::{self, Side, Standing};
-use ploop::{Error, Result};
+use ploop::{Error, Kind, Result};
 use serde_json::json;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -59,7 +59,7 @@ pub fn run(args: &Args) -> Result<Answer> {
         (Some(word), ..) => work(resolve::go(&folder, word)),
         (_, Some(word), _) => work(resolve::back(&folder, word)),
         (_, _, Some(word)) => work(resolve::gone(&folder, word)),
-        _ if way.discard => work(async { resolve::discard(&folder).await.map(drop) }),
+        _ if way.discard => work(resolve::discard(&folder)),
         _ if way.delete => work(resolve::give_up(&folder)),
         _ => Ok(()),
     };
@@ -73,8 +73,17 @@ pub fn run(args: &Args) -> Result<Answer> {
             json!({ "path": path, "side": "deleted" }),
         ));
     }
-    let standing = work(resolve::standing(&folder)).map_err(place)?;
-    Ok(answer(&dir, &standing))
+    match work(resolve::standing(&folder)) {
+        Err(e) if way.discard && e.kind() == Kind::NotFound => {
+            let path = dir.display().to_string();
+            let text = format!("{path}: empty; no source waits for what was here");
+            Ok(Answer::new(
+                text,
+                json!({ "path": path, "side": "discarded", "word": null }),
+            ))
+        }
+        standing => Ok(answer(&dir, &standing.map_err(place)?)),
+    }
 }
 
 fn work<T>(what: impl Future<Output = Result<T>>) -> Result<T> {

@@ -50,6 +50,8 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let place = |e: Error| e.at(target.path().display());
     let dir = target.open_dir()?;
     let looked_at = dir.try_clone()?;
+    // Whoever locks the disk to write takes it away.
+    let begun = witness::stored(&dir)?;
     let mut meter = Meter::new(global.progress, &cancel);
     let Ends {
         input,
@@ -68,10 +70,11 @@ pub fn run(args: &Args, global: &Global) -> Result<Answer> {
     let mut work = Work::new(&mut meter, &pace);
     let sent = disk.run(async {
         let seen = |disk: &_| witness::of(&looked_at, disk);
-        let sender = Sender::prepare(disk.folder(), seen).await?;
+        let sender = Sender::prepare(disk.folder(), begun.as_deref(), seen).await?;
         sender.send(&mut link, &mut work).await
     });
     let sent = sent.map_err(place)?;
+    link.end();
     let path = target.path().display();
     let text = format!(
         "{path}: gone, {} deltas, {} sent; it is sealed here, and `ploopctl migrate resolve {path} --delete` \
