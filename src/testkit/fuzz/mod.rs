@@ -9,6 +9,7 @@ mod nbd;
 mod ops;
 mod qcow2;
 mod text;
+mod trackers;
 
 use ploop_formats::testkit::rng::Rng;
 
@@ -24,7 +25,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     Target {
         name: "ploop_open",
         run: image::run,
@@ -64,6 +65,11 @@ pub const TARGETS: [Target; 8] = [
         name: "qcow2_ops",
         run: qcow2::requests,
         seeds: qcow2::seeds,
+    },
+    Target {
+        name: "stored_trackers",
+        run: trackers::run,
+        seeds: trackers::seeds,
     },
 ];
 
