@@ -8,6 +8,7 @@
 //! disks share only loses a name.
 
 use super::chain::read_descriptor_at;
+use super::kept;
 use super::lock::{Access, DiskLocks};
 use super::members::{self, ASIDE, DELETED, Member, Members, STATS};
 use super::snapshot::names;
@@ -110,7 +111,7 @@ fn bundle(path: &Path) -> Result<Deleted> {
         remove(&dir, draft)?;
     }
     sync(&dir)?;
-    for name in [names::FILE, STATS, DISK_LOCK, DELETED] {
+    for name in [names::FILE, kept::FILE, STATS, DISK_LOCK, DELETED] {
         remove(&dir, OsStr::new(name))?;
     }
     remove_directory(path, &dir)?;
