@@ -131,6 +131,11 @@ fn any_requests_to_a_qcow2_image_leave_a_sound_one_sound_and_no_other_breaks_the
 }
 
 #[test]
+fn any_bytes_as_stored_trackers_are_refused_or_read_back() {
+    replay(8);
+}
+
+#[test]
 fn every_target_has_its_file_and_its_replay() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/fuzz_targets");
     let mut files: Vec<String> = std::fs::read_dir(folder)

@@ -8,18 +8,16 @@ mod common;
 use common::attach::{Attached, can_mount, child_of, kill, run_directory};
 use common::files::Random;
 use common::nbd::Client;
-use common::process::{eventually, ok};
-use common::programs::tool;
+use common::process::eventually;
 use common::serve::{Disk, Server};
+use common::tracked::{Copy, ask, blocks_of, done_with, extents, map_of, name, seal, start};
 use common::tree::{freeze, remove};
 use common::{count, have};
 use ploop::client::Remote;
 use ploop::image::grow::Wanted;
 use ploop::serve::supervise::control::TrackAsk;
-use ploop::tracker::Name;
-use ploop::{Kind, Result};
 use ploop_formats::guid::Guid;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
@@ -34,77 +32,6 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
-
-fn name() -> Name {
-    "b0".parse().unwrap()
-}
-
-/// Asks the keeper of a disk, whose worker may just be dead.
-fn ask(disk: &Disk, ask: &TrackAsk) -> Result<Value> {
-    Remote::connect(&run_directory(&disk.path()))?.track(ask.clone())
-}
-
-/// Starts a tracker, of a disk whose worker may just begin to serve, or die.
-fn start(disk: &Disk, granularity: u64) {
-    let name = name();
-    let granularity = Some(granularity);
-    let start = TrackAsk::Start { name, granularity };
-    eventually("a tracker", PATIENCE, || match ask(disk, &start) {
-        Err(e) if [Kind::Busy, Kind::Io].contains(&e.kind()) => None,
-        started => Some(started.unwrap()),
-    });
-}
-
-fn done_with(disk: &Disk, generation: u64) {
-    let name = name();
-    ask(disk, &TrackAsk::Ack { name, generation }).unwrap();
-}
-
-fn seal(disk: &Disk) -> Result<u64> {
-    let said = ask(disk, &TrackAsk::Seal { name: name() })?;
-    Ok(said["generation"].as_u64().unwrap())
-}
-
-/// What a generation has, asked for in pieces of so many extents.
-fn extents(disk: &Disk, generation: u64, max: u32) -> Result<Vec<(Range<u64>, String)>> {
-    let (mut found, mut from) = (Vec::new(), Some(0));
-    while let Some(next) = from {
-        let said = ask(
-            disk,
-            &TrackAsk::Extents {
-                name: name(),
-                generation,
-                from: next,
-                max: Some(max),
-            },
-        )?;
-        for extent in said["extents"].as_array().unwrap() {
-            let number = |name: &str| extent[name].as_u64().unwrap();
-            let (offset, kind) = (number("offset"), extent["kind"].as_str().unwrap());
-            found.push((offset..offset + number("length"), kind.to_string()));
-        }
-        from = said["next"].as_u64();
-    }
-    Ok(found)
-}
-
-fn blocks_of(range: Range<u64>, granularity: u64) -> Range<u64> {
-    range.start / granularity..range.end.div_ceil(granularity)
-}
-
-/// What nbdinfo says of a bitmap.
-fn map_of(server: &Server, bitmap: &str) -> Vec<Range<u64>> {
-    let mut command = tool("nbdinfo");
-    command.arg(format!("--map=qemu:dirty-bitmap:{bitmap}"));
-    let said = ok(command.arg("--json").arg(server.uri()));
-    let runs: Value = serde_json::from_str(&said).unwrap();
-    let dirty = runs.as_array().unwrap().iter().filter(|r| r["type"] == 1);
-    let range = |run: &Value| {
-        let start = run["offset"].as_u64().unwrap();
-        start..start + run["length"].as_u64().unwrap()
-    };
-    dirty.map(range).collect()
-}
 
 /// A write that was answered, when it was asked for, and when it was answered.
 struct Written {
@@ -235,44 +162,6 @@ fn write_whatever(socket: &Path, seed: u64, size: u64, stop: &AtomicBool) -> u64
     writes
 }
 
-/// A copy of a disk, brought up to date by generations.
-struct Copy {
-    file: File,
-    bytes: u64,
-}
-
-impl Copy {
-    /// Copies what a generation has. Fails where the worker died: then it is to be done again.
-    fn take(&mut self, disk: &Disk, server: &Server, generation: u64) -> Result<()> {
-        let found = extents(disk, generation, 100)?;
-        let mut client = Client::connect(server.socket())?;
-        for (range, _) in found {
-            for at in range.clone().step_by(MIB as usize) {
-                let len = (range.end - at).min(MIB);
-                let data = client.read(at, len as u32)?;
-                self.file.write_all_at(&data, at)?;
-                self.bytes += len;
-            }
-        }
-        Ok(())
-    }
-
-    /// Which byte is not what the disk has.
-    fn difference(&self, server: &Server, size: u64) -> Option<u64> {
-        let mut client = Client::connect(server.socket()).unwrap();
-        for at in (0..size).step_by(MIB as usize) {
-            let data = client.read(at, MIB as u32).unwrap();
-            let mut ours = vec![0; MIB as usize];
-            let got = self.file.read_at(&mut ours, at).unwrap();
-            ours[got..].fill(0);
-            if let Some(n) = (0..data.len()).find(|n| data[*n] != ours[*n]) {
-                return Some(at + n as u64);
-            }
-        }
-        None
-    }
-}
-
 /// One thing that happens to a disk while it is copied; how many workers that killed.
 fn happen(disk: &Disk, server: &Server, random: &mut Random, points: &mut Vec<Guid>) -> u64 {
     match random.below(4) {
@@ -309,12 +198,7 @@ fn who_copies_generations_has_the_disk_whatever_happened_to_it() {
         // Larger blocks would all be written all the time.
         let granularity = 4096 << (2 * random.below(3));
         start(&disk, granularity);
-        let mut options = File::options();
-        let file = options.read(true).write(true).create_new(true);
-        let mut copy = Copy {
-            file: file.open(disk.beside("copy")).unwrap(),
-            bytes: 0,
-        };
+        let mut copy = Copy::new(&disk);
         let (stop, points) = (AtomicBool::new(false), Mutex::new(Vec::new()));
         thread::scope(|scope| {
             let writer = |seed| {

@@ -17,6 +17,7 @@
 //! that finishes it. The names are our own, so nothing is removed that another program wrote down.
 
 use super::convert::version;
+use super::kept;
 use super::members;
 use super::snapshot::names;
 use super::target::DESCRIPTOR;
@@ -71,7 +72,7 @@ pub async fn settle_synced<F: Folder>(folder: &F) -> Result<Descriptor> {
 }
 
 /// Names in a disk's folder that are no delta's, whatever a descriptor says.
-const RESERVED: [&str; 15] = [
+const RESERVED: [&str; 17] = [
     DESCRIPTOR,
     NEXT,
     LAST,
@@ -81,6 +82,8 @@ const RESERVED: [&str; 15] = [
     DISK_LOCK,
     names::FILE,
     names::ASIDE,
+    kept::FILE,
+    kept::ASIDE,
     views::FOLDER,
     members::MIGRATION,
     members::MIGRATION_ASIDE,

@@ -8,6 +8,7 @@
 //! disks share only loses a name.
 
 use super::chain::read_descriptor_at;
+use super::kept;
 use super::lock::{Access, DiskLocks};
 use super::members::{self, ASIDE, DELETED, MIGRATION, Member, Members, STATS, WITNESS};
 use super::snapshot::names;
@@ -110,7 +111,8 @@ fn bundle(path: &Path) -> Result<Deleted> {
         remove(&dir, draft)?;
     }
     sync(&dir)?;
-    for name in [names::FILE, STATS, MIGRATION, WITNESS, DISK_LOCK, DELETED] {
+    let own = [names::FILE, kept::FILE, STATS, MIGRATION, WITNESS];
+    for name in own.into_iter().chain([DISK_LOCK, DELETED]) {
         remove(&dir, OsStr::new(name))?;
     }
     remove_directory(path, &dir)?;

@@ -5,6 +5,7 @@
 use super::chain::{read_descriptor, read_descriptor_at};
 use super::change::{self, LAST, NEXT};
 use super::convert::version::copy_name;
+use super::kept;
 use super::snapshot::names;
 use super::target::DESCRIPTOR;
 use super::views;
@@ -80,16 +81,24 @@ impl Members {
         let changed = changed(&dir, descriptor);
         let copies = copies(descriptor);
         for name in beneath::entries(&dir)? {
-            let known = [DESCRIPTOR, DELETED, DISK_LOCK, names::FILE, STATS]
-                .into_iter()
-                .chain([MIGRATION, WITNESS, SEALED]);
-            let own = known.clone().any(|k| name == OsStr::new(k))
+            let known = [
+                DESCRIPTOR,
+                DELETED,
+                SEALED,
+                DISK_LOCK,
+                names::FILE,
+                kept::FILE,
+                MIGRATION,
+                WITNESS,
+                STATS,
+            ];
+            let own = known.iter().any(|k| name == OsStr::new(k))
                 || name == OsStr::new(views::FOLDER) && views::are_alone(&dir)?
                 || found.layers.iter().any(|l| l.name == name);
             if own {
                 continue;
             }
-            let aside = [ASIDE, RESTORED, names::ASIDE, MIGRATION_ASIDE]
+            let aside = [ASIDE, RESTORED, names::ASIDE, kept::ASIDE, MIGRATION_ASIDE]
                 .iter()
                 .any(|k| name == OsStr::new(k));
             match aside || is_record(&name) || changed.contains(&name) || copies.contains(&name) {

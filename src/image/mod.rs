@@ -7,10 +7,11 @@
 //! [`convert`] leads from one form to another, [`replace`] gives a frozen delta another file,
 //! [`restore`] makes a lost descriptor anew, [`clone`] shares frozen files, [`grow`] makes it
 //! larger, [`compact`] its file shorter, [`survey`] looks without opening, [`check`] looks closely,
-//! [`members`] tells a disk's files from others, [`delete`] removes a disk. A disk whose tree is
-//! changed while nobody serves it is [`detached`], [`site`] is where a clone comes to be, and
-//! [`views`] are clones to look at a point, [`witness`] tells whether anybody has written. Nothing here knows who serves the disk or who asked for
-//! it.
+//! [`members`] tells a disk's files from others, [`delete`] removes a disk. What was written to it
+//! since somebody looked is [`kept`] while it is detached, and [`witness`] tells whether anybody has
+//! written. A disk whose tree is changed while nobody serves it is [`detached`], [`site`] is where a
+//! clone comes to be, and [`views`] are clones to look at a point. Nothing here knows who serves the
+//! disk or who asked for it.
 
 pub mod adopt;
 pub mod backing;
@@ -25,6 +26,7 @@ pub mod delta;
 pub mod detached;
 pub mod grow;
 pub mod init;
+pub mod kept;
 pub mod limit;
 pub mod lock;
 pub mod members;

@@ -9,7 +9,7 @@ use std::ops::Range;
 /// Bytes of a block, as powers of two: 4 KiB to 1 MiB.
 pub const LOG2: std::ops::RangeInclusive<u32> = 12..=20;
 /// Words that a set has at most: 64 MiB of memory, should all of it be touched.
-const WORDS_MAX: u64 = 8 << 20;
+pub(super) const SET_WORDS_MAX: u64 = 8 << 20;
 /// Every block is in the set.
 const ALL: u64 = 1;
 /// Every block behind the last bit is.
@@ -41,7 +41,7 @@ pub fn words_for(size: u64, log2: u32) -> Result<usize> {
         ));
     }
     let words = (size >> log2).div_ceil(64).saturating_add(2);
-    if words > WORDS_MAX {
+    if words > SET_WORDS_MAX {
         return Err(Error::invalid(format!(
             "blocks of {} bytes are too small for a disk of {size} bytes: a set of them would take {} \
              bytes of memory; use larger ones",

@@ -11,6 +11,7 @@
 mod blocks;
 mod recorder;
 mod registry;
+pub mod stored;
 #[cfg(test)]
 mod tests;
 mod tracked;

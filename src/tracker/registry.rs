@@ -33,6 +33,12 @@ impl TryFrom<String> for Name {
     }
 }
 
+impl AsRef<str> for Name {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
 impl From<Name> for String {
     fn from(name: Name) -> Self {
         name.0

@@ -17,6 +17,7 @@ pub mod process;
 pub mod programs;
 pub mod serve;
 pub mod sizes;
+pub mod tracked;
 pub mod tree;
 
 /// Says that a test could not run here. `./dev test` counts these lines, and fails on them in CI.

@@ -131,7 +131,12 @@ impl Server {
     }
 
     /// Asks the server to stop, and demands that it stops cleanly and takes its socket along.
-    pub fn stop(mut self) {
+    pub fn stop(self) {
+        self.stop_and_tell();
+    }
+
+    /// The same: what it has said.
+    pub fn stop_and_tell(mut self) -> String {
         self.guard.signal(rustix::process::Signal::TERM);
         let status = self.guard.wait_within(PATIENCE);
         let words = last_words(&mut self.guard);
@@ -142,6 +147,21 @@ impl Server {
             "{} was left behind",
             self.socket.display()
         );
+        words
+    }
+
+    /// Kills the keeper, and its worker with it, and waits until both are gone.
+    pub fn kill(mut self) {
+        let worker = super::attach::child_of(self.pid(), "--worker");
+        self.guard.signal(rustix::process::Signal::KILL);
+        self.guard.wait_within(PATIENCE);
+        // A zombie has no command line: it is dead, whoever has yet to notice.
+        let words = |pid| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let is_there = |pid: u32| !words(pid).is_empty();
+        super::process::eventually("the worker's end", PATIENCE, || {
+            (!worker.is_some_and(is_there)).then_some(())
+        });
+        let _ = std::fs::remove_file(&self.socket);
     }
 }
 

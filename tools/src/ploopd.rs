@@ -38,6 +38,9 @@ struct Cli {
     /// Keep users of a device still for a keeper that waits on descriptor 3
     #[arg(long, value_name = "JSON", hide = true, group = "what")]
     still: Option<String>,
+    /// Write down which trackers a disk has for a keeper that waits on descriptor 3
+    #[arg(long, value_name = "JSON", hide = true, group = "what")]
+    note: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -63,6 +66,10 @@ fn main() -> ExitCode {
         Cli {
             still: Some(task), ..
         } => aide(supervise::run_still(&task)),
+        Cli {
+            note: Some(trackers),
+            ..
+        } => aide(supervise::run_note(&trackers)),
         Cli {
             config: Some(config),
             ..

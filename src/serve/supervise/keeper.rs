@@ -2,7 +2,7 @@
 //!
 //! One thread, one poll loop, no image access, and never a touch of a path on its own disk.
 //! What it holds is released in one order: loop device, worker (which closes the image), FUSE
-//! mount, sockets, locks, run directory.
+//! mount, sockets, trackers (which are kept), locks, run directory.
 
 use super::announce::Announcer;
 use super::child::{Baggage, Worker};
@@ -16,15 +16,17 @@ use super::log::Log;
 use super::message::{
     Event, Failure, KeeperConfig, Mode, Order, WorkerConfig, WorkerMode, WorkerTls, kind_name,
 };
+use super::notes::{Notes, Waiting};
 use super::restart::Restarts;
 use super::snapshot::{End, Next, Place, Snapshot, Turn};
 use super::space::Space;
 use super::still::{self, Still};
-use super::tracking::Tracking;
+use super::tracking::{Answered, Tracking};
 use super::{inherit, leftover};
 use crate::counters::Counters;
 use crate::image::detached::random_guid;
 use crate::image::grow::Wanted;
+use crate::image::kept;
 use crate::image::lock::{Access, DiskLocks};
 use crate::image::target::{Source, Target};
 use crate::io::look::Look;
@@ -32,6 +34,7 @@ use crate::io::memfd::SharedWords;
 use crate::io::room::Limit;
 use crate::rundir::{Outcome, Phase, RunDir, State};
 use crate::serve::{fuse, loopdev};
+use crate::tracker::Name;
 use ploop_formats::ledger::Ledger;
 use ploop_formats::{Error, Kind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -104,6 +107,8 @@ struct Keeper {
     /// Its file is being made shorter.
     compaction: Option<Compaction>,
     tracking: Tracking,
+    /// Its trackers are being written down.
+    notes: Notes,
     restarts: Restarts,
     space: Space,
     health: Health,
@@ -122,6 +127,8 @@ struct Keeper {
     stopping: bool,
     /// Nothing is left to ask of a worker: the image is closed, or given up.
     settled: bool,
+    /// Its last worker has closed the image, and holds back nothing that was written.
+    is_closed: bool,
     /// What the current worker said before it went.
     last_words: Option<Event>,
     failure: Option<Failure>,
@@ -180,6 +187,7 @@ struct Ready {
     changed: bool,
     still: bool,
     quit: bool,
+    noted: bool,
     control: bool,
 }
 
@@ -198,9 +206,16 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
     let (signals, target, run) = opened.inspect_err(|e| announcer.failed(&Failure::from(e)))?;
     let prepared = open_log(&config, &target, &run, logging).and_then(|log| {
         let control = Control::listen(run.path())?;
-        Ok((log, control, Holdings::take(&config, &target, &run)?))
+        let held = Holdings::take(&config, &target, &run)?;
+        match held.tracking() {
+            Ok(tracking) => Ok((log, control, held, tracking)),
+            Err(e) => {
+                release(held.endpoint, &run);
+                Err(e.at(target.path().display()))
+            }
+        }
     });
-    let (log, control, held) = match prepared {
+    let (log, control, held, tracking) = match prepared {
         Ok(prepared) => prepared,
         Err(e) => {
             let failure = Failure::from(&e);
@@ -228,7 +243,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         still: None,
         growth: None,
         compaction: None,
-        tracking: Tracking::default(),
+        tracking,
+        notes: Notes::default(),
         restarts: Restarts::default(),
         space: Space::default(),
         health: Health::Sound,
@@ -240,6 +256,7 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         served: false,
         stopping: false,
         settled: false,
+        is_closed: false,
         last_words: None,
         failure: None,
     };
@@ -338,6 +355,20 @@ impl Holdings {
             dir,
             locks,
         })
+    }
+
+    /// The trackers that were kept.
+    fn tracking(&self) -> Result<Tracking> {
+        match self.keeps_trackers() {
+            true => kept::take(&self.dir).map(Tracking::resume),
+            false => Ok(Tracking::default()),
+        }
+    }
+
+    /// Whether the disk has a directory of its own, and is written to. A file beside a bare image would
+    /// be nobody's.
+    fn keeps_trackers(&self) -> bool {
+        self.locks.disk().is_some()
     }
 
     /// Packs what a worker needs for a disk of `size` bytes, which nobody has to know who is the
@@ -460,6 +491,22 @@ fn mount(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Endpoin
     }
 }
 
+/// Lets go of what the kernel or clients are connected to. Call before anybody is told that the disk
+/// is detached: the next one may want the same address.
+fn release(endpoint: Endpoint, run: &RunDir) {
+    match endpoint {
+        Endpoint::Fuse { fds, .. } => {
+            let disk = run.disk();
+            let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
+            if let Err(e) = unmounted {
+                tracing::warn!("{e}");
+            }
+            drop(fds);
+        }
+        Endpoint::Nbd(sockets) => drop(sockets),
+    }
+}
+
 impl Keeper {
     fn serve(mut self) -> Result<()> {
         self.publish();
@@ -510,6 +557,7 @@ impl Keeper {
             changed,
             still,
             quit,
+            self.notes.polled(),
         ];
         let own = sources.iter().flatten();
         let mut polled: Vec<PollFd<'_>> = own
@@ -531,6 +579,7 @@ impl Keeper {
             changed,
             still,
             quit,
+            noted,
         ] = sources.map(|s| s.is_some() && hit.next().unwrap_or(false));
         let control = hit.any(|hit| hit);
         Ok(Ready {
@@ -544,6 +593,7 @@ impl Keeper {
             changed,
             still,
             quit,
+            noted,
         })
     }
 
@@ -572,6 +622,9 @@ impl Keeper {
         }
         if ready.still || ready.quit {
             self.on_still(ready.quit);
+        }
+        if ready.noted {
+            self.on_noted();
         }
         if ready.control {
             self.on_control();
@@ -659,8 +712,90 @@ impl Keeper {
                 "the disk has failed, and nobody knows what it holds; see `ploopctl recover`";
             return Err(Error::new(Kind::Poisoned, what));
         }
+        if !self.served {
+            // How much a set has depends on the disk's size, which nobody knows yet.
+            return Err(Error::new(Kind::Busy, "it is not served yet; try again"));
+        }
+        let is_noted = matches!(ask, TrackAsk::Start { .. } | TrackAsk::Stop { .. });
+        if is_noted {
+            self.notes.may_wait()?;
+        }
         let worker = self.worker.as_ref().filter(|worker| !worker.condemned);
-        self.tracking.ask(asker, ask, worker, self.state.size)
+        let answer = self.tracking.ask(asker, ask, worker, self.state.size)?;
+        Ok(match answer {
+            Some(answer) if is_noted => self.note(asker, answer, None),
+            answer => answer,
+        })
+    }
+
+    /// Has the trackers written down before this is answered, where that outlives the attachment.
+    fn note(&mut self, asker: Asker, answer: Value, started: Option<(Name, u64)>) -> Option<Value> {
+        if !self.held.keeps_trackers() {
+            return Some(answer);
+        }
+        self.notes.wait(Waiting {
+            asker,
+            answer,
+            started,
+        });
+        None
+    }
+
+    fn answer_track(&mut self, answered: Answered) {
+        let Answered {
+            asker,
+            answer,
+            started,
+        } = answered;
+        let answer = match answer {
+            Ok(answer) if started.is_some() => self.note(asker, answer, started).map(Ok),
+            answer => Some(answer),
+        };
+        if let Some(answer) = answer {
+            self.control.answer(asker, answer);
+        }
+    }
+
+    /// Sends somebody to write the trackers down.
+    fn send_notes(&mut self) {
+        let Some(lock) = self.held.locks.disk() else {
+            return;
+        };
+        let sent = self
+            .notes
+            .send(&self.held.dir, lock, &self.tracking.names());
+        if let Err((e, waiting)) = sent {
+            self.after_notes(&Err(e), waiting);
+        }
+    }
+
+    fn on_noted(&mut self) {
+        if let Some((done, waiting)) = self.notes.written() {
+            self.after_notes(&done, waiting);
+        }
+    }
+
+    /// Answers who waited. What was started and cannot be written down is stopped.
+    fn after_notes(&mut self, done: &Result<()>, waiting: Vec<Waiting>) {
+        if let Err(e) = done {
+            tracing::warn!("writing its trackers down: {e}");
+        }
+        let worker = self.worker.as_ref().filter(|worker| !worker.condemned);
+        for Waiting {
+            asker,
+            answer,
+            started,
+        } in waiting
+        {
+            let answer = match (done, started) {
+                (Err(e), Some((name, id))) => {
+                    self.tracking.give_up(worker, name, id);
+                    Err(Error::new(e.kind(), e.to_string()).at("it cannot be written down"))
+                }
+                _ => Ok(answer),
+            };
+            self.control.answer(asker, answer);
+        }
     }
 
     fn begin_mark(&mut self, asker: Asker, uuid: &str) -> Result<()> {
@@ -1126,6 +1261,9 @@ impl Keeper {
             self.next_start = None;
             self.start_worker();
         }
+        if self.notes.are_due() {
+            self.send_notes();
+        }
         if self.errand.is_some() || self.snapshot.is_some() || self.still.is_some() {
             return;
         }
@@ -1162,6 +1300,7 @@ impl Keeper {
         let idle = self.worker.is_none() && self.errand.is_none() && self.state.device.is_none();
         let idle = idle && self.snapshot.is_none() && self.still.is_none();
         let idle = idle && self.growth.is_none() && self.compaction.is_none();
+        let idle = idle && self.notes.are_done();
         self.stopping && self.settled && idle
     }
 
@@ -1374,8 +1513,8 @@ impl Keeper {
                     let is_wanted = |asker| self.control.is_wanted(asker);
                     let (size, worker) = (self.state.size, self.worker.as_ref());
                     let answered = self.tracking.heard(event, worker, is_wanted, size);
-                    if let Some((asker, answer)) = answered {
-                        self.control.answer(asker, answer);
+                    if let Some(answered) = answered {
+                        self.answer_track(answered);
                     }
                 }
                 event @ (Event::Compacting { .. }
@@ -1443,8 +1582,8 @@ impl Keeper {
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         self.on_compaction(compaction::Turn::Over(Err(Compaction::lost())));
-        for (asker, answer) in self.tracking.lost_worker() {
-            self.control.answer(asker, answer);
+        for answered in self.tracking.lost_worker() {
+            self.answer_track(answered);
         }
         if let Some((snapshot, _)) = self.snapshot.as_mut() {
             snapshot.lost_worker();
@@ -1455,6 +1594,7 @@ impl Keeper {
             _ if worker.condemned => self.next_start = Some(Instant::now()),
             Some(Event::Closed) => {
                 self.settled = true;
+                self.is_closed = self.health == Health::Sound && self.state.state != Phase::Failed;
                 self.stop();
             }
             Some(Event::Failed(failure)) if self.can_be_read() => self.unmend(failure),
@@ -1592,19 +1732,18 @@ impl Keeper {
             held,
             mut announcer,
             failure,
+            state,
+            tracking,
+            is_closed,
             ..
         } = self;
-        match held.endpoint {
-            Endpoint::Fuse { fds, .. } => {
-                let disk = run.disk();
-                let unmounted = fuse::unmount(&disk, false).or_else(|_| fuse::unmount(&disk, true));
-                if let Err(e) = unmounted {
-                    tracing::warn!("{e}");
-                }
-                drop(fds);
+        let is_kept = is_closed && held.keeps_trackers();
+        release(held.endpoint, &run);
+        if is_kept {
+            let (dir, top) = (&held.dir, held.locks.top());
+            if let Err(e) = kept::store(dir, top, state.size, tracking.rest()) {
+                tracing::warn!("{}: its trackers are not kept: {e}", kept::FILE);
             }
-            // Before anybody is told that we are gone: the next one may want the same address.
-            Endpoint::Nbd(sockets) => drop(sockets),
         }
         tracing::info!("detached");
         drop(held.locks);

@@ -12,8 +12,9 @@
 //! on the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a
 //! top under a running guest while users of the device are kept [`still`], [`growth`] how they give
 //! the disk another size, [`compaction`] its file shorter, [`tracking`] and [`trackers`] how both
-//! know what was written, [`trim`] what its file system gives back, [`leftover`] what a dead keeper
-//! leaves behind, [`space`] and [`brake`] what is done while the host is nearly full.
+//! know what was written, [`notes`] who writes the trackers' names down, [`trim`] what its file
+//! system gives back, [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what
+//! is done while the host is nearly full.
 
 mod announce;
 mod brake;
@@ -32,6 +33,7 @@ pub mod log;
 pub mod message;
 pub mod metrics;
 pub mod mounts;
+mod notes;
 mod packet;
 mod removal;
 mod restart;
@@ -46,4 +48,5 @@ pub mod worker;
 
 pub use changer::run as run_changer;
 pub use errand::{Task, run as run_errand};
+pub use notes::run as run_note;
 pub use still::run as run_still;

@@ -5,27 +5,27 @@
 //! has marked in the old set or the new one, and what it has not answered may land: both together
 //! go on recording, and nothing was sealed.
 //!
+//! What outlives the attachment, and when it is believed, is in [`crate::image::kept`].
+//!
 //! Where what the disk holds changes without a write of its guest, every tracker takes all of it
 //! for written: after a failure, and when it goes back to a frozen point.
 
 use super::child::{Baggage, Worker};
 use super::control::{Asker, TrackAsk};
 use super::message::{Event, Order, Track, WorkerSet, WorkerTracker};
+use crate::image::kept::Kept;
 use crate::io::memfd::SharedWords;
+use crate::tracker::stored::{
+    GENERATIONS_MAX, Generation, Noted, Resting, TRACKERS_MAX, WORDS_MAX,
+};
 use crate::tracker::{Blocks, LOG2, Name, Set, gone, words_for};
 use ploop_formats::{Error, Kind, Result};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Trackers of a disk.
-const TRACKERS_MAX: usize = 8;
-/// Generations of a tracker that nobody has acknowledged.
-const GENERATIONS_MAX: usize = 16;
-/// Words of all sets of a disk: 512 MiB, should all of it be touched.
-const WORDS_MAX: usize = 64 << 20;
 /// Requests that a worker has not answered.
 const ASKED_MAX: usize = 64;
 /// Bytes of a block, as a power of two, when nobody says how many.
@@ -38,12 +38,14 @@ const EXTENTS_MAX: u32 = 512;
 struct Sealed {
     set: Set,
     bytes: u64,
-    since: Instant,
+    since: SystemTime,
 }
 
 /// One tracker.
 #[derive(Debug)]
 struct Tracker {
+    /// Tells it from its namesakes.
+    id: u64,
     recording: Set,
     /// What a worker was told to mark in instead, and the number of its answer.
     successor: Option<(u64, Set)>,
@@ -60,7 +62,13 @@ enum Asked {
 }
 
 /// What became of a request.
-pub(super) type Answered = (Asker, Result<Value>);
+#[derive(Debug)]
+pub(super) struct Answered {
+    pub asker: Asker,
+    pub answer: Result<Value>,
+    /// The tracker that was started, and what tells it from its namesakes.
+    pub started: Option<(Name, u64)>,
+}
 
 /// The trackers of a disk.
 #[derive(Debug, Default)]
@@ -68,6 +76,8 @@ pub(super) struct Tracking {
     trackers: BTreeMap<Name, Tracker>,
     asked: BTreeMap<u64, (Asker, Asked)>,
     count: u64,
+    /// Bytes of the disk if what was kept of its trackers is right.
+    kept: Option<u64>,
 }
 
 fn unknown(name: &Name) -> Error {
@@ -75,6 +85,59 @@ fn unknown(name: &Name) -> Error {
 }
 
 impl Tracking {
+    /// Goes on with what was kept.
+    pub fn resume(kept: Kept) -> Self {
+        let one = |resting: Resting<SharedWords>| {
+            let sealed = resting.sealed.into_iter().map(|generation| {
+                let since = UNIX_EPOCH.checked_add(Duration::from_secs(generation.since));
+                let sealed = Sealed {
+                    set: generation.set,
+                    bytes: generation.bytes,
+                    since: since.unwrap_or(UNIX_EPOCH),
+                };
+                (generation.number, sealed)
+            });
+            let tracker = Tracker {
+                id: 0,
+                recording: resting.recording,
+                successor: None,
+                sealed: sealed.collect(),
+                next: resting.noted.next,
+            };
+            (resting.noted.name, tracker)
+        };
+        Self {
+            trackers: kept.trackers.into_iter().map(one).collect(),
+            kept: kept.size,
+            ..Self::default()
+        }
+    }
+
+    /// What there is to be written down while nobody knows more.
+    pub fn names(&self) -> Vec<Noted> {
+        let each = self.trackers.iter();
+        each.map(|(name, tracker)| tracker.noted(name)).collect()
+    }
+
+    /// What is to be kept, once nobody marks any more.
+    pub fn rest(&self) -> Vec<Resting<SharedWords>> {
+        let generation = |(number, sealed): (&u64, &Sealed)| {
+            let since = sealed.since.duration_since(UNIX_EPOCH);
+            Generation {
+                number: *number,
+                bytes: sealed.bytes,
+                since: since.unwrap_or_default().as_secs(),
+                set: Arc::clone(&sealed.set),
+            }
+        };
+        let one = |(name, tracker): (&Name, &Tracker)| Resting {
+            noted: tracker.noted(name),
+            recording: Arc::clone(&tracker.recording),
+            sealed: tracker.sealed.iter().map(generation).collect(),
+        };
+        self.trackers.iter().map(one).collect()
+    }
+
     /// Does what is asked of a disk of so many bytes; none when a worker was asked, and is heard of.
     pub fn ask(
         &mut self,
@@ -127,10 +190,22 @@ impl Tracking {
             }
             TrackAsk::Stat => Ok(Some(self.stat(size))),
             TrackAsk::Stop { name } => {
-                self.trackers.remove(&name).ok_or_else(|| unknown(&name))?;
-                tell(worker, Track::Stop { name });
+                self.tracker(&name)?;
+                self.stop(worker, name);
                 Ok(Some(json!({})))
             }
+        }
+    }
+
+    fn stop(&mut self, worker: Option<&Worker>, name: Name) {
+        self.trackers.remove(&name);
+        tell(worker, Track::Stop { name });
+    }
+
+    /// Stops a tracker that was started in vain, if it is still that one.
+    pub fn give_up(&mut self, worker: Option<&Worker>, name: Name, id: u64) {
+        if self.tracker(&name).is_ok_and(|tracker| tracker.id == id) {
+            self.stop(worker, name);
         }
     }
 
@@ -195,9 +270,10 @@ impl Tracking {
         let first = Sealed {
             set: all,
             bytes: size,
-            since: Instant::now(),
+            since: SystemTime::now(),
         };
         let tracker = Tracker {
+            id: ask,
             recording,
             successor: None,
             sealed: BTreeMap::from([(0, first)]),
@@ -275,6 +351,7 @@ impl Tracking {
             _ => return None,
         };
         let (asker, asked) = self.asked.remove(&ask)?;
+        let mut started = None;
         let answer = match (asked, said) {
             (Asked::Start(name), Err(why)) => {
                 self.trackers.remove(&name);
@@ -285,7 +362,11 @@ impl Tracking {
                 Err(why.into())
             }
             (Asked::Extents, said) => said.map_err(Error::from),
-            (Asked::Start(name), Ok(_)) => Ok(self.started(&name, size)),
+            (Asked::Start(name), Ok(_)) => {
+                let answer = self.started(&name, size);
+                started = Some((name, ask));
+                Ok(answer)
+            }
             (Asked::Seal(name), Ok(_)) => {
                 let sealed = self.sealed(&name, ask, size);
                 sealed.and_then(|(generation, said)| match is_wanted(asker) {
@@ -298,7 +379,11 @@ impl Tracking {
                 })
             }
         };
-        Some((asker, answer))
+        Some(Answered {
+            asker,
+            answer,
+            started,
+        })
     }
 
     fn started(&self, name: &Name, size: u64) -> Value {
@@ -314,7 +399,7 @@ impl Tracking {
         let (_, successor) = successor.ok_or_else(|| unknown(name))?;
         let set = std::mem::replace(&mut tracker.recording, successor);
         let (generation, bytes) = (tracker.next, set.bytes(size));
-        let since = Instant::now();
+        let since = SystemTime::now();
         let sealed = Sealed { set, bytes, since };
         tracker.sealed.insert(generation, sealed);
         tracker.next += 1;
@@ -348,7 +433,11 @@ impl Tracking {
                 Asked::Extents => {}
             }
             let why = "the worker ended meanwhile, and nothing came of it; try again";
-            (asker, Err(Error::new(Kind::Io, why)))
+            Answered {
+                asker,
+                answer: Err(Error::new(Kind::Io, why)),
+                started: None,
+            }
         };
         asked.into_iter().map(answer).collect()
     }
@@ -381,7 +470,10 @@ impl Tracking {
     }
 
     /// The disk has another size. Where it got smaller, what was behind its end is not there any more.
-    pub fn resized(&self, old: u64, new: u64) {
+    pub fn resized(&mut self, old: u64, new: u64) {
+        if self.kept.take().is_some_and(|kept| kept != new) {
+            self.doubt();
+        }
         if new >= old {
             return;
         }
@@ -407,6 +499,14 @@ impl Tracking {
 }
 
 impl Tracker {
+    fn noted(&self, name: &Name) -> Noted {
+        Noted {
+            name: name.clone(),
+            log2: self.recording.log2(),
+            next: self.next,
+        }
+    }
+
     /// What a worker marks in now, or will.
     fn latest(&self) -> &Set {
         let successor = self.successor.as_ref();
@@ -419,7 +519,7 @@ impl Sealed {
         json!({
             "generation": generation,
             "bytes": self.bytes,
-            "age_s": self.since.elapsed().as_secs(),
+            "age_s": self.since.elapsed().unwrap_or_default().as_secs(),
         })
     }
 }

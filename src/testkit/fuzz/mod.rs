@@ -10,6 +10,7 @@ mod nbd;
 mod ops;
 mod qcow2;
 mod text;
+mod trackers;
 
 use ploop_formats::testkit::rng::Rng;
 
@@ -25,7 +26,7 @@ pub struct Target {
 }
 
 /// All of them.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     Target {
         name: "ploop_open",
         run: image::run,
@@ -70,6 +71,11 @@ pub const TARGETS: [Target; 9] = [
         name: "qcow2_ops",
         run: qcow2::requests,
         seeds: qcow2::seeds,
+    },
+    Target {
+        name: "stored_trackers",
+        run: trackers::run,
+        seeds: trackers::seeds,
     },
 ];
 

@@ -10,6 +10,7 @@ use ploop::formats::descriptor::Descriptor;
 use ploop::image::change;
 use ploop::image::convert::version::copy_name;
 use ploop::image::detached::random_guid;
+use ploop::image::kept;
 use ploop::image::lock::{Access, DiskLocks};
 use ploop::image::members;
 use ploop::image::restore;
@@ -122,16 +123,18 @@ fn only_image(dir: &Path) -> Result<Vec<String>> {
     for entry in std::fs::read_dir(dir).map_err(|e| Error::from(e).at(dir.display()))? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let own = [
-            DISK_LOCK,
-            names::FILE,
-            names::ASIDE,
-            views::FOLDER,
+        let side = [names::FILE, names::ASIDE, kept::FILE, kept::ASIDE];
+        let moves = [
             members::MIGRATION,
             members::MIGRATION_ASIDE,
             members::WITNESS,
         ];
-        let known = own.contains(&name.as_str()) || name.starts_with("DiskDescriptor.xml");
+        let own = [DISK_LOCK, views::FOLDER]
+            .into_iter()
+            .chain(side)
+            .chain(moves);
+        let known =
+            own.into_iter().any(|own| name == own) || name.starts_with("DiskDescriptor.xml");
         if !known && entry.file_type()?.is_file() {
             found.push(name);
         }

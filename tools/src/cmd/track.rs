@@ -29,8 +29,9 @@ An incremental copy: copy generation 0, which is all of the disk, then `track ac
 /// it is acknowledged, or given back to be recorded again. NBD clients find the newest generation as
 /// qemu:dirty-bitmap:NAME, and each as qemu:dirty-bitmap:NAME.GENERATION.
 ///
-/// Trackers end with the disk's attachment. When it fails, or goes back to a snapshot, all of it
-/// counts as written.
+/// A tracker is there again when the disk is attached again, and goes on where it was if the disk was detached
+/// cleanly and nobody has written to it or changed it since. Otherwise, and when the disk fails or goes
+/// back to a snapshot, all of it counts as written. Trackers of a bare image end with its attachment.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(subcommand)]
