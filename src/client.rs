@@ -22,7 +22,7 @@ use serde_json::Value;
 use std::collections::VecDeque;
 use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -47,6 +47,8 @@ pub struct Remote {
     /// What was received and is no whole line yet.
     input: Vec<u8>,
     passed: VecDeque<OwnedFd>,
+    /// What was heard of the end of a freeze.
+    thawed: Option<Value>,
     run: PathBuf,
     /// To tell, once the events end, whether the disk is detached.
     departure: Option<Departure>,
@@ -89,6 +91,7 @@ impl Remote {
             stream,
             input: Vec::new(),
             passed: VecDeque::new(),
+            thawed: None,
             run: run.to_path_buf(),
             departure: None,
             due: Some(due),
@@ -177,6 +180,44 @@ impl Remote {
         self.due = Some(Instant::now() + patience);
         let id = self.tell(Ask::Track(ask))?;
         self.answer(id)
+    }
+
+    /// Keeps the disk as it is, for so long at most, until [`Remote::thaw`] or the end of this
+    /// connection.
+    pub fn freeze(&mut self, most: Duration) -> Result<Value> {
+        self.thawed = None;
+        self.due = Some(Instant::now() + most + PATIENCE);
+        let timeout_ms = most.as_millis() as u64;
+        let id = self.tell(Ask::Freeze { timeout_ms })?;
+        self.answer(id)
+    }
+
+    /// Lets a frozen disk go on. An error says why it had gone on before.
+    pub fn thaw(&mut self) -> Result<Value> {
+        self.due = Some(Instant::now() + FREEZE_PATIENCE);
+        let id = self.tell(Ask::Thaw)?;
+        self.answer(id)
+    }
+
+    /// What the keeper says of a freeze that has ended without [`Remote::thaw`], if it has; never waits.
+    /// When the keeper is gone, so is the freeze, and that is an error.
+    pub fn thawed(&mut self) -> Result<Option<Value>> {
+        if self.thawed.is_none() {
+            self.due = Some(Instant::now());
+            match self.hear::<Value>() {
+                Ok(said) => self.note(said),
+                Err(e) if e.kind() == Kind::TimedOut => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(self.thawed.take())
+    }
+
+    /// Notes what comes unasked.
+    fn note(&mut self, said: Value) {
+        if said["event"] == "thawed" {
+            self.thawed = Some(said);
+        }
     }
 
     /// Marks a frozen point temporary.
@@ -300,7 +341,13 @@ impl Remote {
     }
 
     fn answer(&mut self, id: u64) -> Result<Value> {
-        answered(self.hear()?, id)
+        loop {
+            let said: Value = self.hear()?;
+            match said.get("event") {
+                Some(_) => self.note(said),
+                None => return answered(parse(said, "control socket")?, id),
+            }
+        }
     }
 
     /// The next line.
@@ -340,6 +387,13 @@ impl Remote {
         self.input
             .extend_from_slice(buf.get(..got).unwrap_or_default());
         Ok(())
+    }
+}
+
+impl AsFd for Remote {
+    /// Becomes readable when the keeper says something, or is gone.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
     }
 }
 

@@ -7,6 +7,7 @@ pub mod device;
 pub mod disk;
 pub mod flight;
 pub mod flush;
+pub mod gate;
 pub mod hold;
 pub mod image;
 pub mod io;

@@ -76,6 +76,9 @@ pub struct State {
     /// Whether the host is low on space, so that the disk takes no more, or soon will not.
     #[serde(default)]
     pub host_low: bool,
+    /// Whether it is kept as it is, so that who writes waits.
+    #[serde(default)]
+    pub frozen: bool,
     /// How many times a worker died and was replaced.
     pub restarts: u32,
     /// Where it says what happens to it: `journal`, `syslog` or a file; none when that is the

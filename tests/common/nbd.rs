@@ -22,6 +22,8 @@ pub mod command {
     pub const TRIM: u16 = 4;
     /// NBD_CMD_FLUSH.
     pub const FLUSH: u16 = 3;
+    /// NBD_CMD_WRITE_ZEROES; carries no payload.
+    pub const ZERO: u16 = 6;
 }
 
 /// A connection in its transmission phase, with simple replies.
@@ -88,6 +90,12 @@ impl<S: Read + Write> Client<S> {
     /// Discards and waits for the answer: 0 or an NBD error number.
     pub fn trim(&mut self, at: u64, len: u32) -> io::Result<u32> {
         self.send(command::TRIM, at, len, &[])?;
+        self.answer()
+    }
+
+    /// Zeroes and waits for the answer: 0 or an NBD error number.
+    pub fn zero(&mut self, at: u64, len: u32) -> io::Result<u32> {
+        self.send(command::ZERO, at, len, &[])?;
         self.answer()
     }
 

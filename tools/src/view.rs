@@ -83,6 +83,7 @@ impl View {
             Phase::Recovering => "recovering",
             Phase::Stopping => "stopping",
             Phase::Serving if state.host_low => "low",
+            Phase::Serving if state.frozen => "frozen",
             Phase::Serving => "serving",
         }
     }

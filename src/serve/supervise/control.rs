@@ -5,6 +5,7 @@
 //! Prometheus reads them. Mode 0600, the peer's user is checked, everything that a client can make
 //! us hold is bounded, and no client is ever waited for. Clients of ours use [`crate::client`].
 
+use super::freeze::News;
 use super::host::Footprint;
 use super::message::Failure;
 use super::metrics::prometheus;
@@ -152,6 +153,17 @@ pub enum Ask {
     },
     /// Something about what was written since it was looked at. Refused of a disk that is attached read-only.
     Track(TrackAsk),
+    /// Keep the disk as it is, and the file system on its device, until `thaw`: who writes waits. Answered
+    /// once that is so, with `filesystem` (whether one is frozen) and `took_us`. It belongs to this
+    /// connection, and ends with it, when its time is over, and when the disk cannot be kept any longer. Then
+    /// this connection hears the event `thawed`, asked for or not.
+    Freeze {
+        /// Milliseconds from now on that it lasts at most, up to 600,000.
+        timeout_ms: u64,
+    },
+    /// Let a disk go on that this connection has frozen. Answered when that is done, with `frozen_us`, or
+    /// with why it had not stayed as it was.
+    Thaw,
     /// Mark a frozen point temporary: nobody goes back to it, clones it or compares it from now on,
     /// and it goes when it can. Answered as a removal is.
     Mark {
@@ -304,6 +316,10 @@ pub(crate) struct Orders {
     pub(super) marks: Vec<(Asker, String)>,
     /// What is asked of trackers.
     pub(super) tracks: Vec<(Asker, TrackAsk)>,
+    /// Keep it as it is for so many milliseconds at most.
+    pub(super) freezes: Vec<(Asker, u64)>,
+    /// Let it go on.
+    pub(super) thaws: Vec<Asker>,
 }
 
 /// Whom an answer belongs to that takes time.
@@ -311,6 +327,13 @@ pub(crate) struct Orders {
 pub(crate) struct Asker {
     client: u64,
     request: u64,
+}
+
+impl Asker {
+    /// Whether both are the same client.
+    pub(super) fn is_with(self, other: Self) -> bool {
+        self.client == other.client
+    }
 }
 
 /// Somebody who is connected.
@@ -327,6 +350,8 @@ pub(crate) struct Client {
     events: bool,
     /// The request that it wants no more.
     cancelled: Option<u64>,
+    /// How its freeze ended without it, if that was so.
+    thawed: Option<Failure>,
     /// Hung up on once its answers are sent.
     last: bool,
 }
@@ -398,6 +423,28 @@ impl Control {
         client.is_some_and(|c| c.cancelled != Some(asker.request))
     }
 
+    /// Whether whoever asked is still there.
+    pub(super) fn is_connected(&self, asker: Asker) -> bool {
+        self.clients.iter().any(|c| c.number == asker.client)
+    }
+
+    /// Remembers how a freeze ended, for when whoever asked for it wants to end it.
+    pub(super) fn lose_freeze(&mut self, asker: Asker, why: Failure) {
+        let client = self.clients.iter_mut().find(|c| c.number == asker.client);
+        if let Some(client) = client {
+            client.thawed = Some(why);
+        }
+    }
+
+    /// Why this client has frozen nothing.
+    pub(super) fn lost_freeze(&self, asker: Asker) -> Error {
+        let client = self.clients.iter().find(|c| c.number == asker.client);
+        let none = || Error::invalid("this connection has not frozen the disk");
+        client
+            .and_then(|c| c.thawed.clone())
+            .map_or_else(none, Error::from)
+    }
+
     /// Tells who asked how far it is.
     pub(super) fn progress(&mut self, asker: Asker, far: Far) {
         let client = self.clients.iter_mut().find(|c| c.number == asker.client);
@@ -414,9 +461,28 @@ impl Control {
 
     /// Tells those who want to know, and hangs up on who does not listen.
     pub(super) fn announce(&mut self, state: &State) {
+        self.tell(&event("state", state), |client| client.events);
+    }
+
+    /// Tells that the disk stays as it is, or goes on.
+    pub(super) fn announce_freeze(&mut self, state: &State, news: News, asker: Asker) {
+        match news {
+            News::Frozen => self.tell(&event("frozen", state), |client| client.events),
+            News::Thawed { why, frozen_us } => {
+                let mut said = event("thawed", state);
+                said["why"] = why.name().into();
+                said["frozen_us"] = frozen_us.into();
+                let unasked =
+                    |client: &Client| client.number == asker.client && client.thawed.is_some();
+                self.tell(&said, |client| client.events || unasked(client));
+            }
+        }
+    }
+
+    fn tell(&mut self, event: &Value, whom: impl Fn(&Client) -> bool) {
         self.clients.retain_mut(|client| {
-            if client.events {
-                client.say(&event(state));
+            if whom(client) {
+                client.say(event);
             }
             client.output.len() <= BACKLOG_MAX
         });
@@ -434,8 +500,8 @@ fn listen(path: &Path) -> Result<UnixListener> {
     bound().map_err(|e: io::Error| Error::from(e).at(path.display()))
 }
 
-fn event(state: &State) -> Value {
-    json!({ "schema": 1, "event": "state", "disk": state })
+fn event(what: &str, state: &State) -> Value {
+    json!({ "schema": 1, "event": what, "disk": state })
 }
 
 impl Client {
@@ -456,6 +522,7 @@ impl Client {
             speaks_http,
             events: false,
             cancelled: None,
+            thawed: None,
             last: false,
         };
         if !speaks_http {
@@ -545,7 +612,7 @@ impl Client {
             Ask::Stat => json!(oracle.stat()),
             Ask::Events => {
                 self.events = true;
-                return self.say(&event(oracle.state()));
+                return self.say(&event("state", oracle.state()));
             }
             Ask::Counters if oracle.counters().is_some() => {
                 self.passing.push_back(self.output.len());
@@ -598,6 +665,11 @@ impl Client {
                 return orders.replacements.push((asker, uuid, file, rate));
             }
             Ask::Track(ask) => return orders.tracks.push((asker, ask)),
+            Ask::Freeze { timeout_ms } => {
+                self.thawed = None;
+                return orders.freezes.push((asker, timeout_ms));
+            }
+            Ask::Thaw => return orders.thaws.push(asker),
             Ask::Mark { uuid } => return orders.marks.push((asker, uuid)),
             Ask::Remove { uuid, rate } => return orders.removals.push((asker, uuid, rate)),
         };

@@ -9,6 +9,7 @@ use super::child::{Baggage, Worker};
 use super::compaction::{self, Compaction};
 use super::control::{Asker, Control, Far, Figures, Oracle, TrackAsk};
 use super::errand::{Errand, Task};
+use super::freeze::{self, Freeze};
 use super::growth::{self, Growth};
 use super::host::{self, Footprint};
 use super::listen::Sockets;
@@ -109,6 +110,10 @@ struct Keeper {
     tracking: Tracking,
     /// Its trackers are being written down.
     notes: Notes,
+    /// The disk is kept as it is.
+    freeze: Option<Freeze>,
+    /// Freezes so far.
+    freezes: u64,
     restarts: Restarts,
     space: Space,
     health: Health,
@@ -245,6 +250,8 @@ pub fn run(config: KeeperConfig, logging: impl FnOnce(Option<&Log>)) -> Result<(
         compaction: None,
         tracking,
         notes: Notes::default(),
+        freeze: None,
+        freezes: 0,
         restarts: Restarts::default(),
         space: Space::default(),
         health: Health::Sound,
@@ -317,6 +324,7 @@ fn first_state(config: &KeeperConfig, target: &Target, held: &Holdings) -> Resul
         cache: config.cache.name().into(),
         engine: None,
         host_low: false,
+        frozen: false,
         restarts: 0,
         log: None,
         error: None,
@@ -531,7 +539,8 @@ impl Keeper {
             || growth.is_some_and(Growth::bars_workers);
         let start = self.next_start.filter(|_| !barred);
         let overdue = snapshot.and_then(Snapshot::due);
-        let due = [start, self.next_detach, self.space.due(), overdue]
+        let thaw = self.freeze.as_ref().and_then(Freeze::due);
+        let due = [start, self.next_detach, self.space.due(), overdue, thaw]
             .into_iter()
             .flatten()
             .min();
@@ -546,7 +555,10 @@ impl Keeper {
             (Some(snapshot), _) => snapshot.polled(),
             (None, growth) => growth.map_or([None; 2], Growth::polled),
         };
-        let [still, quit] = self.still.as_ref().map_or([None; 2], Still::polled);
+        let [still, quit] = match (&self.still, &self.freeze) {
+            (Some(still), _) => still.polled(),
+            (None, freeze) => freeze.as_ref().map_or([None; 2], Freeze::polled),
+        };
         let sources = [
             Some(self.signals.as_fd()),
             worker.and_then(|w| w.output.as_ref()).map(AsFd::as_fd),
@@ -621,7 +633,10 @@ impl Keeper {
             self.on_changer(ready.changed);
         }
         if ready.still || ready.quit {
-            self.on_still(ready.quit);
+            match self.freeze {
+                Some(_) => self.about_freeze(|f, c, w| f.hear_still(ready.quit, c, w)),
+                None => self.on_still(ready.quit),
+            }
         }
         if ready.noted {
             self.on_noted();
@@ -699,6 +714,67 @@ impl Keeper {
                 self.control.answer(asker, Err(e));
             }
         }
+        for (asker, timeout_ms) in orders.freezes {
+            if let Err(e) = self.begin_freeze(asker, timeout_ms) {
+                self.control.answer(asker, Err(e));
+            }
+        }
+        for asker in orders.thaws {
+            let own = |freeze: &Freeze| freeze.asker.is_with(asker);
+            match self.freeze.as_ref().is_some_and(own) {
+                true => self.about_freeze(|f, c, w| f.thaw(asker, c, w)),
+                false => {
+                    let why = self.control.lost_freeze(asker);
+                    self.control.answer(asker, Err(why));
+                }
+            }
+        }
+    }
+
+    fn begin_freeze(&mut self, asker: Asker, timeout_ms: u64) -> Result<()> {
+        let most = Freeze::time(timeout_ms)?;
+        self.may_change()?;
+        let device = self.state.device.as_ref().map(PathBuf::from);
+        if self.is_device() && device.is_none() {
+            return Err(Error::new(Kind::Busy, "it has no device yet"));
+        }
+        if let Some(worker) = &self.worker {
+            self.freezes += 1;
+            let begun = Freeze::begin(asker, most, device, worker, self.freezes)?;
+            self.freeze = Some(begun);
+        }
+        Ok(())
+    }
+
+    /// Does something about the freeze, if there is one, and tells what came of it.
+    fn about_freeze(
+        &mut self,
+        act: impl FnOnce(&mut Freeze, &mut Control, Option<&mut Worker>) -> Option<freeze::News>,
+    ) {
+        let Some(freeze) = self.freeze.as_mut() else {
+            return;
+        };
+        let (asker, worker) = (freeze.asker, self.worker.as_mut());
+        let news = act(freeze, &mut self.control, worker);
+        if freeze.is_over() {
+            self.freeze = None;
+        }
+        let Some(news) = news else {
+            return;
+        };
+        match news {
+            freeze::News::Frozen => tracing::info!("frozen"),
+            freeze::News::Thawed { why, frozen_us } => {
+                tracing::info!("thawed after {frozen_us} us ({})", why.name());
+            }
+        }
+        self.state.frozen = news == freeze::News::Frozen;
+        self.publish();
+        self.control.announce_freeze(&self.state, news, asker);
+    }
+
+    fn thaw(&mut self, why: freeze::Why) {
+        self.about_freeze(|f, c, w| f.end(why, c, w));
     }
 
     /// Does what is asked of trackers, or has the worker do it.
@@ -895,6 +971,14 @@ impl Keeper {
         if self.compaction.as_ref().is_some_and(unwanted) {
             self.end_compaction();
         }
+        if let Some(asker) = self.freeze.as_ref().map(|freeze| freeze.asker)
+            && !self.control.is_wanted(asker)
+        {
+            self.thaw(match self.control.is_connected(asker) {
+                true => freeze::Why::Asked,
+                false => freeze::Why::HangUp,
+            });
+        }
     }
 
     /// Gives a compaction up, if one is under way.
@@ -961,6 +1045,10 @@ impl Keeper {
                 "it is being compacted; wait for the end of that, or end it (Ctrl-C), and try again",
             ));
         }
+        if self.freeze.is_some() {
+            let what = "it is frozen for somebody, and stays as it is; try again once it is thawed";
+            return Err(Error::new(Kind::Busy, what));
+        }
         self.may_go_on()
     }
 
@@ -972,7 +1060,7 @@ impl Keeper {
         let serves = |worker: &Worker| worker.ready.is_some() && !worker.condemned;
         let serves = self.worker.as_ref().is_some_and(serves);
         if self.state.state != Phase::Serving || !serves || self.stopping {
-            let what = "only a disk that serves can be changed; try again, or see `ploopctl list`";
+            let what = "only a disk that serves can be changed or frozen; try again, or see `ploopctl list`";
             return Err(Error::new(Kind::Busy, what));
         }
         Ok(())
@@ -1014,7 +1102,7 @@ impl Keeper {
     fn begin_still(&mut self, asker: Asker, change: still::Change) -> Result<()> {
         if !self.is_device() {
             return Err(Error::unsupported(match change {
-                still::Change::Snapshot(_) => {
+                still::Change::Snapshot(_) | still::Change::Nothing(_) => {
                     "its file system is its client's, to be frozen there (fsfreeze -f)"
                 }
                 still::Change::Switch(_) => {
@@ -1044,6 +1132,7 @@ impl Keeper {
             let begun = match &still.change {
                 still::Change::Snapshot(uuid) => self.freeze_top(still.asker, uuid.as_deref()),
                 still::Change::Switch(uuid) => self.begin_switch(still.asker, uuid),
+                still::Change::Nothing(_) => Ok(()),
             };
             turn = begun.map_or_else(|e| still.finish(Err(e)), |()| still::Turn::Wait);
         }
@@ -1264,7 +1353,11 @@ impl Keeper {
         if self.notes.are_due() {
             self.send_notes();
         }
-        if self.errand.is_some() || self.snapshot.is_some() || self.still.is_some() {
+        if due(self.freeze.as_ref().and_then(Freeze::due)) {
+            self.thaw(freeze::Why::Timeout);
+        }
+        let waits = self.snapshot.is_some() || self.still.is_some() || self.freeze.is_some();
+        if self.errand.is_some() || waits {
             return;
         }
         self.advance_growth();
@@ -1301,12 +1394,14 @@ impl Keeper {
         let idle = idle && self.snapshot.is_none() && self.still.is_none();
         let idle = idle && self.growth.is_none() && self.compaction.is_none();
         let idle = idle && self.notes.are_done();
+        let idle = idle && self.freeze.is_none();
         self.stopping && self.settled && idle
     }
 
     fn stop(&mut self) {
         self.stopping = true;
         self.end_compaction();
+        self.thaw(freeze::Why::Detach);
         match (self.snapshot.as_mut(), self.still.as_mut()) {
             (Some((snapshot, _)), _) => snapshot.hurry("the disk is being detached"),
             // It may wait for a file system that hangs.
@@ -1524,6 +1619,9 @@ impl Keeper {
                         self.on_compaction(turn);
                     }
                 }
+                event @ (Event::Halted { .. } | Event::NotHalted { .. }) => {
+                    self.about_freeze(|f, c, w| f.hear_worker(event, c, w));
+                }
                 Event::Low => self.on_low(),
                 Event::Poisoned => self.on_poison(),
                 Event::Frozen | Event::NotFrozen(_) | Event::Went { .. } => self.on_turnover(event),
@@ -1563,6 +1661,7 @@ impl Keeper {
         if self.state.state == Phase::Failed {
             return;
         }
+        self.thaw(freeze::Why::Failure);
         self.tracking.doubt();
         let why = "a flush failed, and data may be lost: nothing more can be written; see the \
                    host's log, then use `ploopctl recover`, or detach the disk and check it";
@@ -1582,6 +1681,7 @@ impl Keeper {
             .map_or_else(|e| e.to_string(), |s| s.to_string());
         let served = worker.ready.map_or(Duration::ZERO, |t| t.elapsed());
         self.on_compaction(compaction::Turn::Over(Err(Compaction::lost())));
+        self.thaw(freeze::Why::Worker);
         for answered in self.tracking.lost_worker() {
             self.answer_track(answered);
         }
@@ -1697,6 +1797,7 @@ impl Keeper {
     fn give_up(&mut self, failure: Failure) {
         let failure = self.name(failure);
         tracing::error!("giving up: {}", failure.message);
+        self.thaw(freeze::Why::Failure);
         self.next_start = None;
         self.state.state = Phase::Failed;
         self.state.error = Some(failure.message.clone());

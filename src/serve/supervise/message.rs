@@ -351,6 +351,16 @@ pub enum Order {
     },
     /// Something about trackers, which is done beside everything else.
     Track(Track),
+    /// Let nothing in that changes the disk, and flush what was let in, beside everything else. Is
+    /// answered with `Halted` or `NotHalted`.
+    Halt {
+        /// Number of the answer.
+        number: u64,
+        /// For so many milliseconds at most.
+        most_ms: u64,
+    },
+    /// Let all in that waits after `Halt`.
+    Resume,
     /// Go on after `Frozen`.
     Go {
         /// With the new top, or with the old one.
@@ -526,6 +536,18 @@ pub enum Event {
         extents: Vec<TrackedExtent>,
         /// Where the next one begins; none when that is all.
         next: Option<u64>,
+    },
+    /// Nothing changes the disk any more, and what did is durable.
+    Halted {
+        /// Number of the order.
+        number: u64,
+    },
+    /// The disk goes on, because it could not be flushed.
+    NotHalted {
+        /// Number of the order.
+        number: u64,
+        /// Why.
+        why: Failure,
     },
     /// Space was wanted of a host that is low on it. Said again as long as that is so, but not
     /// more than four times a second.

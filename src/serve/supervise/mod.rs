@@ -12,9 +12,9 @@
 //! on the host, [`snapshot`] how the keeper, a [`changer`] and the worker ([`turnover`]) freeze a
 //! top under a running guest while users of the device are kept [`still`], [`growth`] how they give
 //! the disk another size, [`compaction`] its file shorter, [`tracking`] and [`trackers`] how both
-//! know what was written, [`notes`] who writes the trackers' names down, [`trim`] what its file
-//! system gives back, [`leftover`] what a dead keeper leaves behind, [`space`] and [`brake`] what
-//! is done while the host is nearly full.
+//! know what was written, [`notes`] who writes the trackers' names down, [`freeze`] and [`halt`] how
+//! both keep the disk as it is, [`trim`] what its file system gives back, [`leftover`] what a dead
+//! keeper leaves behind, [`space`] and [`brake`] what is done while the host is nearly full.
 
 mod announce;
 mod brake;
@@ -23,7 +23,9 @@ mod child;
 mod compaction;
 pub mod control;
 mod errand;
+mod freeze;
 mod growth;
+mod halt;
 pub mod host;
 pub mod inherit;
 pub mod keeper;

@@ -1,9 +1,9 @@
-//! Still: a process that keeps who uses a device still while its disk is changed.
+//! Still: a process that keeps who uses a device still while its disk is changed, or kept as it is.
 //!
-//! For a snapshot it freezes the file system on the device. That writes back what the file system
-//! holds in memory, through our own worker, and may wait for it, so the keeper has it done. In order:
-//! what is to be written is written while programs still run; the file system is frozen, and that is
-//! said; it is thawed.
+//! For a snapshot and for a freeze ([`super::freeze`]) it freezes the file system on the device.
+//! That writes back what the file system holds in memory, through our own worker, and may wait for
+//! it, so the keeper has it done. In order: what is to be written is written while programs still
+//! run; the file system is frozen, and that is said; it is thawed.
 //!
 //! For a switch it claims the device, which nobody may have mounted, and has the kernel write back and
 //! forget what it remembers of it, before and after.
@@ -27,18 +27,15 @@ use serde_json::{Value, json};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// `FIFREEZE`, `FITHAW` and `BLKFLSBUF` (linux/fs.h).
 const FIFREEZE: Opcode = ioctl::opcode::read_write::<libc::c_int>(b'X', 119);
 const FITHAW: Opcode = ioctl::opcode::read_write::<libc::c_int>(b'X', 120);
 const BLKFLSBUF: Opcode = ioctl::opcode::none(0x12, 97);
 
-/// How long it lasts at most: longer than a change may take.
-const PATIENCE: Timespec = Timespec {
-    tv_sec: 120,
-    tv_nsec: 0,
-};
+/// How long a change may take at most, and somewhat more.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What is wanted of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,13 +55,15 @@ enum Wanted {
 struct Task {
     device: PathBuf,
     wanted: Wanted,
+    /// How long everybody is kept still at most.
+    most: Duration,
 }
 
 /// What it says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 enum Said {
-    /// Everybody is still.
-    Still,
+    /// Everybody is still; whether a file system is among them.
+    Still { mounted: bool },
     /// Nobody is any more, after so many microseconds.
     Over(u64),
     /// It could not be done, or undone.
@@ -78,13 +77,15 @@ enum Told {
     End,
 }
 
-/// The change that it is for.
+/// What it is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Change {
     /// The top is frozen, under a GUID if one was asked for.
     Snapshot(Option<String>),
     /// The disk goes back to a point.
     Switch(String),
+    /// None: the disk is kept as it is, for so long at most.
+    Nothing(Duration),
 }
 
 /// One as its keeper sees it.
@@ -96,6 +97,8 @@ pub(super) struct Still {
     pub asker: Asker,
     /// The change.
     pub change: Change,
+    /// Whether a file system is frozen.
+    pub mounted: bool,
     /// It said what came of it, or another one was sent to undo what it may have done.
     over: bool,
     /// It has ended, and the change has not.
@@ -120,15 +123,17 @@ pub(super) enum Turn {
 impl Still {
     /// Sends somebody to keep the users of `device` still.
     pub fn start(device: PathBuf, asker: Asker, change: Change) -> Result<Self> {
-        let wanted = match change {
-            Change::Snapshot(_) => Wanted::Freeze,
-            Change::Switch(_) => Wanted::Claim,
+        let (wanted, most) = match change {
+            Change::Snapshot(_) => (Wanted::Freeze, PATIENCE),
+            Change::Switch(_) => (Wanted::Claim, PATIENCE),
+            Change::Nothing(most) => (Wanted::Freeze, most),
         };
         Ok(Self {
-            aide: send(&device, wanted)?,
+            aide: send(&device, wanted, most)?,
             device,
             asker,
             change,
+            mounted: false,
             over: false,
             gone: false,
             lasted_us: None,
@@ -148,7 +153,10 @@ impl Still {
     pub fn hear(&mut self) -> Turn {
         match self.aide.said() {
             None => Turn::Wait,
-            Some(Said::Still) => Turn::Begin,
+            Some(Said::Still { mounted }) => {
+                self.mounted = mounted;
+                Turn::Begin
+            }
             Some(Said::Over(us)) => {
                 self.over = true;
                 self.lasted_us = Some(us);
@@ -201,6 +209,10 @@ impl Still {
                  whether the disk was switched",
                 Wanted::Forget,
             ),
+            Change::Nothing(_) => (
+                "the process that kept the file system frozen died",
+                Wanted::Thaw,
+            ),
         };
         self.answer = Some(Err(Error::new(Kind::Io, why)));
         if busy && wanted == Wanted::Forget {
@@ -214,7 +226,7 @@ impl Still {
     /// Sends another one, to undo what this one may have done.
     fn undo(&mut self, wanted: Wanted) -> Turn {
         self.over = true;
-        match send(&self.device, wanted) {
+        match send(&self.device, wanted, PATIENCE) {
             Ok(aide) => {
                 self.aide = aide;
                 Turn::Wait
@@ -228,7 +240,7 @@ impl Still {
 
     fn end(&mut self) -> Turn {
         let frozen_us = match self.change {
-            Change::Snapshot(_) => self.lasted_us,
+            Change::Snapshot(_) | Change::Nothing(_) => self.lasted_us,
             Change::Switch(_) => None,
         };
         Turn::Over(self.answer.take().map(|answer| {
@@ -247,9 +259,13 @@ impl Still {
     }
 }
 
-fn send(device: &Path, wanted: Wanted) -> Result<Aide> {
-    let device = device.to_path_buf();
-    let text = serde_json::to_string(&Task { device, wanted }).map_err(io::Error::from)?;
+fn send(device: &Path, wanted: Wanted, most: Duration) -> Result<Aide> {
+    let task = Task {
+        device: device.to_path_buf(),
+        wanted,
+        most,
+    };
+    let text = serde_json::to_string(&task).map_err(io::Error::from)?;
     let started = Aide::start(&["--still", &text], Baggage::default());
     started.map_err(|e| e.at("starting a process that keeps a device still"))
 }
@@ -261,11 +277,11 @@ pub fn run(task: &str) -> Result<()> {
     let talk = inherit::take(CONTROL_FD)?;
     let device = &task.device;
     let done = match task.wanted {
-        Wanted::Freeze => keep_frozen(device, &talk),
+        Wanted::Freeze => keep_frozen(device, &talk, task.most),
         Wanted::Thaw => {
             root_of(device).and_then(|root| root.map_or(Ok(0), |r| thaw(&r).map(|()| 0)))
         }
-        Wanted::Claim => keep_claimed(device, &talk),
+        Wanted::Claim => keep_claimed(device, &talk, task.most),
         Wanted::Forget => open_device(device, OFlags::empty())
             .and_then(|d| forget(&d))
             .map(|()| 0),
@@ -279,7 +295,7 @@ pub fn run(task: &str) -> Result<()> {
 }
 
 /// How long the file system was frozen, in microseconds.
-fn keep_frozen(device: &Path, talk: &OwnedFd) -> Result<u64> {
+fn keep_frozen(device: &Path, talk: &OwnedFd, most: Duration) -> Result<u64> {
     let root = root_of(device)?;
     if let Some(root) = &root {
         // What is left to write when everybody waits is little.
@@ -287,18 +303,18 @@ fn keep_frozen(device: &Path, talk: &OwnedFd) -> Result<u64> {
     }
     let start = Instant::now();
     root.as_ref().map_or(Ok(()), freeze)?;
-    await_the_end(talk);
+    await_the_end(talk, root.is_some(), most);
     root.as_ref().map_or(Ok(()), thaw)?;
     Ok(start.elapsed().as_micros() as u64)
 }
 
 /// How long the device was claimed, in microseconds.
-fn keep_claimed(path: &Path, talk: &OwnedFd) -> Result<u64> {
+fn keep_claimed(path: &Path, talk: &OwnedFd, most: Duration) -> Result<u64> {
     let start = Instant::now();
     let device = open_device(path, OFlags::EXCL)?;
     // Written later, it would be written to what the disk is then.
     forget(&device)?;
-    await_the_end(talk);
+    await_the_end(talk, false, most);
     forget(&device)?;
     Ok(start.elapsed().as_micros() as u64)
 }
@@ -330,7 +346,7 @@ fn freeze(root: &OwnedFd) -> Result<()> {
         Ok(()) => Ok(()),
         Err(Errno::BUSY) => Err(Error::new(Kind::Busy, "somebody has frozen it already")),
         Err(Errno::OPNOTSUPP) => Err(Error::unsupported(
-            "its file system cannot be frozen; make the snapshot without --freeze",
+            "its file system cannot be frozen: make the snapshot without --freeze, or unmount it first",
         )),
         Err(Errno::PERM) => Err(Error::new(
             Kind::Privilege,
@@ -350,17 +366,22 @@ fn thaw(root: &OwnedFd) -> Result<()> {
 }
 
 /// Says that everybody is still, and waits until the keeper ends that or is gone, or too long.
-fn await_the_end(talk: &OwnedFd) {
-    if packet::send(talk, &Said::Still, &[]).is_err() {
+fn await_the_end(talk: &OwnedFd, mounted: bool, most: Duration) {
+    if packet::send(talk, &Said::Still { mounted }, &[]).is_err() {
         return;
     }
     let start = Instant::now();
     loop {
         let waits = matches!(packet::receive::<Told>(talk), Ok(None));
-        if !waits || start.elapsed().as_secs() >= PATIENCE.tv_sec as u64 {
+        let left = most.saturating_sub(start.elapsed());
+        if !waits || left.is_zero() {
             return;
         }
-        let _ = poll(&mut [PollFd::new(talk, PollFlags::IN)], Some(&PATIENCE));
+        let left = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        let _ = poll(&mut [PollFd::new(talk, PollFlags::IN)], Some(&left));
     }
 }
 

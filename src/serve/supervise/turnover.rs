@@ -117,7 +117,12 @@ impl Turnover {
                     self.top.borrow().set_limit(self.limit);
                 }
                 Order::Reload { lower, merged } => self.reload(&lower, &merged, fds).await?,
-                Order::Stop | Order::Go { .. } | Order::EndCompact | Order::Track(_) => {}
+                Order::Stop
+                | Order::Go { .. }
+                | Order::EndCompact
+                | Order::Track(_)
+                | Order::Halt { .. }
+                | Order::Resume => {}
             }
         }
         Ok(())

@@ -6,6 +6,7 @@
 //! looked at: a dead predecessor's last writes may still be landing.
 
 use super::child::{CONTROL_FD, MESSAGE_MAX};
+use super::halt::{Halt, Porter};
 use super::inherit;
 use super::message::{Cache, Event, Failure, Order, Track, WorkerConfig, WorkerMode, WorkerTls};
 use super::packet;
@@ -14,6 +15,7 @@ use super::turnover::{self, Ordered, Turnover};
 use crate::counters::{Counted, Counters};
 use crate::device::Device;
 use crate::disk::Disk;
+use crate::gate::{Gate, Gated};
 use crate::image::chain::Chain;
 use crate::image::open::{self, Top};
 use crate::io::exec::{self, Engine};
@@ -150,7 +152,9 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     // What a predecessor had not answered is asked again, of this one.
     counters.forget_unanswered();
     let tracked = Tracked::new(Arc::clone(&disk), registry.recorder());
-    let device = Arc::new(Counted::new(Arc::new(tracked), counters));
+    let gate = Gate::default();
+    let gated = Gated::new(Arc::new(tracked), gate.clone());
+    let device = Arc::new(Counted::new(Arc::new(gated), counters));
     let offered = Arc::clone(&registry);
     let transport = Transport::take(config.mode, &device, offered, engine, config.sandbox)?;
     if config.sandbox && !matches!(transport, Transport::Nbd { .. }) {
@@ -172,7 +176,20 @@ async fn serve(control: &Arc<OwnedFd>, config: WorkerConfig, engine: Engine) -> 
     let (stop, stopped) = watch::channel(false);
     let (orders, ordered) = mpsc::unbounded_channel();
     let (tracks, asked) = mpsc::unbounded_channel();
-    exec::spawn(hear(Arc::clone(control), stop, orders, tracks));
+    let (halts, halted) = mpsc::unbounded_channel();
+    let heard = Heard {
+        stop,
+        orders,
+        tracks,
+        halts,
+    };
+    exec::spawn(hear(Arc::clone(control), heard));
+    let porter = Porter {
+        gate,
+        device: Arc::clone(&disk),
+        control: Arc::clone(control),
+    };
+    exec::spawn(porter.run(halted));
     let clerk = Clerk {
         registry,
         device: Arc::clone(&disk),
@@ -265,8 +282,13 @@ async fn serve_errors(
     say(control, &ready).await?;
     let (stop, stopped) = watch::channel(false);
     let (orders, ordered) = mpsc::unbounded_channel();
-    let (tracks, _) = mpsc::unbounded_channel();
-    exec::spawn(hear(Arc::clone(control), stop, orders, tracks));
+    let heard = Heard {
+        stop,
+        orders,
+        tracks: mpsc::unbounded_channel().0,
+        halts: mpsc::unbounded_channel().0,
+    };
+    exec::spawn(hear(Arc::clone(control), heard));
     exec::spawn(change(None, Arc::clone(control), ordered));
     let served = fuse::serve(fd, session, Arc::new(device), wait(stopped)).await;
     served.map(|_| ())
@@ -294,14 +316,17 @@ fn ledger(config: &WorkerConfig) -> Result<Option<Ledger>> {
     }
 }
 
-/// Waits for orders. A keeper that is gone ends everything at once: nobody could replace us, and
-/// nobody holds the locks.
-async fn hear(
-    control: Arc<OwnedFd>,
+/// Where orders go.
+struct Heard {
     stop: watch::Sender<bool>,
     orders: mpsc::UnboundedSender<Ordered>,
     tracks: mpsc::UnboundedSender<(Track, Vec<OwnedFd>)>,
-) {
+    halts: mpsc::UnboundedSender<Halt>,
+}
+
+/// Waits for orders. A keeper that is gone ends everything at once: nobody could replace us, and
+/// nobody holds the locks.
+async fn hear(control: Arc<OwnedFd>, to: Heard) {
     loop {
         if exec::readable(&control).await.is_err() {
             std::process::exit(1);
@@ -309,11 +334,18 @@ async fn hear(
         match packet::receive(&control) {
             Ok(None) => {}
             Ok(Some((Order::Stop, _))) => {
-                stop.send_replace(true);
+                to.stop.send_replace(true);
             }
             // Who changes nothing hears nothing.
-            Ok(Some((Order::Track(order), fds))) => drop(tracks.send((order, fds))),
-            Ok(Some(ordered)) => drop(orders.send(ordered)),
+            Ok(Some((Order::Track(order), fds))) => drop(to.tracks.send((order, fds))),
+            Ok(Some((Order::Halt { number, most_ms }, _))) => {
+                let most = Duration::from_millis(most_ms);
+                let _ = to.halts.send(Halt::Begin { number, most });
+            }
+            Ok(Some((Order::Resume, _))) => {
+                let _ = to.halts.send(Halt::End);
+            }
+            Ok(Some(ordered)) => drop(to.orders.send(ordered)),
             Err(_) => std::process::exit(1),
         }
     }
@@ -395,7 +427,7 @@ async fn write_back(disk: Arc<Disk<FileStore>>, quitted: watch::Receiver<bool>) 
     }
 }
 
-type Served = Counted<Tracked<Disk<FileStore>>>;
+type Served = Counted<Gated<Tracked<Disk<FileStore>>>>;
 
 /// TLS with the credentials that the keeper read.
 fn tls(given: WorkerTls) -> Result<nbd::Tls> {

@@ -53,6 +53,7 @@ fn known() -> Known {
         cache: "none".into(),
         engine: None,
         host_low: false,
+        frozen: false,
         log: None,
         restarts: 0,
         error: Some("e".into()),
@@ -114,7 +115,9 @@ fn drain(from: &mut UnixStream, into: &mut Vec<u8>) {
 
 /// Requests of every kind, alone and together, and what is none.
 pub fn seeds() -> Vec<(String, Vec<u8>)> {
-    let methods = ["state", "stat", "events", "counters", "stop", "recover"];
+    let methods = [
+        "state", "stat", "events", "counters", "stop", "recover", "freeze", "thaw",
+    ];
     let line = |method: &str| format!("{{\"id\":1,\"method\":\"{method}\"}}\n");
     let all: String = methods.iter().map(|m| line(m)).collect();
     let mut seeds: Vec<(String, Vec<u8>)> = methods

@@ -47,9 +47,17 @@ fn line(event: &Value) -> String {
         Value::String(s) => s.clone(),
         other => other.to_string(),
     };
+    let path = text(&disk["path"]);
+    match event["event"].as_str() {
+        Some("frozen") => return format!("{path} frozen"),
+        Some("thawed") => {
+            let ms = event["frozen_us"].as_u64().unwrap_or(0) / 1000;
+            return format!("{path} thawed after {ms} ms ({})", text(&event["why"]));
+        }
+        _ => {}
+    }
     format!(
-        "{} {} device {} worker {} restarts {}{}",
-        text(&disk["path"]),
+        "{path} {} device {} worker {} restarts {}{}",
         text(&disk["state"]),
         text(&disk["device"]),
         text(&disk["worker_pid"]),

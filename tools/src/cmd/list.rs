@@ -13,10 +13,11 @@ use std::path::Path;
 
 /// List the attached disks and how they are
 ///
-/// STATE is starting, serving, recovering (its server died, another takes over), stopping, or what
-/// needs somebody: failed, low (the host is low on space, and new space is refused or soon will be),
-/// silent (its keeper does not answer). HUNG counts requests that have waited for 10 seconds or more, and
-/// says how long the oldest has. FREE is left on the file system that holds the disk's files.
+/// STATE is starting, serving, recovering (its server died, another takes over), stopping, frozen
+/// (see `ploopctl freeze`), or what needs somebody: failed, low (the host is low on space, and new
+/// space is refused or soon will be), silent (its keeper does not answer). HUNG counts requests
+/// that have waited for 10 seconds or more, and says how long the oldest has. FREE is left on the
+/// file system that holds the disk's files.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]

@@ -8,6 +8,7 @@ pub mod convert;
 mod delete;
 mod doctor;
 mod events;
+mod freeze;
 mod generate;
 mod grow;
 mod info;
@@ -90,6 +91,8 @@ pub enum Command {
     Track(track::Args),
     #[command(after_help = migrate::EXAMPLES)]
     Migrate(migrate::Args),
+    #[command(after_help = freeze::EXAMPLES)]
+    Freeze(freeze::Args),
     #[command(after_help = "Example: ploopctl delete /var/lib/ct/100")]
     Delete(delete::Args),
     #[command(after_help = "Example: ploopctl recover /mnt/100")]
@@ -129,6 +132,7 @@ pub fn run(command: Command, global: &Global) -> Result<Answer> {
         Command::RestoreDescriptor(args) => restore::run(&args, global),
         Command::Track(args) => track::run(args, output),
         Command::Migrate(args) => migrate::run(args, global),
+        Command::Freeze(args) => freeze::run(&args, output),
         Command::Delete(args) => delete::run(&args),
         Command::Recover(args) => recover::run(&args, global),
         Command::Doctor(args) => doctor::run(&args, global),
