@@ -54,7 +54,11 @@ fn inputs(target: usize) -> impl Iterator<Item = (String, Vec<u8>)> + Send {
     })
 }
 
-fn replay(target: usize) {
+fn replay(name: &str) {
+    let target = TARGETS
+        .iter()
+        .position(|target| target.name == name)
+        .unwrap();
     let run = TARGETS[target].run;
     let (begun, names) = mpsc::channel();
     let start = Instant::now();
@@ -80,32 +84,32 @@ fn replay(target: usize) {
 
 #[test]
 fn any_bytes_as_an_image_are_refused_or_served() {
-    replay(0);
+    replay("ploop_open");
 }
 
 #[test]
 fn any_requests_to_a_disk_in_memory_give_what_a_flat_array_would() {
-    replay(1);
+    replay("layer_ops");
 }
 
 #[test]
 fn any_bytes_as_a_descriptor_are_refused_or_read_back() {
-    replay(2);
+    replay("descriptor");
 }
 
 #[test]
 fn any_bytes_of_a_negotiating_client_are_answered_in_whole_replies() {
-    replay(3);
+    replay("nbd_handshake");
 }
 
 #[test]
 fn any_bytes_of_a_served_client_end_in_a_closed_session() {
-    replay(4);
+    replay("nbd_transmission");
 }
 
 #[test]
 fn any_bytes_of_a_control_client_are_answered_in_lines_of_json_or_hung_up_on() {
-    replay(5);
+    replay("control_socket");
 }
 
 #[test]
@@ -122,17 +126,22 @@ fn a_planted_bug_is_caught_by_the_replay_of_requests() {
 
 #[test]
 fn any_bytes_as_a_qcow2_image_are_refused_or_served() {
-    replay(6);
+    replay("qcow2_open");
 }
 
 #[test]
 fn any_requests_to_a_qcow2_image_leave_a_sound_one_sound_and_no_other_breaks_them() {
-    replay(7);
+    replay("qcow2_ops");
+}
+
+#[test]
+fn any_bytes_of_a_source_fill_the_disk_that_it_describes_and_nothing_else() {
+    replay("migration");
 }
 
 #[test]
 fn any_bytes_as_stored_trackers_are_refused_or_read_back() {
-    replay(8);
+    replay("stored_trackers");
 }
 
 #[test]

@@ -505,8 +505,8 @@ fn what_a_frozen_disk_holds_is_durable() {
     assert_eq!(client.write(MIB, &[6; 65536]).unwrap(), 0);
     let (remote, _) = freeze(&disk, MINUTE);
     // What was answered and is not durable ends with the keeper.
-    kill(server.pid());
-    drop((client, remote, server));
+    server.kill();
+    drop((client, remote));
     let server = disk.serve(&[]);
     let mut client = Client::connect(server.socket()).unwrap();
     assert!(client.read(MIB, 65536).unwrap() == [6; 65536]);

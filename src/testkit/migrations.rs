@@ -132,7 +132,11 @@ impl Peer for Wire<'_> {
     }
 
     async fn hear(&mut self) -> Result<ToSource> {
-        self.answers.pop_front().ok_or_else(cut)
+        // What was sent last arrived, and what was answered did not.
+        match self.left {
+            Some(0) => Err(cut()),
+            _ => self.answers.pop_front().ok_or_else(cut),
+        }
     }
 }
 
@@ -148,23 +152,24 @@ pub fn changed_its_mind(seed: u64) -> Checked {
     if !may_go(&source, &tree.disk) {
         return Ok(());
     }
-    let (first, second) = (source.sibling(TARGET), source.sibling(TARGET + 1));
-    source.sim().instant(true);
-    let ready = (0..).find(|left| {
-        let attempt = migrate(
-            source.clone(),
-            first.clone(),
-            Window::default(),
-            Some(*left),
-        );
-        let parted = now(attempt).is_err();
-        let side = now(resolve::standing(&first)).map(|standing| standing.side);
-        !parted || side.is_ok_and(|side| side == Side::Ready)
-    });
-    let usable = |folder| now(resolve::standing(folder)).is_ok_and(|s| s.side == Side::Usable);
-    if ready.is_none() || !usable(&source) {
-        return Err("the link was not cut before the disk was given away".into());
+    for own in [TARGET, TARGET + 1] {
+        source.sibling(own);
     }
+    let is = |folder: &SimFolder, side| {
+        now(resolve::standing(folder)).is_ok_and(|standing| standing.side == side)
+    };
+    // Each time from the beginning, so that no attempt goes on with what another has sent.
+    let parted = (1..1000).find_map(|left| {
+        let source = source.fork(left);
+        source.sim().instant(true);
+        let first = source.sibling(TARGET);
+        let attempt = migrate(source.clone(), first.clone(), Window::default(), Some(left));
+        let is_cut = now(attempt).is_err();
+        let parted = is_cut && is(&first, Side::Ready) && is(&source, Side::Usable);
+        parted.then_some((source, first))
+    });
+    let (source, first) = parted.ok_or("no target was ready before the disk was given away")?;
+    let second = source.sibling(TARGET + 1);
     now(migrate(
         source.clone(),
         second.clone(),
@@ -185,7 +190,7 @@ pub fn changed_its_mind(seed: u64) -> Checked {
             return Err("the first target took the word of the second".into());
         }
     }
-    match usable(&second) && !usable(&first) {
+    match is(&second, Side::Usable) && !is(&first, Side::Usable) {
         true => Ok(()),
         false => Err("the disk is not where it was sent".into()),
     }
@@ -320,8 +325,19 @@ impl Case {
             let _ = now(resolve::discard(target));
             return self.holds(source);
         }
-        now(migrate(source.clone(), target.clone(), self.window, None))
-            .map_err(|e| format!("asked again: {e}"))?;
+        let again = || now(migrate(source.clone(), target.clone(), self.window, None));
+        let mut done = again();
+        // A source that was cut while it began does not know any more what was begun.
+        if done.as_ref().is_err_and(|e| e.kind() == Kind::Exists) {
+            now(resolve::discard(target)).map_err(|e| format!("discard: {e}"))?;
+            match self.side(target)? {
+                Some(Side::Discarded) => return self.holds(source),
+                None => source.sim().instant(true),
+                side => return Err(format!("thrown away, and the target is {side:?}")),
+            }
+            done = again();
+        }
+        done.map_err(|e| format!("asked again: {e}"))?;
         self.holds(target)?;
         match self.side(source)? {
             Some(Side::Moved) => Ok(()),

@@ -10,8 +10,7 @@ use crate::global::Global;
 use ploop::Result;
 
 pub const EXAMPLES: &str = "\
-Over ssh:
-  ploopctl migrate send /var/lib/ct/100 -- ssh host ploopctl migrate receive /var/lib/ct/100
+Example: ploopctl migrate send /var/lib/ct/100 -- ssh host ploopctl migrate receive /var/lib/ct/100
 
 Over a socket:
   ploopctl migrate receive /srv/100 --listen unix:/run/100.sock
@@ -33,8 +32,16 @@ pub struct Args {
 /// What to do.
 #[derive(Debug, clap::Subcommand)]
 enum Verb {
+    #[command(
+        after_help = "Example: ploopctl migrate send /var/lib/ct/100 -- ssh host ploopctl migrate receive \
+                      /var/lib/ct/100"
+    )]
     Send(send::Args),
+    #[command(
+        after_help = "Example: ploopctl migrate receive /srv/100 --listen unix:/run/100.sock"
+    )]
     Receive(receive::Args),
+    #[command(after_help = "Example: ploopctl migrate resolve /var/lib/ct/100")]
     Resolve(resolve::Args),
 }
 
