@@ -554,7 +554,7 @@ fn an_adoption_that_fails_half_way_gives_the_image_back() {
 
 /// The verbs that `--help` shows, and those beneath `snapshot`.
 fn verbs() -> Vec<String> {
-    let beneath = ["snapshot", "track"].map(|parent| {
+    let beneath = ["migrate", "snapshot", "track"].map(|parent| {
         let verbs = shown(&[parent, "--help"]).into_iter();
         verbs.map(|verb| format!("{parent} {verb}")).collect()
     });
