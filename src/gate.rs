@@ -14,15 +14,15 @@ use tokio::sync::{OwnedRwLockWriteGuard, RwLock, RwLockReadGuard};
 #[derive(Debug, Clone, Default)]
 pub struct Gate(Arc<RwLock<()>>);
 
-/// A gate that is closed, with nothing behind it under way. Dropping it lets those in who wait, in the
-/// order of their coming.
+/// A gate that is closed, with nothing behind it under way. Dropping it lets those in who wait, in
+/// the order of their coming.
 #[derive(Debug)]
 #[must_use = "a gate that is not kept closed opens at once"]
 pub struct Closed(#[allow(dead_code, reason = "held")] OwnedRwLockWriteGuard<()>);
 
 impl Gate {
-    /// Lets nothing in from now on, and returns once what was let in before is over. Given up before
-    /// that, it is open again.
+    /// Lets nothing in from now on, and returns once what was let in before is over. Given up
+    /// before that, it is open again.
     pub async fn close(&self) -> Closed {
         // The lock is fair: who comes later waits behind this.
         Closed(Arc::clone(&self.0).write_owned().await)
@@ -92,7 +92,7 @@ impl<D: Device> Device for Gated<D> {
 mod tests {
     use super::*;
     use std::pin::{Pin, pin};
-    use std::sync::{Mutex, PoisonError};
+    use std::sync::{Mutex, MutexGuard, PoisonError};
     use std::task::{Context, Poll, Waker};
     use tokio::sync::Semaphore;
 
@@ -108,19 +108,13 @@ mod tests {
 
     impl Slow {
         async fn change(&self, at: u64) -> Result<()> {
-            self.begin(at);
+            self.begun().push(at);
             self.ends.acquire().await.expect("never closed").forget();
             Ok(())
         }
 
-        fn begin(&self, at: u64) {
-            let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
-            begun.push(at);
-        }
-
-        fn begun(&self) -> Vec<u64> {
-            let begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
-            begun.clone()
+        fn begun(&self) -> MutexGuard<'_, Vec<u64>> {
+            self.begun.lock().unwrap_or_else(PoisonError::into_inner)
         }
     }
 
@@ -191,7 +185,7 @@ mod tests {
             panic!("nothing is under way");
         };
         assert!(poll(discard.as_mut()).is_pending());
-        assert_eq!(slow.begun(), [1]);
+        assert_eq!(*slow.begun(), [1]);
         drop(closed);
         for change in [
             &mut later as &mut (dyn Future<Output = _> + Unpin),
@@ -200,7 +194,7 @@ mod tests {
         ] {
             assert!(poll(Pin::new(change)).is_pending());
         }
-        assert_eq!(slow.begun(), [1, 2, 3, 4]);
+        assert_eq!(*slow.begun(), [1, 2, 3, 4]);
     }
 
     #[test]
@@ -226,6 +220,6 @@ mod tests {
             assert!(poll(later.as_mut()).is_pending());
         }
         assert!(poll(later.as_mut()).is_pending());
-        assert_eq!(slow.begun(), [1, 2]);
+        assert_eq!(*slow.begun(), [1, 2]);
     }
 }

@@ -1,5 +1,5 @@
-//! Kept trackers: over a clean detach they lose nothing, and after anything else they take all of the
-//! disk for written.
+//! Kept trackers: over a clean detach they lose nothing, and after anything else they take all of
+//! the disk for written.
 
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
@@ -73,8 +73,8 @@ fn write(server: &Server, random: &mut Random, writes: u64) {
     client.disconnect().unwrap();
 }
 
-/// A disk that is detached, with a tracker of it, a generation that nobody has acknowledged, and more
-/// that was written since; and a copy that has all but these two.
+/// A disk that is detached, with a tracker of it, a generation that nobody has acknowledged, and
+/// more that was written since; and a copy that has all but these two.
 fn tracked(args: &[&str]) -> (Disk, Copy) {
     let disk = Disk::new("64M", args);
     let copy = track(&disk);
@@ -109,7 +109,7 @@ fn catch_up(disk: &Disk, server: &Server, copy: &mut Copy, size: u64) {
     assert_eq!(copy.difference(server, size), None);
 }
 
-/// Whether the only tracker of a disk knows what was written, which it must for none of the disk or for all.
+/// Whether the only tracker of a disk knows what was written; else it has all of the disk.
 fn is_exact(disk: &Disk, size: u64) -> bool {
     let stat = stat(disk);
     let tracker = &stat[0];
@@ -340,7 +340,9 @@ const EVENTS: &[Event] = &[
         }
     }),
     exact("it is served read-only", |disk| {
+        let before = fs::read(side(disk)).unwrap();
         let server = disk.serve(&["--read-only"]);
+        assert_eq!(fs::read(side(disk)).unwrap(), before);
         assert_eq!(
             ask(disk, &TrackAsk::Stat).unwrap_err().kind(),
             Kind::ReadOnly
@@ -540,8 +542,7 @@ fn a_cut_at_any_step_of_writing_leaves_what_was_or_what_is_to_be() {
     let server = serve(&first);
     let in_use = fs::read(side(&first)).unwrap();
     server.kill();
-    // The file, what is aside, and whether what was kept is believed: the beginning of an attachment is
-    // cut, or its end.
+    // The beginning of an attachment is cut, or its end, with so much aside.
     for (begins, len) in [
         (true, 0),
         (true, 20),

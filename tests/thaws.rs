@@ -1,5 +1,5 @@
-//! Thaws: a disk that is kept as it is for somebody does not change, can be read, and goes on whatever
-//! becomes of whoever froze it.
+//! Thaws: a disk that is kept as it is for somebody does not change, can be read, and goes on
+//! whatever becomes of whoever froze it.
 #![allow(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod common;

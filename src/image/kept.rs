@@ -22,11 +22,12 @@
 //! 3. `store` puts the sets in the place of the names.
 //!
 //! Each is put there in one way: written aside, fsynced, renamed, the directory fsynced. A cut
-//! leaves the file as it was or as it is to be, and only the rename of step 3 makes one that is believed.
+//! leaves the file as it was or as it is to be, and only the rename of step 3 makes one that is
+//! believed.
 //!
 //! Layers below the top are told by when they were modified, and not by when anything of them
-//! changed: a clone gives them one more name. A program that sets these times back, or a file system
-//! that goes back as a whole, is believed.
+//! changed: a clone gives them one more name. A program that sets these times back, or a file
+//! system that goes back as a whole, is believed.
 
 use super::chain::Chain;
 use super::target::{DESCRIPTOR, Source};
@@ -54,8 +55,8 @@ use std::time::{Duration, Instant};
 pub const FILE: &str = "trackers.bin";
 /// Where it is written before it is renamed. Found without its writer, a draft.
 pub const ASIDE: &str = "trackers.bin.tmp";
-/// How long the clock of file times may take to go on: some file systems know whole seconds, or every
-/// second one, and no others.
+/// How long the clock of file times may take to go on: some file systems know whole seconds, or
+/// every second one, and no others.
 const TICK: Duration = Duration::from_secs(3);
 /// Numbers of generations of an unknown tracker begin at a multiple: none has two meanings.
 const SERIES: u64 = 1_000_000_000;
@@ -286,5 +287,54 @@ fn unlink(dir: impl AsFd, name: &'static str) -> Result<()> {
     match unlinkat(dir, name, AtFlags::empty()) {
         Err(Errno::NOENT) => Ok(()),
         gone => gone.map_err(at(name)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn what_is_written_after_a_look_at_the_files_is_seen_by_the_next_look() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = beneath::directory(folder.path()).unwrap();
+        let write = || {
+            let mut file = File::options();
+            let file = file.create(true).truncate(false).write(true);
+            let mut file = file.open(folder.path().join("top")).unwrap();
+            file.write_all(b"x").unwrap();
+        };
+        write();
+        for round in 0..100 {
+            let stamp = stamp(&dir, "top".as_ref()).unwrap();
+            let then = Proof {
+                descriptor: 0,
+                files: vec![stamp],
+            };
+            outlast(&then).unwrap();
+            write();
+            let now = super::stamp(&dir, "top".as_ref()).unwrap();
+            assert_ne!(now, stamp, "round {round}");
+        }
+    }
+
+    #[test]
+    fn files_from_the_future_prove_nothing() {
+        let now = clock_gettime(ClockId::RealtimeCoarse).tv_sec;
+        let changed = |changed| Proof {
+            descriptor: 0,
+            files: vec![Stamp {
+                inode: 1,
+                len: 1,
+                modified: (0, 0),
+                changed,
+            }],
+        };
+        outlast(&changed((now - 10, 5))).unwrap();
+        // Of a file system that knows whole seconds only: what is written in this one looks alike.
+        outlast(&changed((now, 0))).unwrap();
+        assert!(clock_gettime(ClockId::RealtimeCoarse).tv_sec >= now + 2);
+        assert!(outlast(&changed((now + 3600, 5))).is_err());
     }
 }

@@ -9,16 +9,18 @@
 //! | 8 | `ploopTRK` |
 //! | 4 | version, 1 |
 //! | 4 | 0: the disk is in use, names follow and no sets; 1: it is at rest |
-//! | 8, 4, 4, 40 each | at rest: bytes of the disk, CRC32 of its descriptor, count of files, their stamps |
+//! | 8, 4 | at rest: bytes of the disk, CRC32 of its descriptor |
+//! | 4, 40 each | at rest: count of files, their stamps |
 //! | 4 | count of trackers |
-//! | 1, n, 1, 8 | each: bytes of its name, that, bytes of a block as a power of two, next generation |
+//! | 1, n, 1, 8 | each: length of its name, that, log2 of a block, next generation |
 //! | a set, 4 | at rest: what it has recorded, count of generations |
-//! | 8, 8, 8, a set | each of those: number, bytes that it has, second since 1970 of its seal, what it has |
+//! | 8, 8, 8, a set | each: number, bytes that it has, second since 1970 of its seal, what it has |
 //! | 4 | CRC32 of everything before |
 //!
 //! A stamp is inode, length, and twice seconds (8) and nanoseconds (4): modified, changed. A set is
 //! the number of its words (4), the first of them (8), and a byte: 0, every block is in it; 1, runs
-//! follow, their count (4), and the first block (4) and the length (4) of each; 2, all other words follow.
+//! follow, their count (4), and the first block (4) and the length (4) of each; 2, all other words
+//! follow.
 
 use super::blocks::{Blocks, LOG2, SET_WORDS_MAX, Words};
 use super::registry::Name;

@@ -2,17 +2,18 @@
 //!
 //! In order:
 //!
-//! 1. The file system on the device, where one is mounted, is frozen ([`super::still`]): what it holds
-//!    in memory is written, and who wants to write to it waits there.
+//! 1. The file system on the device, where one is mounted, is frozen ([`super::still`]): what it
+//!    holds in memory is written, and who wants to write to it waits there.
 //! 2. The worker lets nothing in that changes the disk, and flushes ([`super::halt`]).
 //! 3. Whoever asked is answered.
 //!
-//! To go on, the worker lets all in that waits, and then the file system is thawed, which may write.
+//! To go on, the worker lets all in that waits. Then the file system is thawed.
 //!
-//! A freeze belongs to the connection that asked for it. It ends with that, when its time is over, when
-//! it says so, when the worker dies (the next one begins with nothing halted), and when the disk fails
-//! or is being detached. Nobody has to be alive for that: the worker and the process that keeps the
-//! file system frozen have the time as well, and count it from later on than the keeper does.
+//! A freeze belongs to the connection that asked for it. It ends with that, when its time is over,
+//! when it says so, when the worker dies (the next one begins with nothing halted), and when the
+//! disk fails or is being detached. Nobody has to be alive for that: the worker and the process
+//! that keeps the file system frozen have the time as well, and count it from later on than the
+//! keeper does.
 //!
 //! A freeze never changes a disk, and none is begun while one is being changed.
 
@@ -257,6 +258,10 @@ impl Freeze {
     ) -> Option<News> {
         match event {
             Event::Halted { number } if self.awaits(number) => {
+                // It was, and may not be any more.
+                if self.is_late() {
+                    return self.end(Why::Timeout, control, worker);
+                }
                 self.stage = Stage::Frozen;
                 let took_us = self.asked.elapsed().as_micros() as u64;
                 let said = json!({ "filesystem": self.mounted, "took_us": took_us });
@@ -296,11 +301,14 @@ impl Freeze {
         news
     }
 
-    /// Why it ends: its time may have been over while this process did something else, or nothing, and then
-    /// nobody else has kept it.
+    /// Why it ends: its time may have been over while this process did something else, or nothing,
+    /// and then nobody else has kept it.
     fn now_because(&self, why: Why) -> Why {
-        let late = self.due().is_some_and(|due| due <= Instant::now());
-        if late { Why::Timeout } else { why }
+        if self.is_late() { Why::Timeout } else { why }
+    }
+
+    fn is_late(&self) -> bool {
+        self.due().is_some_and(|due| due <= Instant::now())
     }
 
     /// Lets the disk go on.

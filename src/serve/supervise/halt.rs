@@ -1,8 +1,9 @@
 //! Halt: how a worker keeps its disk as it is when its keeper says so, beside everything else.
 //!
-//! In order: nothing that changes the disk is let in any more ([`crate::gate`]); what was let in before
-//! is over; all of it is flushed; that is said. Reads, extents and flushes go on. It ends when the keeper
-//! says so, and after a while in any case: a keeper that hangs must not hold a guest.
+//! In order: nothing that changes the disk is let in any more ([`crate::gate`]); what was let in
+//! before is over; all of it is flushed; that is said. Reads, extents and flushes go on. It ends
+//! when the keeper says so, and after a while in any case: a keeper that hangs must not hold a
+//! guest.
 
 use super::message::{Event, Failure};
 use super::worker::say;

@@ -373,8 +373,8 @@ impl Holdings {
         }
     }
 
-    /// Whether the disk has a directory of its own, and is written to. A file beside a bare image would
-    /// be nobody's.
+    /// Whether the disk has a directory of its own, and is written to. A file beside a bare image
+    /// would be nobody's.
     fn keeps_trackers(&self) -> bool {
         self.locks.disk().is_some()
     }
@@ -499,8 +499,8 @@ fn mount(config: &KeeperConfig, target: &Target, run: &RunDir) -> Result<Endpoin
     }
 }
 
-/// Lets go of what the kernel or clients are connected to. Call before anybody is told that the disk
-/// is detached: the next one may want the same address.
+/// Lets go of what the kernel or clients are connected to. Call before anybody is told that the
+/// disk is detached: the next one may want the same address.
 fn release(endpoint: Endpoint, run: &RunDir) {
     match endpoint {
         Endpoint::Fuse { fds, .. } => {

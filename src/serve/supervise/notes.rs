@@ -1,9 +1,10 @@
 //! Notes: which trackers an attached disk has, written down in its directory while they are in
 //! memory of its keeper.
 //!
-//! A process of its own writes them, because the host's storage may take its time and the keeper has
-//! none. One writes at a time; what changes meanwhile is for the next one. Who starts or stops a
-//! tracker is answered once that is written down. What is written, and how, is in [`crate::image::kept`].
+//! A process of its own writes them, because the host's storage may take its time and the keeper
+//! has none. One writes at a time; what changes meanwhile is for the next one. Who starts or stops
+//! a tracker is answered once that is written down. What is written, and how, is in
+//! [`crate::image::kept`].
 
 use super::child::{Aide, Baggage, CONTROL_FD};
 use super::control::Asker;

@@ -1,8 +1,8 @@
 //! `freeze`: a command that runs while an attached disk stays as it is.
 //!
-//! The freeze belongs to this process's connection to the keeper, so whatever becomes of this process,
-//! the disk goes on. Nothing is written here meanwhile but for what must be said at once: it might
-//! go to the frozen disk.
+//! The freeze belongs to this process's connection to the keeper, so whatever becomes of this
+//! process, the disk goes on. Nothing is written here meanwhile but for what must be said at once:
+//! it might go to the frozen disk.
 
 use crate::answer::Answer;
 use crate::attach::{self, Attached};
@@ -45,9 +45,9 @@ const MOUNTPOINT: &str = "PLOOP_MOUNTPOINT";
 /// disk goes on when COMMAND ends, when the time is over, when this command is killed, and when the
 /// disk's server dies. When that is before COMMAND ends, it is said at once.
 ///
-/// COMMAND finds the disk's path in PLOOP_DISK, its device in PLOOP_DEVICE and where that is mounted in
-/// PLOOP_MOUNTPOINT, if it is. It must not write to the frozen file system: it would wait for itself.
-/// With -o json what it prints goes to standard error.
+/// COMMAND finds the disk's path in PLOOP_DISK, its device in PLOOP_DEVICE and where that is
+/// mounted in PLOOP_MOUNTPOINT, if it is. It must not write to the frozen file system: it would
+/// wait for itself. With -o json what it prints goes to standard error.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Disk, device or mount point
@@ -170,7 +170,8 @@ impl Signals {
     }
 }
 
-/// Waits for COMMAND: its status, and why the disk had gone on before it ended, which is said at once.
+/// Waits for COMMAND: its status, and why the disk had gone on before it ended, which is said at
+/// once.
 fn see_to_its_end(
     mut child: Child,
     remote: &mut Remote,
